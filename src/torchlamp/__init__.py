@@ -1,0 +1,1 @@
+"""Look-ahead mixed precision (LAMP) for transformer inference in PyTorch."""

@@ -1,0 +1,78 @@
+"""What a kernel must know of a number format and of an accumulator: numbers, no names.
+
+The room above (`arithmetic`) gives these names and spellings; the kernels, native and torch alike, see only this.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Overflow = Literal["inf", "nan", "saturate"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The set of values a result is rounded to, as a subset of float32.
+
+    The defaults describe float32 itself; with only `mantissa_bits` changed they describe PS(mu): float32's exponent
+    range with mu stored mantissa bits, rounding on the bit pattern, so that overflow carries into infinity.
+    """
+
+    #: Stored mantissa bits, 1..23; the implicit leading bit is not counted.
+    mantissa_bits: int = 23
+    #: Exponent of the smallest normal number, -126..0; below it the spacing stays constant (subnormal numbers).
+    min_exponent: int = -126
+    #: Exponent of the largest finite number, 0..127.
+    max_exponent: int = 127
+    #: Mantissa codes taken away from the top binade (e4m3fn gives up 1 of 8 to NaN; most formats none).
+    top_codes_lost: int = 0
+    #: What a result beyond the largest finite number becomes.
+    overflow: Overflow = "inf"
+    #: False: results smaller in magnitude than the smallest normal number become zero (after rounding).
+    subnormals: bool = True
+    #: False: negative results become +0.
+    signed: bool = True
+    #: False: -0 becomes +0.
+    negative_zero: bool = True
+
+    @property
+    def max_value(self) -> float:
+        """The largest finite number."""
+        quantum = 2.0 ** (self.max_exponent - self.mantissa_bits)
+        return (2 ** (self.mantissa_bits + 1) - 1 - self.top_codes_lost) * quantum
+
+    @property
+    def smallest_normal(self) -> float:
+        """The smallest positive normal number."""
+        return 2.0**self.min_exponent
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether rounding to this grid changes nothing."""
+        return self == Grid()
+
+    @property
+    def has_float32_range(self) -> bool:
+        """Whether only the mantissa is narrow, so that rounding is one operation on the bit pattern."""
+        return self == Grid(mantissa_bits=self.mantissa_bits)
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """How the sum of K products is formed on a grid, always in the order k = 0, 1, 2, ...
+
+    Strict (`block` = 1, `promote` = 0): acc <- round(fma(a_k, b_k, acc)) at every step.
+    `block` = B > 1: the B products of a block are summed by float32 FMAs from zero, then acc <- round(acc + partial).
+    `promote` = B > 0: strict sums of B steps each from zero, each added to a float32 total.
+    `fused` = False: every product is rounded to float32 before it is added.
+    """
+
+    grid: Grid
+    fused: bool = True
+    block: int = 1
+    promote: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.promote < 0 or (self.block > 1 and self.promote > 0):
+            raise ValueError(
+                f"block={self.block}, promote={self.promote}: block must be >= 1, promote >= 0, and only one of them used"
+            )
