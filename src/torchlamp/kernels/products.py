@@ -1,0 +1,71 @@
+"""Per-step rounded products: the native kernel where it can run, its torch twin elsewhere."""
+
+import torch
+from torch import Tensor
+
+from torchlamp.kernels import native
+from torchlamp.kernels.specification import Accumulation
+from torchlamp.kernels.twins import products_twin
+
+
+def products(
+    a: Tensor,
+    b: Tensor,
+    accumulation: Accumulation,
+    *,
+    scaling: float | None = None,
+    causal: int | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Matrix products whose every step of accumulation is rounded, in the order k = 0, 1, 2, ...
+
+    Parameters
+    ----------
+    a
+        (G, M, K) float32, any strides.
+    b
+        (Gb, K, N) float32, any strides, G a multiple of Gb: batch g uses b[g // (G // Gb)].
+    accumulation
+        How the sums are formed.
+    scaling
+        If given, the finished sums are multiplied by it (as a float32 number, in float32) and rounded to the
+        accumulation's grid again.
+    causal
+        If given, entry (i, j) is computed only where j <= i + causal; elsewhere it is 0.
+    squares
+        Also return, for each entry, the sum of the squares of the accumulator after each of its roundings, by
+        float32 FMAs in order and not multiplied by `scaling`: after every step (strict, and within each
+        promoted run) or after every block.
+
+    Returns
+    -------
+    The products (G, M, N), float32, and the sums of squares of the same shape, or None. No gradient flows
+    through.
+
+    Raises
+    ------
+    ValueError
+        When the shapes don't fit.
+    TypeError
+        When an operand isn't float32.
+    """
+    _check(a, b)
+    if native_runs(a, b):
+        return native.products(a, b, accumulation, scaling, causal, squares)
+    return products_twin(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
+
+
+def native_runs(*tensors: Tensor) -> bool:
+    """Whether the native kernels take these tensors: the extension is there, and all are in main memory."""
+    return all(t.device.type == "cpu" for t in tensors) and native.available()
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.dtype != torch.float32 or b.dtype != torch.float32:
+        raise TypeError(f"products take float32 operands, got {a.dtype} and {b.dtype}: convert them with .float()")
+    fits = a.dim() == 3 and b.dim() == 3 and a.shape[2] == b.shape[1]
+    if not fits or a.shape[0] % max(1, b.shape[0]) or (b.shape[0] == 0 and a.shape[0] > 0):
+        raise ValueError(
+            f"operands of shapes {tuple(a.shape)} and {tuple(b.shape)} don't fit: "
+            "they must be (G, M, K) and (Gb, K, N) with G a multiple of Gb"
+        )

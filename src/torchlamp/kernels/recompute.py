@@ -1,0 +1,53 @@
+"""Recomputing chosen entries of a product in float32: the native kernel where it can run, its torch twin elsewhere."""
+
+import torch
+from torch import Tensor
+
+from torchlamp.kernels import native
+from torchlamp.kernels.products import native_runs
+from torchlamp.kernels.twins import recompute_twin
+
+
+def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
+    """Overwrite the marked entries of `scores` by float32 inner products, in place.
+
+    A marked entry (g, i, j) becomes fma(a_K-1, b_K-1, ... fma(a_1, b_1, fma(a_0, b_0, +0))), times `scaling`
+    in float32.
+
+    Parameters
+    ----------
+    scores
+        (G, M, N) float32, any strides.
+    a, b
+        (G, M, K) and (Gb, K, N) float32, any strides, batch g using b[g // (G // Gb)].
+    mask
+        (G, M, N) bool, any strides (an expanded view will do).
+    scaling
+        A factor for the recomputed entries, None for 1.
+
+    Raises
+    ------
+    ValueError
+        When the shapes don't fit.
+    TypeError
+        When an operand isn't float32 or the mask isn't bool.
+    """
+    _check(scores, a, b, mask)
+    if native_runs(scores, a, b, mask):
+        native.recompute(scores, a, b, mask, scaling)
+    else:
+        recompute_twin(scores, a, b, mask, scaling)
+
+
+def _check(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> None:
+    if any(t.dtype != torch.float32 for t in (scores, a, b)) or mask.dtype != torch.bool:
+        dtypes = ", ".join(str(t.dtype) for t in (scores, a, b, mask))
+        raise TypeError(f"recompute takes float32 scores, a, b and a bool mask, got {dtypes}")
+    fits = a.dim() == 3 and b.dim() == 3 and a.shape[2] == b.shape[1]
+    fits = fits and scores.shape == mask.shape == (a.shape[0], a.shape[1], b.shape[2])
+    if not fits or a.shape[0] % max(1, b.shape[0]) or (b.shape[0] == 0 and a.shape[0] > 0):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (scores, a, b, mask))
+        raise ValueError(
+            f"scores, a, b and mask of shapes {shapes} don't fit: "
+            "they must be (G, M, N), (G, M, K), (Gb, K, N) and (G, M, N) with G a multiple of Gb"
+        )
