@@ -1,0 +1,277 @@
+"""Softmax attention under a policy: low-precision scores, look-ahead, recomputation, softmax, values.
+
+References
+----------
+Budzinskiy et al., look-ahead mixed precision, arXiv 2601.21623, the composition softmax(q k^T). The running
+error estimate is derived in docs/method.md.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.compositions.visibility import Visibility, Window, window
+from torchlamp.kernels.products import products
+from torchlamp.kernels.recompute import recompute
+from torchlamp.rules.rule import Rule
+from torchlamp.rules.tile import Tile
+
+#: Query rows of a tile: enough to keep matrix products busy, few enough that memory grows with keys only.
+TILE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """What an attention call returns.
+
+    Attributes
+    ----------
+    output : Tensor
+        float32 (batch, queries, heads, value size), contiguous.
+    eligible, selected : Tensor
+        int64 (batch, heads, queries): visible keys of each row, and how many of its scores were recomputed.
+    last_key : Tensor
+        int64 (batch, queries): index of the last key that any head of the query sees, -1 where none does.
+    """
+
+    output: Tensor
+    eligible: Tensor
+    selected: Tensor
+    last_key: Tensor
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all tiles of a call share."""
+
+    accumulator: Accumulator
+    rule: Rule
+    scaling: float
+    seen: Visibility
+    softcap: float | None
+    sinks: Tensor | None
+    generator: torch.Generator | None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    accumulator: Accumulator,
+    rule: Rule,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> AttentionResult:
+    """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
+
+    The scores of a tile of query rows are accumulated, multiplied by `scaling` in float32 and rounded again;
+    softcap, bias, mask and softmax follow in float32. From these the rule selects entries, which are computed
+    again in float32; the softmax is repeated and applied to the values in float32. Keys are never repeated
+    for grouped queries, nothing of size queries x keys is stored, and each sample is computed on its own, so
+    that results don't depend on the batch.
+
+    A query that sees no key gets uniform weights over all keys (zero weights if there are sinks), as an
+    additive mask with a very negative number gives; such rows have 0 eligible entries.
+
+    Parameters
+    ----------
+    query : Tensor
+        float32 (batch, heads, queries, size).
+    key, value : Tensor
+        float32 (batch, key heads, keys, size) and (batch, key heads, keys, value size); heads must be a
+        multiple of key heads, query head h uses key head h // (heads / key heads).
+    accumulator, rule : Accumulator, Rule
+        How scores are summed, and which are recomputed.
+    scaling : float
+        Factor of the scores, commonly 1 / sqrt(size).
+    mask : Tensor or None
+        bool (batch or 1, heads or 1, queries, keys), True = visible.
+    causal : bool
+        Query i sees keys 0..i only.
+    bias : Tensor or None
+        float32, shape as `mask`, added to the logits after softcap.
+    softcap : float or None
+        c > 0: logits are c tanh(score / c).
+    sinks : Tensor or None
+        float32 (heads,): a logit per head that enters the normaliser but has no value.
+    generator : torch.Generator or None
+        On the CPU; needed by random rules. Every sample starts from the state it has now.
+
+    Raises
+    ------
+    TypeError
+        Anything but float32.
+    ValueError
+        Shapes that don't fit, softcap <= 0, a random rule without a generator.
+    """
+    _check(query, key, value, softcap, rule, generator)
+    batch, heads, queries, _ = query.shape
+    output = query.new_empty(batch, queries, heads, value.shape[-1])
+    eligible = torch.zeros(batch, heads, queries, dtype=torch.int64, device=query.device)
+    selected = torch.zeros_like(eligible)
+    last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
+    call = _Call(accumulator, rule, scaling, Visibility(mask, causal, bias), softcap, sinks, generator)
+    start = generator.get_state() if generator is not None else None
+    for sample in range(batch):
+        if generator is not None and start is not None:
+            generator.set_state(start)
+        for first in range(0, queries, TILE_ROWS):
+            rows = range(first, min(first + TILE_ROWS, queries))
+            at = slice(rows.start, rows.stop)
+            seen = window(call.seen, sample, rows, key.shape[2], query.device)
+            if seen.last > seen.first:
+                tile = (query[sample, :, at], key[sample], value[sample])
+                out, visible, chosen = _tile(call, *tile, sample, rows, seen)
+                eligible[sample, :, at] = visible.sum(dim=-1)
+                selected[sample, :, at] = chosen
+                last_key[sample, at] = _last_visible(visible, seen.first)
+            else:
+                out = query.new_zeros(heads, len(rows), value.shape[-1])
+            if seen.visible is not None or seen.last == seen.first:
+                _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
+            output[sample, at] = out.transpose(0, 1)
+    return AttentionResult(output, eligible, selected, last_key)
+
+
+def _tile(
+    call: _Call, query: Tensor, key: Tensor, value: Tensor, sample: int, rows: range, seen: Window
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (heads, rows, size), visible (heads or 1, rows, keys) and selected (heads, rows) of one tile."""
+    keys = key[:, seen.first : seen.last].transpose(1, 2)
+    scores, squares = products(
+        query,
+        keys,
+        call.accumulator.accumulation,
+        scaling=call.scaling,
+        causal=rows.start - seen.first if call.seen.causal else None,
+        squares=call.rule.needs_error,
+    )
+    visible = seen.visible
+    if visible is None:
+        visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
+    hidden = None if seen.visible is None else ~visible
+    bias = _bias(call.seen.bias, sample, rows, seen)
+
+    logits, slope = _logits(scores, call.softcap, bias)
+    probabilities = _softmax(logits, hidden, call.sinks)
+    error = None
+    if squares is not None:
+        error = squares.sqrt_().mul_(call.accumulator.format.unit_roundoff / 2 * abs(call.scaling))
+    tile = Tile(
+        scores=scores[None],
+        logits=logits[None],
+        probabilities=probabilities[None],
+        visible=visible.expand(scores.shape)[None],
+        slope=None if slope is None else slope[None],
+        error=None if error is None else error[None],
+        generator=call.generator,
+    )
+    chosen = call.rule.select(tile)[0]
+    counts = chosen.sum(dim=-1)
+    if bool(counts.any()):
+        del tile, logits, slope, error, probabilities
+        recompute(scores, query, keys, chosen, call.scaling)
+        logits, _ = _logits(scores, call.softcap, bias)
+        probabilities = _softmax(logits, hidden, call.sinks)
+    return _apply(probabilities, value[:, seen.first : seen.last]), visible, counts
+
+
+def _logits(scores: Tensor, softcap: float | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What enters the softmax, and its derivative by the score (None = 1)."""
+    slope = None
+    logits = scores
+    if softcap is not None:
+        capped = torch.tanh(scores / softcap)
+        slope = 1 - capped * capped
+        logits = capped.mul_(softcap)
+    if bias is not None:
+        logits = logits + bias
+    return logits, slope
+
+
+def _softmax(logits: Tensor, hidden: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """Softmax over visible keys and the sink; 0 at hidden keys, and everywhere in rows that see nothing."""
+    weights = logits.clone() if hidden is None else logits.masked_fill(hidden, -math.inf)
+    top = weights.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.view(-1, 1, 1))
+    if hidden is not None:
+        blind = hidden.all(dim=-1, keepdim=True)
+        top = top.masked_fill(blind, 0.0)
+    weights.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total += torch.exp(sinks.view(-1, 1, 1) - top)
+    if hidden is not None:
+        total = total.masked_fill(blind, 1.0)
+    return weights.div_(total)
+
+
+def _apply(probabilities: Tensor, value: Tensor) -> Tensor:
+    """Weighted sums of the values: the queries of a group are stacked, so that values aren't repeated."""
+    heads, rows, keys = probabilities.shape
+    groups = value.shape[0]
+    stacked = probabilities.reshape(groups, heads // groups * rows, keys)
+    return torch.matmul(stacked, value).reshape(heads, rows, value.shape[-1])
+
+
+def _bias(bias: Tensor | None, sample: int, rows: range, seen: Window) -> Tensor | None:
+    if bias is None:
+        return None
+    own = bias[sample if bias.shape[0] > 1 else 0]
+    return own[:, rows.start : rows.stop, seen.first : seen.last]
+
+
+def _last_visible(visible: Tensor, first: int) -> Tensor:
+    """Index of the last key each query sees in any head, -1 where none."""
+    index = torch.arange(1, visible.shape[-1] + 1, device=visible.device)
+    last = (visible * index).amax(dim=(0, 2))
+    return torch.where(last > 0, last + (first - 1), -1)
+
+
+def _fill_blind_rows(out: Tensor, blind: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+    """Give rows without any visible key the mean of all values; a sink, if any, takes all their weight."""
+    if sinks is not None or not bool(blind.any()):
+        return
+    mean = value.mean(dim=1).repeat_interleave(out.shape[0] // value.shape[0], dim=0)
+    out[blind] = mean[:, None, :].expand_as(out)[blind]
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float | None,
+    rule: Rule,
+    generator: torch.Generator | None,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}: attention simulates from float32, convert it first")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected (batch, heads, length, size)")
+    fits = (
+        query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1] == value.shape[1]
+        and key.shape[2] == value.shape[2]
+        and query.shape[3] == key.shape[3]
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if not fits:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(
+            f"query, key, value of shapes {shapes} don't fit: batch, heads, keys and size must agree"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: it must be positive, or None")
+    if rule.needs_generator and generator is None:
+        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")

@@ -1,0 +1,205 @@
+"""The attention function that transformers calls under the name "lamp"."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlamp.compositions.attention import attention
+from torchlamp.compositions.policy import SitePolicy
+from torchlamp.compositions.statistics import Statistics
+from torchlamp.compositions.visibility import visibility
+
+_ATTRIBUTE = "_torchlamp"
+
+# Arguments that transformers hands to every attention function and that don't change its result: the window
+# arrives in the mask, and the positions are already in the rotated queries and keys.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+
+@dataclass
+class Run:
+    """One policy attached to one model."""
+
+    policy: SitePolicy
+    statistics: Statistics
+    layers: int = 0
+
+
+@dataclass
+class Seat:
+    """A module's place in a run; layers are numbered at their first call, so they count in running order."""
+
+    run: Run
+    layer: int | None = None
+
+    def number(self) -> int:
+        """The layer number, fixed by the first use."""
+        if self.layer is None:
+            self.layer = self.run.layers
+            self.run.layers += 1
+        return self.layer
+
+
+def place(module: nn.Module, seat: Seat | None) -> None:
+    """Give a module its place in a run, or take it away (None)."""
+    if seat is not None:
+        setattr(module, _ATTRIBUTE, seat)
+    elif hasattr(module, _ATTRIBUTE):
+        delattr(module, _ATTRIBUTE)
+
+
+def place_of(module: nn.Module) -> Seat | None:
+    """A module's place in a run, if it has one."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def lamp_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered as "lamp", called by transformers' attention modules.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention module; its model must have been given a policy.
+    query, key, value : Tensor
+        float32 (batch, heads, queries, size), (batch, key heads, keys, size) and (batch, key heads, keys,
+        value size).
+    attention_mask : Tensor or None
+        bool or additive float, (batch, heads or 1, queries, keys); None: causal if the module is, all for one
+        query.
+    scaling : float or None
+        Factor of the scores; None: 1 / sqrt(size).
+    dropout : float
+        Must be 0.
+    **kwargs
+        `softcap`, `s_aux`, `is_causal` and `position_ids` are used; arguments known to change nothing are
+        ignored.
+
+    Returns
+    -------
+    Tensor, None
+        float32 (batch, queries, heads, value size). Attention weights are never returned: they would be a
+        tensor of size queries x keys.
+
+    Raises
+    ------
+    RuntimeError
+        No policy is attached.
+    TypeError
+        Not float32.
+    ValueError
+        Dropout, or an argument that changes the result and isn't supported.
+    """
+    seat = place_of(module)
+    if seat is None:
+        raise RuntimeError(
+            f"{type(module).__name__} runs the attention 'lamp' but has no policy: use "
+            "torchlamp.lookahead(model, policy), or torchlamp.attach(model, policy) first (a model that shares "
+            "its config object with another shares the implementation, too: give it a copy of the config)"
+        )
+    if query.dtype != torch.float32:
+        raise TypeError(
+            f"queries of {query.dtype}: rounding is simulated from float32; load the model "
+            "with dtype=torch.float32 and leave autocast off"
+        )
+    _check_arguments(module, dropout, kwargs)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    run, layer = seat.run, seat.number()
+    position_ids = _positions(kwargs.get("position_ids"), query)
+    generator = None
+    if run.policy.rule.needs_generator:
+        step = key.shape[2] if position_ids is None else int(position_ids.max()) + 1
+        generator = run.statistics.generator(layer, step)
+    with torch.no_grad():
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        seen = visibility(attention_mask, shape=shape, causal=bool(causal))
+        result = attention(
+            query,
+            key,
+            value,
+            accumulator=run.policy.accumulate,
+            rule=run.policy.rule,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            mask=seen.mask,
+            causal=seen.causal,
+            bias=seen.bias,
+            softcap=kwargs.get("softcap") or None,
+            sinks=kwargs.get("s_aux"),
+            generator=generator,
+        )
+        positions = result.last_key if position_ids is None else position_ids
+        run.statistics.record(layer, result.eligible, result.selected, positions)
+    output = result.output
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        output = _ForwardOnly.apply(output, query, key, value)  # type: ignore[no-untyped-call]
+    return output, None
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Passes the output on and makes a backward pass fail, instead of giving a gradient without attention."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *sources: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "no gradient flows through look-ahead attention: use it for inference, under torch.no_grad()"
+        )
+
+
+def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if dropout:
+        raise ValueError(f"{name} asks for attention dropout {dropout}: call model.eval() first")
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: the attention 'lamp' never holds the weights of all keys at once; "
+            "use attn_implementation='eager' to get them"
+        )
+    used = {"softcap", "s_aux", "is_causal"} | _HARMLESS
+    unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in used)
+    if unknown:
+        raise ValueError(
+            f"{name} passes {', '.join(map(repr, unknown))} to its attention, which 'lamp' doesn't support: "
+            "it may change the result"
+        )
+
+
+def _positions(position_ids: Any, query: Tensor) -> Tensor | None:
+    """Position of each query (batch or 1, queries), or None if transformers gave none of that form."""
+    fits = (
+        isinstance(position_ids, Tensor)
+        and position_ids.ndim == 2
+        and position_ids.shape[0] in (1, query.shape[0])
+        and position_ids.shape[1] == query.shape[2]
+    )
+    return position_ids if fits else None
