@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 
+from torchlamp.rules.mass import Mass
 from torchlamp.rules.none_all import Everything, Nothing
+from torchlamp.rules.random import Random, RandomLike
+from torchlamp.rules.relaxed import Relaxed, RelaxedLength
 from torchlamp.rules.rule import Rule
+from torchlamp.rules.running import Running
 from torchlamp.rules.strict import Strict
+from torchlamp.rules.topz import TopZ
 
 #: The rules of the package, in the order in which they are listed to the user.
 RULES: dict[str, type[Rule]] = {
@@ -15,6 +20,13 @@ RULES: dict[str, type[Rule]] = {
         Nothing,
         Everything,
         Strict,
+        Relaxed,
+        RelaxedLength,
+        Mass,
+        Running,
+        TopZ,
+        Random,
+        RandomLike,
     )
 }
 
@@ -27,8 +39,10 @@ def rule_names() -> tuple[str, ...]:
 def rule_class(name: str) -> type[Rule]:
     """The class of a rule's name.
 
-    Raises:
-        ValueError: if there is no such rule; the message lists the names and suggests the nearest.
+    Raises
+    ------
+    ValueError
+        If there is no such rule; the message lists the names and suggests the nearest.
     """
     if name in RULES:
         return RULES[name]
@@ -40,8 +54,10 @@ def rule_class(name: str) -> type[Rule]:
 def register(rule: type[Rule]) -> type[Rule]:
     """Add a rule of your own, so that every spelling understands it; usable as a class decorator.
 
-    Raises:
-        ValueError: if the name is taken by another class or could not be read back from a spelling.
+    Raises
+    ------
+    ValueError
+        If the name is taken by another class or could not be read back from a spelling.
     """
     name = rule.name
     if not name or any(character in ":=+," or character.isspace() for character in name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import ClassVar
@@ -19,8 +20,8 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 class Rule(ABC):
     """Which entries of a tile to recompute: a pure function of the tile.
 
-    A rule is a frozen dataclass with at most one field, its parameter, and a line in `registry.py`. Its spelling
-    is `name` or `name:parameter`; `Rule.parse` reads it and `str` writes it.
+    A rule is a frozen dataclass with at most one field, its parameter, and a line in `registry.py`. Its
+    spelling is `name` or `name:parameter`; `Rule.parse` reads it and `str` writes it.
     """
 
     #: The name in the spelling.
@@ -49,8 +50,10 @@ class Rule(ABC):
     def from_parameter(cls, text: str | None) -> Rule:
         """Build the rule from the spelling of its parameter (None: there was no colon).
 
-        Raises:
-            ValueError: if the parameter is missing, unwanted, unreadable or out of range.
+        Raises
+        ------
+        ValueError
+            If the parameter is missing, unwanted, unreadable or out of range.
         """
         if text is not None:
             raise ValueError(f"rule '{cls.name}:{text}': {cls.name} takes no parameter; write '{cls.name}'")
@@ -60,9 +63,12 @@ class Rule(ABC):
     def parse(cls, spelling: str | Rule) -> Rule:
         """Read a rule such as 'strict:0.1', 'none' or 'random-like:strict:0.1'; a `Rule` comes back as it is.
 
-        Raises:
-            ValueError: if the name is unknown or the parameter is not allowed.
-            TypeError: if the spelling is neither a string nor a rule.
+        Raises
+        ------
+        ValueError
+            If the name is unknown or the parameter is not allowed.
+        TypeError
+            If the spelling is neither a string nor a rule.
         """
         if isinstance(spelling, Rule):
             return spelling
@@ -83,9 +89,12 @@ class NumberRule(Rule):
 
     A subclass is a frozen dataclass with one float field; the field is checked when the rule is made.
 
-    Raises:
-        ValueError: if the number is not finite or out of range.
-        TypeError: if it is not a number.
+    Raises
+    ------
+    ValueError
+        If the number is not finite or out of range.
+    TypeError
+        If it is not a number.
     """
 
     #: Smallest and largest parameter allowed; the largest may be infinite, the parameter never is.
@@ -96,14 +105,9 @@ class NumberRule(Rule):
         given = getattr(self, field)
         if isinstance(given, bool) or not isinstance(given, (int, float)):
             raise TypeError(f"rule {self.name}: {field} must be a number, got {given!r}")
-        try:
-            value = float(given)
-        except OverflowError:
-            value = math.inf
-        lowest, highest = self.allowed
-        if not (lowest <= value <= highest) or math.isinf(value):
-            raise ValueError(f"rule '{self.name}:{_spell(value)}': {self._expectation()}")
-        object.__setattr__(self, field, value + 0.0)  # -0.0 becomes 0.0: equal rules have one spelling
+        if not self._allows(given):
+            raise ValueError(f"rule '{self.name}:{given}': {self._expectation()}")
+        object.__setattr__(self, field, float(given) + 0.0)  # -0.0 becomes 0.0: equal rules, one spelling
 
     @property
     def value(self) -> float:
@@ -120,9 +124,15 @@ class NumberRule(Rule):
         """Build the rule from the spelling of its number."""
         if text is None or not text.strip():
             raise ValueError(f"rule '{cls.name}' lacks its number: {cls._expectation()}")
-        if not _NUMBER.fullmatch(text.strip()):
-            raise ValueError(f"rule '{cls.name}:{text}': '{text.strip()}' is no number; {cls._expectation()}")
+        if not _NUMBER.fullmatch(text.strip()) or not cls._allows(float(text)):
+            raise ValueError(f"rule '{cls.name}:{text}': {cls._expectation()}")
         return cls(float(text))  # type: ignore[call-arg]
+
+    @classmethod
+    def _allows(cls, value: float) -> bool:
+        lowest, highest = cls.allowed
+        # Beyond float's range an int can't be converted, but it can be compared.
+        return lowest <= value <= min(highest, sys.float_info.max)
 
     @classmethod
     def _expectation(cls) -> str:

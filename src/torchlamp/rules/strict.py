@@ -16,9 +16,9 @@ class Strict(NumberRule):
     """`strict:T`: recompute j iff 2 z_j (1 - z_j) |y_j| s_j > T.
 
     The left side is the l1 norm of column j of the softmax's Jacobian times y_j: the l1 change of the
-    probabilities per unit of relative error in y_j. Columns decouple, so this is the exact optimum of "leave as
-    many entries low as possible while the 1->1 norm of J diag(y) diag(g) stays <= T". s_j is the slope of a
-    softcap (1 without one). With an attention sink z includes it in the normaliser and the formula stays.
+    probabilities per unit of relative error in y_j. Columns decouple, so this is the exact optimum of "leave
+    as many entries low as possible while the 1->1 norm of J diag(y) diag(g) stays <= T". s_j is the slope of
+    a softcap (1 without one). With an attention sink z includes it in the normaliser and the formula stays.
 
     T >= 0 is that norm; the published grid runs from 1e-3 to 50. Flat and saturated rows may get nothing.
     NaN and infinite scores are selected.

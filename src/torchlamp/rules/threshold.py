@@ -17,8 +17,8 @@ Weight = Literal["strict", "relaxed", "running", "topz"]
 class ThresholdForm:
     """A rule as "recompute where a weight exceeds a threshold", exact enough for a kernel to repeat it.
 
-    With z, y, l, r, s the tile's probabilities, scores, logits, error and slope (s is 1 and its factor left out
-    where the tile has no slope), the weight w_j of entry j in float32, evaluated from left to right, is
+    With z, y, l, r, s the tile's probabilities, scores, logits, error and slope (where the tile has no slope
+    its factor is left out), the weight w_j of entry j in float32, evaluated from left to right, is
 
         strict    (1 - z_j) z_j |y_j| s_j        compared with  T / 2
         running   (1 - z_j) z_j r_j s_j          compared with  T / 2
@@ -26,8 +26,8 @@ class ThresholdForm:
         relaxed   e^(l_j - L) |y_j| s_j          compared with  T_i max_i w_i
 
     where L is the row's largest visible logit, max_i w_i the row's largest visible weight (NaN if any visible
-    weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible keys
-    (formed in float64, rounded once to float32). T and T / 2 are rounded to float32 once.
+    weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible
+    keys (formed in float64, rounded once to float32). T and T / 2 are rounded to float32 once.
 
     Entry j is selected iff it is visible and (not w_j <= its threshold, or y_j is NaN or infinite): an entry
     whose error can't be bounded is recomputed. The one exception is T = +inf, which selects nothing at all,
@@ -42,13 +42,18 @@ class ThresholdForm:
 def exceeds(tile: Tile, weight: Tensor, threshold: float | Tensor) -> Tensor:
     """Visible entries whose weight exceeds the threshold or is NaN, or whose score is not finite.
 
-    Args:
-        tile: for `visible` and `scores`.
-        weight: (..., rows, keys).
-        threshold: a number, or a tensor broadcastable to `weight`.
+    Parameters
+    ----------
+    tile
+        For `visible` and `scores`.
+    weight
+        (..., rows, keys).
+    threshold
+        A number, or a tensor broadcastable to `weight`.
 
-    Returns:
-        bool, the shape of `weight`.
+    Returns
+    -------
+    bool, the shape of `weight`.
     """
     # A comparison with NaN is false, so the question is asked the other way round: what may stay low?
     stays = weight <= threshold

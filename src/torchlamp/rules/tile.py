@@ -16,14 +16,16 @@ class Tile:
     share one dtype (float32 in the attention loop, float64 is welcome in studies) and one device. Rules read
     and never write them.
 
-    Raises:
-        ValueError: if the shapes differ or `visible` is not boolean.
+    Raises
+    ------
+    ValueError
+        If the shapes differ or `visible` is not boolean.
     """
 
     #: y: the low-precision product, scaled and rounded again; before softcap and mask.
     scores: Tensor
-    #: What enters the softmax: y, or softcap(y), plus a bias if the model has one. Meaningless where not visible,
-    #: as are `scores`, `slope` and `error`.
+    #: What enters the softmax: y, or softcap(y), plus a bias if the model has one. Where not visible this is
+    #: meaningless, as are `scores`, `slope` and `error`.
     logits: Tensor
     #: z: softmax of the logits over the visible keys (and the attention sink, if any); 0 where not visible.
     probabilities: Tensor
@@ -69,16 +71,24 @@ class Tile:
     ) -> Tile:
         """Build the tile that a plain attention would show to a rule.
 
-        Args:
-            scores: (..., rows, keys), floating.
-            visible: bool, broadcastable to `scores`; None: everything is visible.
-            softcap: c of the softcap c tanh(y / c), > 0; None: no softcap.
-            sinks: logits of the attention sink, broadcastable to (..., rows, 1); None: no sink.
-            error: r, broadcastable to `scores`.
-            generator: for the random rules.
+        Parameters
+        ----------
+        scores
+            (..., rows, keys), floating.
+        visible
+            Bool, broadcastable to `scores`; None: everything is visible.
+        softcap
+            The c of the softcap c tanh(y / c), > 0; None: no softcap.
+        sinks
+            Logits of the attention sink, broadcastable to (..., rows, 1); None: no sink.
+        error
+            The r of `error`, broadcastable to `scores`.
+        generator
+            For the random rules.
 
-        Returns:
-            The tile; rows without a visible key have probability 0 everywhere.
+        Returns
+        -------
+        The tile; rows without a visible key have probability 0 everywhere.
         """
         shown = torch.ones_like(scores, dtype=torch.bool) if visible is None else visible.expand(scores.shape)
         logits, slope = scores, None
