@@ -39,7 +39,7 @@ class Accumulator:
 
     @classmethod
     def parse(cls, spelling: "str | Format | Accumulator") -> "Accumulator":
-        """The accumulator of that spelling; an `Accumulator` is returned as it is, a `Format` accumulates strictly.
+        """The accumulator of that spelling; an `Accumulator` stays as it is, a `Format` accumulates strictly.
 
         Raises
         ------
@@ -52,7 +52,7 @@ class Accumulator:
             return cls(spelling)
         if not isinstance(spelling, str):
             raise TypeError(
-                f"an accumulator is a spelling like 'ps4' or an Accumulator, got {type(spelling).__name__}: {spelling!r}"
+                f"an accumulator is a spelling like 'ps7/block32', got {type(spelling).__name__} {spelling!r}"
             )
         name, *options = spelling.strip().lower().split("/")
         fused, counts = True, dict[str, int]()
@@ -64,8 +64,8 @@ class Accumulator:
                 counts[match[1]] = int(match[2])
             else:
                 raise ValueError(
-                    f"can't use option {option!r} in accumulator {spelling!r}; allowed behind the format, once each: "
-                    "/unfused, and either /blockB or /promoteB with B >= 1"
+                    f"can't use option {option!r} in accumulator {spelling!r}; allowed behind the format, "
+                    "once each: /unfused, and either /blockB or /promoteB with B >= 1"
                 )
         return cls(Format.parse(name), fused, counts.get("block", 1), counts.get("promote", 0))
 

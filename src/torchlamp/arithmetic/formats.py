@@ -43,7 +43,8 @@ NAMED: dict[str, Grid] = {
 _PS = re.compile(r"ps(\d{1,2})")
 _GENERIC = re.compile(r"(u?)e(\d)m(\d{1,2})")
 _ALLOWED = (
-    f"allowed: ps1..ps23, {', '.join(NAMED)}, eXmY and ueXmY (X 2..8, Y 1..23), each with -sat or -flush behind it"
+    f"allowed: ps1..ps23, {', '.join(NAMED)}, eXmY and ueXmY (X 2..8, Y 1..23), "
+    "with -sat or -flush behind the name if wanted"
 )
 
 
@@ -77,7 +78,7 @@ class Format:
         if isinstance(spelling, Format):
             return spelling
         if not isinstance(spelling, str):
-            raise TypeError(f"a format is a name like 'ps4' or a Format, got {type(spelling).__name__}: {spelling!r}")
+            raise TypeError(f"a format is a name like 'ps4', got {type(spelling).__name__}: {spelling!r}")
         base, *modifiers = spelling.strip().lower().split("-")
         grid = _base_grid(base)
         if grid is None:
@@ -99,7 +100,7 @@ class Format:
 
     @property
     def unit_roundoff(self) -> float:
-        """2^-(mantissa bits + 1): the largest relative error of rounding to nearest, without over- and underflow."""
+        """2^-(mantissa bits + 1): bounds the relative error of rounding to nearest."""
         return 2.0 ** -(self.grid.mantissa_bits + 1)
 
     @property
@@ -114,14 +115,14 @@ class Format:
 
     @property
     def smallest_subnormal(self) -> float:
-        """The smallest positive number: the spacing below the normal numbers; with -flush the smallest normal."""
+        """The smallest positive number; with -flush that is the smallest normal one."""
         if not self.grid.subnormals:
             return self.grid.smallest_normal
         return 2.0 ** (self.grid.min_exponent - self.grid.mantissa_bits)
 
 
 def _base_grid(base: str) -> Grid | None:
-    """The grid of a name without modifiers, None for an unknown one; a number is spelled without leading zeros."""
+    """The grid of a name without modifiers, None for an unknown one; numbers have no leading zeros."""
     if base in NAMED:
         return NAMED[base]
     if (match := _PS.fullmatch(base)) and 1 <= int(match[1]) <= 23 and match[1][0] != "0":

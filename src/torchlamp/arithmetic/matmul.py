@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
     """
     accumulator = Accumulator.parse(accumulate)
     if a.dtype != torch.float32 or b.dtype != torch.float32:
-        raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert them with .float()")
+        raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
     check_no_gradient("matmul", a, b)
     a, b = a.detach(), b.detach()
     left = a.unsqueeze(0) if a.dim() == 1 else a
@@ -44,8 +45,8 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
     if left.dim() == 0 or right.dim() == 0 or left.shape[-1] != right.shape[-2]:
         raise _shapes_error(a, b)
     try:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    except RuntimeError:
+        batch = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    except ValueError:
         raise _shapes_error(a, b) from None
 
     product = _batched(left, right, batch, accumulator)
@@ -56,7 +57,7 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
     return product
 
 
-def _batched(a: Tensor, b: Tensor, batch: torch.Size, accumulator: Accumulator) -> Tensor:
+def _batched(a: Tensor, b: Tensor, batch: tuple[int, ...], accumulator: Accumulator) -> Tensor:
     """Two operands of at least two dimensions, the batch dimensions being known to broadcast to `batch`."""
     rows, columns = a.shape[-2], b.shape[-1]
     if math.prod(batch) == 0:
@@ -75,6 +76,6 @@ def _batched(a: Tensor, b: Tensor, batch: torch.Size, accumulator: Accumulator) 
 
 def _shapes_error(a: Tensor, b: Tensor) -> ValueError:
     return ValueError(
-        f"can't multiply shapes {tuple(a.shape)} and {tuple(b.shape)}: the last dimension of the first must equal "
-        "the second's last but one (its only one for a vector), and the batch dimensions must broadcast"
+        f"can't multiply shapes {tuple(a.shape)} and {tuple(b.shape)}: the last dimension of the first must "
+        "equal the second's last but one (its only one for a vector), and the batch dimensions must broadcast"
     )

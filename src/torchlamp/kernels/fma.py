@@ -1,4 +1,4 @@
-"""A true float32 fused multiply-add in torch, bit for bit what libm's `fmaf` gives, on any device with float64.
+"""A true float32 fused multiply-add in torch, bit for bit what libm's `fmaf` gives, wherever float64 is.
 
 Torch has no such operation whose rounding is promised everywhere, so it is built from exact pieces: the
 product of two float32 numbers is exact in float64; the sum of that and the addend is rounded in float64 to
@@ -7,8 +7,8 @@ would.
 
 References
 ----------
-Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd",
-IEEE Transactions on Computers 57(4), 2008. The error of the sum: Knuth's TwoSum.
+Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to
+odd", IEEE Transactions on Computers 57(4), 2008. The error of the sum: Knuth's TwoSum.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c with one rounding, to nearest-even.
+    """The float32 value of a * b + c with one rounding, to nearest-even.
 
     Parameters
     ----------
@@ -26,18 +26,18 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
     Returns
     -------
-    float32 of the broadcast shape, subnormal results, signed zeros, infinities and NaN as in IEEE 754.
+    float32 of the broadcast shape: subnormal results, signed zeros, infinities and NaN as in IEEE 754.
     """
     product = a.double() * b.double()
     addend = c.double()
     total = product + addend
-    # TwoSum: total + error is the sum exactly. NaN where anything is infinite, and then no comparison below
-    # holds.
+    # TwoSum: total + error is the sum exactly. NaN where anything is infinite; then no comparison holds.
     added = total - product
-    error = (product - (total - added)) + (addend - added)
-    outward = (error > 0) == (total > 0)
-    inexact = (error < 0) | (error > 0)
-    # Round to odd: an inexact sum with an even pattern moves to the neighbour on the side of the error.
+    error = (product - (total - added)).add_(addend - added)
+    error.mul_(total)
+    inward = error < 0
+    inexact = inward | (error > 0)
+    # Round to odd: step back to the truncated sum, then set its last bit where anything was cut off.
     pattern = total.view(torch.int64)
-    step = torch.where(outward, 1, -1) * (inexact & ((pattern & 1) == 0))
-    return (pattern + step).view(torch.float64).float()
+    pattern.sub_(inward.to(torch.int64)).bitwise_or_(inexact)
+    return total.float()

@@ -7,6 +7,10 @@ from torchlamp.kernels import native
 from torchlamp.kernels.specification import Accumulation
 from torchlamp.kernels.twins import products_twin
 
+#: Devices that can't run the twins, which build the fused multiply-add from float64: their tensors go to the
+#: CPU and back.
+WITHOUT_FLOAT64 = frozenset({"mps"})
+
 
 def products(
     a: Tensor,
@@ -50,19 +54,19 @@ def products(
         When an operand isn't float32.
     """
     _check(a, b)
-    if native_runs(a, b):
-        return native.products(a, b, accumulation, scaling, causal, squares)
-    return products_twin(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
-
-
-def native_runs(*tensors: Tensor) -> bool:
-    """Whether the native kernels take these tensors: the extension is there, and all are in main memory."""
-    return all(t.device.type == "cpu" for t in tensors) and native.available()
+    device = a.device
+    if device.type in WITHOUT_FLOAT64:
+        a, b = a.cpu(), b.cpu()
+    if native.supports(a, b):
+        out, sums = native.products(a, b, accumulation, scaling, causal, squares)
+    else:
+        out, sums = products_twin(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
+    return out.to(device), None if sums is None else sums.to(device)
 
 
 def _check(a: Tensor, b: Tensor) -> None:
     if a.dtype != torch.float32 or b.dtype != torch.float32:
-        raise TypeError(f"products take float32 operands, got {a.dtype} and {b.dtype}: convert them with .float()")
+        raise TypeError(f"products take float32 operands, got {a.dtype} and {b.dtype}: convert with .float()")
     fits = a.dim() == 3 and b.dim() == 3 and a.shape[2] == b.shape[1]
     if not fits or a.shape[0] % max(1, b.shape[0]) or (b.shape[0] == 0 and a.shape[0] > 0):
         raise ValueError(

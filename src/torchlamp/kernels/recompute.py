@@ -1,10 +1,10 @@
-"""Recomputing chosen entries of a product in float32: the native kernel where it can run, its torch twin elsewhere."""
+"""Recomputing chosen entries of a product in float32, by the native kernel or by its torch twin."""
 
 import torch
 from torch import Tensor
 
 from torchlamp.kernels import native
-from torchlamp.kernels.products import native_runs
+from torchlamp.kernels.products import WITHOUT_FLOAT64
 from torchlamp.kernels.twins import recompute_twin
 
 
@@ -33,7 +33,11 @@ def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float
         When an operand isn't float32 or the mask isn't bool.
     """
     _check(scores, a, b, mask)
-    if native_runs(scores, a, b, mask):
+    if scores.device.type in WITHOUT_FLOAT64:
+        on_cpu = scores.cpu()
+        recompute(on_cpu, a.cpu(), b.cpu(), mask.cpu(), scaling)
+        scores.copy_(on_cpu)
+    elif native.supports(scores, a, b) and mask.device.type == "cpu":
         native.recompute(scores, a, b, mask, scaling)
     else:
         recompute_twin(scores, a, b, mask, scaling)

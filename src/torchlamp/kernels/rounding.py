@@ -47,7 +47,7 @@ def round_to_grid(
     float32, the shape of `x`; `x` itself where there is nothing to round. NaN stays NaN, whatever the format.
     """
     if mode == "stochastic" and generator is None:
-        raise ValueError("mode='stochastic' needs a generator: pass generator=torch.Generator().manual_seed(0)")
+        raise ValueError("mode 'stochastic' needs a generator, such as torch.Generator().manual_seed(0)")
     if grid.is_float32:
         return x
     if grid.has_float32_range and mode == "nearest_even":
@@ -56,7 +56,7 @@ def round_to_grid(
 
 
 def _round_pattern(x: Tensor, mantissa_bits: int) -> Tensor:
-    """PS(mu) to nearest-even: the signed pattern plus (half - 1 + last kept bit), then the low bits cut off."""
+    """PS(mu) to nearest-even: half - 1 + the last kept bit is added to the pattern, then the low bits go."""
     shift = _FLOAT32_MANTISSA - mantissa_bits
     pattern = x.view(torch.int32)
     rounded = pattern >> shift
@@ -86,17 +86,14 @@ def _round_any(x: Tensor, grid: Grid, mode: Mode, generator: torch.Generator | N
     result = _overflow(result, x, grid, mode)
     if not grid.subnormals:
         result = torch.where(result < grid.smallest_normal, 0.0, result)
-    if grid.signed:
-        result = torch.copysign(result, x)
-    else:
-        result = torch.where(pattern < 0, 0.0, result)
+    result = torch.copysign(result, x) if grid.signed else torch.where(pattern < 0, 0.0, result)
     if not grid.negative_zero:
         result = torch.where(result == 0, 0.0, result)
     return torch.where(x.isnan(), x, result)
 
 
 def _drop(integer: Tensor, shift: int | Tensor, mode: Mode, random: Tensor | None) -> Tensor:
-    """integer / 2^shift, rounded to an integer in the given mode."""
+    """The quotient integer / 2^shift, rounded to an integer in the given mode."""
     if isinstance(shift, int) and shift == 0:
         return integer
     if mode == "toward_zero":

@@ -1,4 +1,4 @@
-"""The readable torch twins of the native kernels: the definition of every accumulation form, and the way without a compiler.
+"""The readable torch twins of the native kernels: the definition, and the way without a compiler.
 
 The order is always k = 0, 1, 2, ... and every operation is elementwise and exactly rounded, so that results
 depend neither on how rows are gathered into slabs nor on threads, batch size or device.
@@ -13,7 +13,7 @@ from torchlamp.kernels.specification import Accumulation, Grid
 
 #: Entries of the result worked on at a time: on a CPU the intermediate tensors should stay in its cache,
 #: elsewhere each operation should be worth its launch.
-_SLAB_ENTRIES_CPU = 2**15
+_SLAB_ENTRIES_CPU = 2**16
 _SLAB_ENTRIES_ELSEWHERE = 2**22
 _FLOAT32 = Grid()
 
@@ -34,25 +34,25 @@ def products_twin(
     shape = (groups, rows, columns)
     out = torch.zeros(shape, dtype=torch.float32, device=a.device)
     sums = torch.zeros_like(out) if squares else None
-    if out.numel() == 0 or depth == 0:
+    if out.numel() == 0:
         return out, sums
 
     # Groups as (shared, group within), so that the shared operand broadcasts instead of being copied.
-    left = a.double().unflatten(0, (shared, groups // shared)).unsqueeze(-1)
+    grouped = (shared, groups // shared, rows)
+    left = a.double().reshape(*grouped, depth, 1)
     right = b.double()[:, None, None]
-    out_view, sums_view = (t if t is None else t.unflatten(0, (shared, -1)) for t in (out, sums))
-    assert out_view is not None
-    entries = _SLAB_ENTRIES_CPU if a.device.type == "cpu" else _SLAB_ENTRIES_ELSEWHERE
-    slab = max(1, entries // (groups * columns))
+    out_grouped = out.view(*grouped, columns)
+    sums_grouped = None if sums is None else sums.view(*grouped, columns)
+    slab = max(1, _slab_entries(a) // (groups * columns))
     for first in range(0, rows, slab):
         last = min(first + slab, rows)
         visible = columns if causal is None else min(columns, last + causal)
         if visible <= 0:
             continue
-        accumulator = _Accumulator(left[:, :, first:last], right[..., :visible], accumulation, squares)
-        out_view[:, :, first:last, :visible] = accumulator.result(scaling)
-        if sums_view is not None:
-            sums_view[:, :, first:last, :visible] = accumulator.squares
+        here = _Sums(left[:, :, first:last], right[..., :visible], accumulation, squares)
+        out_grouped[:, :, first:last, :visible] = here.result(scaling)
+        if sums_grouped is not None and here.squares is not None:
+            sums_grouped[:, :, first:last, :visible] = here.squares
     if causal is not None:
         for tensor in (out, sums):
             if tensor is not None:
@@ -66,10 +66,10 @@ def recompute_twin(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: 
     if b.shape[0] == 0:
         return
     repeats = a.shape[0] // b.shape[0]
-    group, row, column = mask.nonzero(as_tuple=True)
-    entries = _SLAB_ENTRIES_CPU if a.device.type == "cpu" else _SLAB_ENTRIES_ELSEWHERE
-    slab = max(1, entries // max(1, a.shape[2]))
-    for g, i, j in zip(group.split(slab), row.split(slab), column.split(slab), strict=True):
+    marked = mask.nonzero()
+    slab = max(1, _slab_entries(a) // max(1, a.shape[2]))
+    for first in range(0, len(marked), slab):
+        g, i, j = marked[first : first + slab].unbind(1)
         left = a[g, i].double().T.contiguous()
         right = b[g // repeats, :, j].double().T.contiguous()
         total = torch.zeros(len(g), dtype=torch.float32, device=a.device)
@@ -78,8 +78,8 @@ def recompute_twin(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: 
         scores[g, i, j] = total if scaling is None else total * _as_float32(scaling, total)
 
 
-class _Accumulator:
-    """The sums of one slab: `left` (..., rows, K, 1) times `right` (..., 1, K, columns), both float64 holding float32."""
+class _Sums:
+    """The sums of one slab: `left` (..., rows, K, 1) times `right` (..., 1, K, columns), in float64."""
 
     def __init__(self, left: Tensor, right: Tensor, accumulation: Accumulation, squares: bool) -> None:
         self.left, self.right, self.accumulation = left, right, accumulation
@@ -106,7 +106,7 @@ class _Accumulator:
         return total
 
     def _chain(self, start: int, stop: int, grid: Grid, note: bool) -> Tensor:
-        """acc <- round(acc + a_k b_k) for k in start..stop-1, from zero."""
+        """Strict sum over k = start..stop-1 from zero: acc <- round(acc + a_k b_k)."""
         acc = self._zero()
         for k in range(start, stop):
             left, right = self.left[..., k, :], self.right[..., k, :]
@@ -121,10 +121,14 @@ class _Accumulator:
             self.squares = fma(acc, acc, self.squares)
 
     def _zero(self) -> Tensor:
-        shape = torch.broadcast_shapes(self.left[..., 0, :].shape, self.right[..., 0, :].shape)
+        shape = (*self.left.shape[:3], self.right.shape[-1])
         return torch.zeros(shape, dtype=torch.float32, device=self.left.device)
 
 
 def _as_float32(value: float, like: Tensor) -> Tensor:
-    """The scalar as a float32 tensor: torch would multiply by the Python float's own float64 value on some devices."""
+    """The scalar as a float32 tensor: torch may multiply by a Python float in float64."""
     return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def _slab_entries(like: Tensor) -> int:
+    return _SLAB_ENTRIES_CPU if like.device.type == "cpu" else _SLAB_ENTRIES_ELSEWHERE
