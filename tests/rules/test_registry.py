@@ -1,0 +1,46 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from torchlamp.rules import RULES, Rule, Strict, register, rule_class, rule_names
+
+
+def test_names_are_those_of_the_design():
+    names = "none all strict relaxed relaxed-length mass running topz random random-like"
+    assert rule_names() == tuple(names.split())
+    assert all(rule_class(name).name == name for name in rule_names())
+
+
+def test_a_registered_rule_is_understood_everywhere(monkeypatch):
+    monkeypatch.setattr("torchlamp.rules.registry.RULES", dict(RULES))
+
+    @register
+    @dataclass(frozen=True)
+    class First(Rule):
+        name = "first"
+        examples = ("first",)
+
+        def select(self, tile):
+            selected = torch.zeros_like(tile.visible)
+            selected[..., :1] = True
+            return selected & tile.visible
+
+    assert Rule.parse("first") == First()
+    assert str(Rule.parse("random-like:first")) == "random-like:first"
+    with pytest.raises(ValueError, match=r"the rules are .*, first"):
+        Rule.parse("last")
+    assert register(First) is First
+
+
+def test_a_name_is_taken_once(monkeypatch):
+    monkeypatch.setattr("torchlamp.rules.registry.RULES", dict(RULES))
+    other = type("Other", (Strict,), {"name": "strict"})
+    with pytest.raises(ValueError, match="rule name 'strict' is taken by Strict"):
+        register(other)
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "a b", "a=b", "a+b", "a,b"])
+def test_a_name_must_survive_a_spelling(name):
+    with pytest.raises(ValueError, match="must be a word"):
+        register(type("Other", (Strict,), {"name": name}))
