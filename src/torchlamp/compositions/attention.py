@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.compositions.visibility import Visibility, Window, window
+from torchlamp.kernels.attention import fused_attention
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.rules.rule import Rule
@@ -54,6 +55,11 @@ class _Call:
     softcap: float | None
     sinks: Tensor | None
     generator: torch.Generator | None
+
+    @property
+    def error_scale(self) -> float:
+        """Factor from the root of a running sum of squares to the expected error of a score."""
+        return self.accumulator.format.unit_roundoff / 2 * abs(self.scaling)
 
 
 def attention(
@@ -114,12 +120,46 @@ def attention(
         Shapes that don't fit, softcap <= 0, a random rule without a generator.
     """
     _check(query, key, value, softcap, rule, generator)
+    seen = Visibility(mask, causal, bias)
+    call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator)
+    return _fused(call, query, key, value) or _tiled(call, query, key, value)
+
+
+def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
+    """The whole call in one native kernel, for the rules that have a threshold form and where it can serve."""
+    form = call.rule.threshold_form()
+    if form is None or call.seen.bias is not None:
+        return None
+    result = fused_attention(
+        query,
+        key,
+        value,
+        call.accumulator.accumulation,
+        weight=form.weight,
+        threshold=form.threshold,
+        by_length=form.by_length,
+        scaling=call.scaling,
+        error_scale=call.error_scale,
+        mask=call.seen.mask,
+        causal=call.seen.causal,
+        softcap=call.softcap,
+        sinks=call.sinks,
+    )
+    if result is None:
+        return None
+    output, selected, visible = result
+    eligible = visible[:, None, :, 0].to(torch.int64).expand(selected.shape)
+    return AttentionResult(output, eligible, selected.to(torch.int64), visible[:, :, 1].to(torch.int64))
+
+
+def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
+    """The readable form, for every rule, mask and device: a loop over tiles of query rows."""
     batch, heads, queries, _ = query.shape
+    generator, sinks = call.generator, call.sinks
     output = query.new_empty(batch, queries, heads, value.shape[-1])
     eligible = torch.zeros(batch, heads, queries, dtype=torch.int64, device=query.device)
     selected = torch.zeros_like(eligible)
     last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
-    call = _Call(accumulator, rule, scaling, Visibility(mask, causal, bias), softcap, sinks, generator)
     start = generator.get_state() if generator is not None else None
     for sample in range(batch):
         if generator is not None and start is not None:
@@ -165,7 +205,7 @@ def _tile(
     probabilities = _softmax(logits, hidden, call.sinks)
     error = None
     if squares is not None:
-        error = squares.sqrt_().mul_(call.accumulator.format.unit_roundoff / 2 * abs(call.scaling))
+        error = squares.sqrt_().mul_(call.error_scale)
     tile = Tile(
         scores=scores[None],
         logits=logits[None],

@@ -1,0 +1,12 @@
+// The kernels compiled for avx512; the flags are in CMakeLists.txt.
+#define LAMP_ISA avx512
+#include "drive_attention.hpp"
+
+namespace lamp {
+
+const Kernels& avx512_kernels() {
+  static const Kernels kernels{"avx512", avx512::products, avx512::recompute, avx512::attention};
+  return kernels;
+}
+
+}  // namespace lamp

@@ -1,0 +1,12 @@
+// The kernels compiled for portable; the flags are in CMakeLists.txt.
+#define LAMP_ISA portable
+#include "drive_attention.hpp"
+
+namespace lamp {
+
+const Kernels& portable_kernels() {
+  static const Kernels kernels{"portable", portable::products, portable::recompute, portable::attention};
+  return kernels;
+}
+
+}  // namespace lamp

@@ -1,0 +1,113 @@
+#include "pool.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace lamp {
+namespace {
+
+long process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+  return static_cast<long>(::getpid());
+#else
+  return 0;
+#endif
+}
+
+// One call's items, shared by the threads that work on it.
+struct Job {
+  const std::function<void(std::ptrdiff_t)>& body;
+  const std::ptrdiff_t items;
+  std::atomic<std::ptrdiff_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_lock;
+
+  void work() {
+    for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+      try {
+        body(i);
+      } catch (...) {
+        const std::lock_guard<std::mutex> guard(error_lock);
+        if (!error) error = std::current_exception();
+        next.store(items, std::memory_order_relaxed);
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  bool run(int helpers, Job& job) {
+    const std::unique_lock<std::mutex> one_caller(callers_, std::try_to_lock);
+    if (!one_caller) return false;
+    {
+      const std::lock_guard<std::mutex> guard(lock_);
+      while (static_cast<int>(workers_.size()) < helpers) {
+        const int index = static_cast<int>(workers_.size());
+        workers_.emplace_back([this, index, seen = round_] { loop(index, seen); });
+      }
+      job_ = &job, wanted_ = helpers, running_ = helpers, ++round_;
+    }
+    wake_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> guard(lock_);
+    done_.wait(guard, [this] { return running_ == 0; });
+    job_ = nullptr;
+    return true;
+  }
+
+ private:
+  void loop(int index, unsigned long seen) {
+    for (;;) {
+      Job* job;
+      {
+        std::unique_lock<std::mutex> guard(lock_);
+        wake_.wait(guard, [&] { return round_ != seen; });
+        seen = round_;
+        if (index >= wanted_) continue;
+        job = job_;
+      }
+      job->work();
+      const std::lock_guard<std::mutex> guard(lock_);
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex callers_, lock_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  int wanted_ = 0, running_ = 0;
+  unsigned long round_ = 0;
+};
+
+// The pool is never destroyed: its threads sleep until the process ends. A forked child has none of its parent's
+// threads, so it starts a pool of its own.
+Pool& pool() {
+  static std::mutex lock;
+  static Pool* current = nullptr;
+  static long owner = 0;
+  const std::lock_guard<std::mutex> guard(lock);
+  if (!current || owner != process_id()) current = new Pool, owner = process_id();
+  return *current;
+}
+
+}  // namespace
+
+void parallel(int threads, std::ptrdiff_t items, const std::function<void(std::ptrdiff_t)>& body) {
+  Job job{body, items, {}, {}, {}};
+  const std::ptrdiff_t helpers = std::min<std::ptrdiff_t>(threads, items) - 1;
+  if (helpers < 1 || !pool().run(static_cast<int>(helpers), job)) job.work();
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace lamp

@@ -1,0 +1,80 @@
+"""Attention under a threshold rule in one native call.
+
+The native kernel does for the threshold rules what the torch tile loop of `torchlamp.compositions.attention` does for
+every rule; that loop is its twin. Scores, and therefore what a rule is shown, agree bit for bit; exponentials agree to
+about one unit in the last place, so an entry whose weight lies that close to the threshold may be decided otherwise.
+"""
+
+from torch import Tensor
+
+from torchlamp.kernels import native
+from torchlamp.kernels.specification import Accumulation
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    accumulation: Accumulation,
+    *,
+    weight: str,
+    threshold: float,
+    by_length: bool,
+    scaling: float,
+    error_scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Attend with low-precision scores, recomputing in float32 those whose weight exceeds the threshold.
+
+    Parameters
+    ----------
+    query, key, value
+        float32 (B, H, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, Dv).
+    accumulation
+        How the scores are summed.
+    weight, threshold, by_length
+        The rule, as `torchlamp.rules.ThresholdForm` describes it.
+    scaling
+        Factor of the scores.
+    error_scale
+        For the weight `running`: r = error_scale * sqrt(sum of squares).
+    mask
+        bool (B or 1, 1, Lq, Lk), True = visible, or None.
+    causal
+        Query i sees keys 0..i. Not together with `mask`.
+    softcap
+        c > 0: logits are c tanh(score / c).
+    sinks
+        float32 (H,): a logit per head that enters the normaliser but has no value.
+
+    Returns
+    -------
+    Output float32 (B, Lq, H, Dv); recomputed entries int32 (B, H, Lq); int32 (B, Lq, 2): how many keys each query
+    sees, and the index of the last one (-1: none). Or None where the native kernel doesn't serve: no extension,
+    tensors that aren't float32 on the CPU, a mask for each head, or the weight `relaxed` with sinks.
+    """
+    served = (
+        native.supports(query, key, value, sinks)
+        and (mask is None or (mask.device.type == "cpu" and mask.shape[1] == 1 and not causal))
+        and not (weight == "relaxed" and sinks is not None)
+    )
+    if not served:
+        return None
+    return native.attention(
+        query,
+        key,
+        value,
+        accumulation,
+        weight=weight,
+        threshold=threshold,
+        by_length=by_length,
+        scaling=scaling,
+        error_scale=error_scale,
+        mask=None if mask is None else mask[:, 0].expand(query.shape[0], -1, -1),
+        causal=causal,
+        softcap=softcap,
+        sinks=sinks,
+    )
