@@ -126,7 +126,7 @@ def attention(
 
 
 def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
-    """The whole call in one native kernel, for the rules that have a threshold form and where it can serve."""
+    """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
     if form is None or call.seen.bias is not None:
         return None

@@ -103,7 +103,9 @@ class Policy:
         for part in _SITE_SEPARATOR.split(text):
             site, equals, policy = (piece.strip() for piece in part.partition("="))
             if not equals:
-                raise ValueError(f"{part.strip()!r} in policy {text!r} names no site: write site=format+rule")
+                raise ValueError(
+                    f"{part.strip()!r} in policy {text!r} names no site: write site=accumulator+rule"
+                )
             _check_site(site)
             if site in sites:
                 raise ValueError(f"site {site!r} appears twice in policy {text!r}: give each site once")

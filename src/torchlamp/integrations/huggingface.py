@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -144,5 +145,6 @@ def _seat(model: nn.Module, run: Run) -> None:
         place(module, Seat(run))
 
 
-AttentionInterface.register(NAME, lamp_attention)
+# It counts, and calls kernels that a compiler can't see into (transformers compiles static-cache decoding).
+AttentionInterface.register(NAME, torch.compiler.disable(lamp_attention))
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -120,8 +120,8 @@ def lamp_attention(
     if seat is None:
         raise RuntimeError(
             f"{type(module).__name__} runs the attention 'lamp' but has no policy: use "
-            "torchlamp.lookahead(model, policy), or torchlamp.attach(model, policy) first (a model that shares "
-            "its config object with another shares the implementation, too: give it a copy of the config)"
+            "torchlamp.lookahead(model, policy), or torchlamp.attach(model, policy) first (models that share "
+            "one config object share the implementation, too: give each its own copy)"
         )
     if query.dtype != torch.float32:
         raise TypeError(
