@@ -101,6 +101,8 @@ def test_equal_probabilities_go_in_the_order_of_their_keys():
     tile = from_probabilities([0.125] * 8)
     assert Mass(0.75).select(tile).tolist() == [[True] * 4 + [False] * 4]
     assert Mass(1).select(tile).tolist() == [[True] * 6 + [False] * 2]
+    many = from_probabilities([2.0**-12] * 4096)  # an unstable sort of so many does move equal entries
+    assert torch.equal(Mass(0.5).select(many)[0], torch.arange(4096) < 2046)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -142,6 +144,13 @@ def test_a_row_of_unknown_probabilities_is_recomputed(bad):
 
 def test_an_entry_overflowing_downwards_is_recomputed():
     assert Mass(0).select(row([1.0, -math.inf, 0.5])).tolist() == [[False, True, False]]
+
+
+def test_a_device_without_float64_lets_the_cpu_do_it(monkeypatch):
+    tile = random_tile(2, 3, 5, 9)
+    expected = Mass(0.9).select(tile)
+    monkeypatch.setattr("torchlamp.rules.mass.WITHOUT_FLOAT64", {"cpu"})
+    assert torch.equal(Mass(0.9).select(tile), expected)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))

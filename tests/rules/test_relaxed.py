@@ -126,5 +126,12 @@ def test_mean_threshold_over_a_causal_triangle(threshold, mean):
     assert float(share.mean()) == pytest.approx(mean, rel=5e-3)
 
 
+def test_a_device_without_float64_lets_the_cpu_do_it(monkeypatch):
+    tile = random_tile(2, 3, 5, 9)
+    expected = RelaxedLength(0.03).select(tile)
+    monkeypatch.setattr("torchlamp.rules.relaxed.WITHOUT_FLOAT64", {"cpu"})
+    assert torch.equal(RelaxedLength(0.03).select(tile), expected)
+
+
 def test_causal_rows_have_their_own_lengths():
     assert causal(3, 5).sum(dim=-1).tolist() == [3, 4, 5]

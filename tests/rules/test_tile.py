@@ -35,6 +35,15 @@ def test_softcap_slope_is_the_derivative_of_the_logits():
     torch.testing.assert_close(tile.slope, gradient)
 
 
+def test_a_tile_moves_as_a_whole():
+    tile = random_tile(1, 2, 3, 4, softcap=2.0)
+    moved = tile.to("meta")
+    for name in ("scores", "logits", "probabilities", "visible", "slope", "error"):
+        assert getattr(moved, name).device.type == "meta"
+    assert moved.generator is tile.generator
+    assert Tile.from_scores(tile.scores).to("meta").slope is None
+
+
 @pytest.mark.parametrize("name", ["logits", "probabilities", "visible", "slope", "error"])
 def test_shapes_must_agree(name):
     tile = random_tile(1, 2, 3, 4, softcap=2.0)

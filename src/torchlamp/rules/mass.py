@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlamp.kernels.products import WITHOUT_FLOAT64
 from torchlamp.rules.rule import NumberRule
 from torchlamp.rules.threshold import exceeds
 from torchlamp.rules.tile import Tile
@@ -40,6 +41,9 @@ class Mass(NumberRule):
         """Entries of the smallest prefix that holds the mass."""
         if tile.scores.shape[-1] == 0:  # a minimum over nothing is an error in torch
             return torch.zeros_like(tile.visible)
+        home = tile.scores.device
+        if home.type in WITHOUT_FLOAT64:
+            tile = tile.to("cpu")
         z = tile.probabilities
         smallest = z.masked_fill(~tile.visible, torch.inf).amin(dim=-1, keepdim=True).to(torch.float64)
         # Below every probability, so that keys out of sight come last and are in nobody's sum.
@@ -49,4 +53,4 @@ class Mass(NumberRule):
         elsewhere = (1.0 - sums[..., -1:]).clamp_(min=0.0)
         larger = torch.cat([torch.zeros_like(elsewhere), sums[..., :-1]], dim=-1).add_(elsewhere)
         covered = torch.empty_like(larger).scatter_(-1, order, larger).add_(2 * smallest)
-        return exceeds(tile, covered.neg_(), -self.mass)
+        return exceeds(tile, covered.neg_(), -self.mass).to(home)

@@ -36,7 +36,7 @@ class Random(NumberRule):
             If the tile has no `generator`, or one that is not on the CPU.
         """
         # float64: a float32 draw is a multiple of 2^-24, too coarse for small rates.
-        return (_draw(tile, self, torch.float64) < self.rate) & tile.visible
+        return (_draw(tile, self, torch.float64) < self.rate).to(tile.scores.device) & tile.visible
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RandomLike(Rule):
             If the tile has no `generator`, or one that is not on the CPU.
         """
         counts = self.rule.select(tile).sum(dim=-1)
-        return _lowest(_draw(tile, self, torch.float32), tile.visible, counts)
+        return _lowest(_draw(tile, self, torch.float32).to(tile.scores.device), tile.visible, counts)
 
     @property
     def parameter(self) -> str:
@@ -96,14 +96,14 @@ class RandomLike(Rule):
 
 
 def _draw(tile: Tile, rule: Rule, dtype: torch.dtype) -> Tensor:
-    """Uniform numbers in [0, 1) for every entry, the same for all sequences of a batch; batch size 1."""
+    """Uniform numbers in [0, 1) on the CPU for every entry, batch size 1: all sequences share them."""
     if tile.generator is None:
         raise ValueError(f"rule '{rule}' needs random numbers: give the tile a torch.Generator")
     if tile.generator.device.type != "cpu":
         raise ValueError(f"rule '{rule}': its generator is on {tile.generator.device}, it must be on the CPU")
     shape = tile.scores.shape
     drawn = torch.Size((1, *shape[1:])) if len(shape) > 2 else shape
-    return torch.rand(drawn, generator=tile.generator, dtype=dtype).to(tile.scores.device)
+    return torch.rand(drawn, generator=tile.generator, dtype=dtype)
 
 
 def _lowest(draw: Tensor, visible: Tensor, counts: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlamp.kernels.products import WITHOUT_FLOAT64
 from torchlamp.rules.rule import NumberRule
 from torchlamp.rules.threshold import ThresholdForm, exceeds
 from torchlamp.rules.tile import Tile
@@ -69,9 +70,11 @@ class RelaxedLength(NumberRule):
     def select(self, tile: Tile) -> Tensor:
         """Entries whose weight exceeds T_i times the largest of their row."""
         weight, largest = _weight(tile)
-        length = tile.visible.sum(dim=-1, keepdim=True).to(torch.float64)
-        share = (self.threshold * (REFERENCE_LENGTH / length).sqrt()).clamp(max=1.0)
-        return exceeds(tile, weight, share.to(largest.dtype) * largest)
+        length = tile.visible.sum(dim=-1, keepdim=True)
+        if length.device.type in WITHOUT_FLOAT64:
+            length = length.cpu()
+        share = (self.threshold * (REFERENCE_LENGTH / length.to(torch.float64)).sqrt()).clamp(max=1.0)
+        return exceeds(tile, weight, share.to(largest) * largest)
 
     def threshold_form(self) -> ThresholdForm:
         """Weight "relaxed", by length."""

@@ -58,6 +58,18 @@ class Tile:
         if self.visible.dtype != torch.bool:
             raise ValueError(f"visible has dtype {self.visible.dtype}: it must be torch.bool")
 
+    def to(self, device: torch.device | str) -> Tile:
+        """Return the tile with its tensors on another device; the generator stays on the CPU."""
+        return Tile(
+            self.scores.to(device),
+            self.logits.to(device),
+            self.probabilities.to(device),
+            self.visible.to(device),
+            None if self.slope is None else self.slope.to(device),
+            None if self.error is None else self.error.to(device),
+            self.generator,
+        )
+
     @classmethod
     def from_scores(
         cls,
