@@ -4,12 +4,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator, round_to
 from torchlamp.compositions import attention
+from torchlamp.kernels import native
 from torchlamp.rules import RULES, Rule, Tile
+
+KERNELS = ["torch", native.instruction_set()] if native.available() else ["torch"]
+
+
+@pytest.fixture(params=KERNELS, autouse=True)
+def kernels(request, monkeypatch):
+    """The tile loop over the torch twins, and whatever runs natively."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
+
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 SCALING = 0.4
@@ -333,7 +343,7 @@ def test_operands_of_any_strides_and_unused_cache_slots():
     assert torch.equal(longer.eligible, expected.eligible)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 3),
     queries=st.integers(1, 70),

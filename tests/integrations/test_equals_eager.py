@@ -7,9 +7,17 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import torchlamp
+from torchlamp.kernels import native
 
+KERNELS = ["torch", native.instruction_set()] if native.available() else ["torch"]
 EXACT = ("ps23+none", "ps4+all")
 CASES = ("one", "short", "longer than a tile", "batch", "left", "right")
+
+
+@pytest.fixture(params=KERNELS, autouse=True)
+def kernels(request, monkeypatch):
+    """The tile loop over the torch twins, and whatever runs natively."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
 
 
 def assert_close(actual, expected):
