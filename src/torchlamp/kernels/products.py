@@ -57,7 +57,8 @@ def products(
     device = a.device
     if device.type in WITHOUT_FLOAT64:
         a, b = a.cpu(), b.cpu()
-    if native.supports(a, b):
+    empty = 0 in (a.shape[0], a.shape[1], b.shape[2])
+    if not empty and native.supports(a, b):
         out, sums = native.products(a, b, accumulation, scaling, causal, squares)
     else:
         out, sums = products_twin(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)

@@ -33,12 +33,17 @@ def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float
         When an operand isn't float32 or the mask isn't bool.
     """
     _check(scores, a, b, mask)
+    if scores.numel() == 0:
+        return
     if scores.device.type in WITHOUT_FLOAT64:
         on_cpu = scores.cpu()
         recompute(on_cpu, a.cpu(), b.cpu(), mask.cpu(), scaling)
         scores.copy_(on_cpu)
     elif native.supports(scores, a, b) and mask.device.type == "cpu":
-        native.recompute(scores, a, b, mask, scaling)
+        contiguous = scores.contiguous()
+        native.recompute(contiguous, a, b, mask, scaling)
+        if contiguous is not scores:
+            scores.copy_(contiguous)
     else:
         recompute_twin(scores, a, b, mask, scaling)
 

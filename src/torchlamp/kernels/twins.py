@@ -63,9 +63,7 @@ def products_twin(
 @torch.no_grad()
 def recompute_twin(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
     """The torch twin of `torchlamp.kernels.recompute.recompute`, which documents the arguments."""
-    if b.shape[0] == 0:
-        return
-    repeats = a.shape[0] // b.shape[0]
+    repeats = a.shape[0] // max(1, b.shape[0])
     marked = mask.nonzero()
     slab = max(1, _slab_entries(a) // max(1, a.shape[2]))
     for first in range(0, len(marked), slab):

@@ -1,0 +1,17 @@
+import pytest
+
+from torchlamp.kernels import native
+
+NATIVE = [name for name, state in native.features().items() if state in ("in use", "available")]
+
+
+@pytest.fixture(params=["torch", *NATIVE])
+def implementation(request, monkeypatch):
+    """The torch twins, then every native instruction set that this machine runs."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
+
+
+@pytest.fixture(params=NATIVE)
+def instruction_set(request, monkeypatch):
+    """Every native instruction set that this machine runs, for comparison with the twins."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
