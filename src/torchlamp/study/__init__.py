@@ -1,0 +1,1 @@
+"""Studies on real models and text: loading, metrics, evaluation, results."""

@@ -1,0 +1,156 @@
+"""A cache of converted models: entries are whole folders, written atomically and verified at every use.
+
+An entry holds a manifest with the SHA-256 of every 16 MiB piece of every file. Pieces are hashed by a few
+threads, so that checking half a gigabyte takes a few tenths of a second and a flipped byte or a cut file
+never goes unnoticed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_PIECE = 1 << 24
+
+logger = logging.getLogger("torchlamp.cache")
+
+
+def cache_folder() -> Path:
+    """``$TORCHLAMP_CACHE``, ``$XDG_CACHE_HOME/torchlamp`` or ``~/.cache/torchlamp``; it need not exist."""
+    if own := os.environ.get("TORCHLAMP_CACHE"):
+        return Path(own).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "torchlamp"
+    return Path.home() / ".cache" / "torchlamp"
+
+
+def find_problem(entry: Path) -> str | None:
+    """What is wrong with an entry, in a few words; None if every byte is as it was written."""
+    try:
+        manifest = json.loads((entry / MANIFEST).read_bytes())
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if manifest["digest"] != _digest(files):
+            return f"{MANIFEST} was changed"
+        for name, expected in files.items():
+            size = (entry / name).stat().st_size
+            if size != expected["size"]:
+                return f"{name} has {size} bytes instead of {expected['size']}"
+        for name, expected in files.items():
+            if _pieces(entry / name) != expected["sha256"]:
+                return f"{name} has changed content"
+    except OSError as error:
+        return f"{Path(error.filename or entry).name} can't be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is unreadable"
+    return None
+
+
+@contextmanager
+def locked(entry: Path) -> Iterator[None]:
+    """Make the cache folder if need be, and keep other processes from writing this entry.
+
+    Raises
+    ------
+    OSError
+        The cache folder can't be made or written.
+    """
+    # Comes with torch; imported here, so that reading an entry needs no lock and works on a read-only disk.
+    from filelock import FileLock, Timeout
+
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(entry.parent / f".{entry.name}.lock"))
+    try:
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        logger.info("another process is converting this model; waiting for it")
+        lock.acquire()
+    except NotImplementedError:
+        # A file system without locks: two writers then do the work twice, and the renames still keep entries
+        # whole.
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def store(entry: Path, fill: Callable[[Path], None]) -> None:
+    """Write an entry: `fill` writes files into a new folder, which then takes the entry's place in one step.
+
+    Call it within `locked`. What earlier writers of this entry left behind when they were killed is removed.
+
+    Raises
+    ------
+    OSError
+        A file couldn't be written (a full disk, for example); the entry is then as it was before.
+    """
+    prefix = f".{entry.name}.tmp-"
+    for leftover in entry.parent.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
+    try:
+        fill(folder)
+        files = {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _pieces(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        (folder / MANIFEST).write_text(json.dumps({"digest": _digest(files), "files": files}, indent=1))
+        for path in folder.rglob("*"):
+            _flush(path)
+        if entry.exists():
+            entry.rename(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
+        folder.rename(entry)
+        _flush(entry.parent)
+    finally:
+        for leftover in entry.parent.glob(f"{prefix}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def entry_size(entry: Path) -> int:
+    """Bytes that an entry takes; 0 if it isn't there."""
+    return sum(path.stat().st_size for path in entry.rglob("*") if path.is_file())
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _pieces(path: Path) -> list[str]:
+    """SHA-256 of each piece of a file, in order."""
+    size = path.stat().st_size
+
+    def hash_piece(start: int) -> str:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(_PIECE)).hexdigest()
+
+    # Hashing and reading release the interpreter's lock.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return list(pool.map(hash_piece, range(0, size, _PIECE)))
+
+
+def _flush(path: Path) -> None:
+    """Have the disk keep a file's content, or a folder's names where the system allows that."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows doesn't open folders
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

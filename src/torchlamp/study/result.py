@@ -1,0 +1,123 @@
+"""The result of an evaluation, and its JSON."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+Role = Literal["tested", "reference", "plain", "random-like"]
+#: `policy` of the float32 run: the model as it is, its attention not replaced by anything.
+REFERENCE_POLICY = "float32 (reference)"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one policy against the float32 reference, and of the baselines run beside it.
+
+    KL is KL(reference || tested) per token in nats, in float64. Means and rates are over all tokens of all
+    windows; cross entropies, and what comes from them, over all tokens but the first of each window.
+    """
+
+    #: Name or path of the model.
+    model: str
+    #: Name of the text, or several joined by ", ".
+    text: str
+    #: Windows evaluated (those finished, if partial) and tokens in each.
+    windows: int
+    window_length: int
+    #: Spelling of the policy; `REFERENCE_POLICY` for the float32 run.
+    policy: str
+    kl_mean: float
+    #: From the windows' means if there are two windows or more, else as if tokens were independent.
+    kl_standard_error: float
+    #: As if tokens were independent: too small, and comparable with tools that report this one.
+    kl_token_standard_error: float
+    #: Keys "1", "5", "50", "95", "99", "99.9", "max".
+    kl_percentiles: dict[str, float]
+    #: Share of tokens after which the most probable next token differs, and its binomial standard error.
+    flip_rate: float
+    flip_standard_error: float
+    #: exp of the mean over windows of the mean cross entropy.
+    perplexity: float
+    reference_perplexity: float
+    #: ln(perplexity / reference_perplexity), and its standard error, formed as that of the KL.
+    log_perplexity_ratio: float
+    log_perplexity_ratio_standard_error: float
+    #: Root mean square change of the correct token's probability.
+    rms_delta_p: float
+    #: Selected / eligible scores over all windows; per layer; and rows with at least one selected score / all
+    #: rows.
+    recompute_rate: float
+    recompute_rate_by_layer: list[float]
+    rows_touched: float
+    #: Wall time: of the whole evaluation in the tested policy's result, of the run alone in a comparison's.
+    seconds: float
+    #: The part of `seconds` spent in the model's forward passes.
+    forward_seconds: float
+    #: Seed of the random baselines.
+    seed: int
+    #: True if the evaluation was interrupted; the finished windows count.
+    partial: bool
+    #: SHA-256 of the evaluated tokens (int64, little endian, window after window).
+    tokens_sha256: str
+    #: What this run is for: "tested", or in `comparisons` "reference", "plain", "random-like".
+    role: Role
+    environment: dict[str, Any]
+    comparisons: tuple["Result", ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionaries, lists, strings and numbers; a comparison has the same keys but for `comparisons`."""
+        record = asdict(self)
+        record["comparisons"] = [c.to_dict() for c in self.comparisons]
+        if self.role != "tested":
+            del record["comparisons"]
+        return record
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Strict JSON: figures that are not finite (a format that overflowed) are null."""
+        return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Result":
+        """The inverse of `to_dict`; null becomes NaN, and keys that this version doesn't know are dropped.
+
+        Raises
+        ------
+        ValueError
+            A key is missing.
+        """
+        known = {f.name: f.type for f in fields(cls)}
+        missing = [name for name in known if name not in record and name != "comparisons"]
+        if missing:
+            raise ValueError(f"this is no result of an evaluation: {', '.join(missing)} missing")
+        values: dict[str, Any] = {
+            name: _number(value) if known[name] is float else value
+            for name, value in record.items()
+            if name in known
+        }
+        values["kl_percentiles"] = {k: _number(v) for k, v in record["kl_percentiles"].items()}
+        values["recompute_rate_by_layer"] = [_number(v) for v in record["recompute_rate_by_layer"]]
+        values["comparisons"] = tuple(cls.from_dict(c) for c in record.get("comparisons", ()))
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """The inverse of `to_json`; figures written as null come back as NaN. ValueError if it is none."""
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("this is no result of an evaluation: a JSON object is expected")
+        return cls.from_dict(record)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

@@ -1,0 +1,122 @@
+"""Text to evaluate on, and how it is cut into windows of tokens."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlamp.study.quiet import quiet_transformers
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and the name it has in results."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the text in UTF-8, as hexadecimal digits."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def default_text() -> Text:
+    """English technical prose that comes with every Python: all topics of `pydoc_data.topics`.
+
+    The topics stand in the order of their names, each without white space at its ends, with one empty line
+    between them. The text differs a little between Python versions; its hash is in every result.
+    """
+    from pydoc_data import topics
+
+    content = "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics))
+    return Text("pydoc_data.topics", content)
+
+
+def read_text(path: str | Path) -> Text:
+    """A text file in UTF-8; line ends stay as they are in the file, and a byte-order mark is dropped.
+
+    Raises
+    ------
+    OSError
+        The file can't be read.
+    ValueError
+        It is not UTF-8; the message says at which byte.
+    """
+    try:
+        raw = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise OSError(f"text file {str(path)!r} can't be read: {error.strerror or error}") from error
+    try:
+        content = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text file {str(path)!r} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start} "
+            "can't be read; convert it to UTF-8"
+        ) from error
+    return Text(str(path), content.removeprefix("\ufeff"))
+
+
+def cut_windows(tokenizer: Any, texts: Sequence[Text], count: int = 8, length: int = 512) -> Tensor:
+    """Cut the start of each text into consecutive, non-overlapping windows.
+
+    Each text is tokenised once, as a whole, with the tokenizer's default special tokens, so a leading special
+    token appears in a text's first window only.
+
+    Parameters
+    ----------
+    tokenizer : transformers tokenizer
+        The model's own.
+    texts : sequence of Text
+        At least one.
+    count : int
+        Windows of each text, at least 1.
+    length : int
+        Tokens of a window, at least 2 (every token but the first is predicted).
+
+    Returns
+    -------
+    Tensor
+        int64 (texts * count, length), in the order of the texts.
+
+    Raises
+    ------
+    ValueError
+        A text is too short, and then the message says how many tokens it has; count or length is out of
+        range.
+    """
+    if count < 1:
+        raise ValueError(f"{count} windows: at least 1 is needed")
+    if length < 2:
+        raise ValueError(
+            f"window length {length}: a window needs at least 2 tokens, one to see and one to predict"
+        )
+    rows = [_tokens(tokenizer, text, count, length).view(count, length) for text in texts]
+    if not rows:
+        raise ValueError("no text given: at least one is needed")
+    return torch.cat(rows)
+
+
+def check_context(model: Any, length: int) -> None:
+    """ValueError if windows of `length` tokens don't fit the model's context."""
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if isinstance(context, int) and length > context:
+        raise ValueError(f"window length {length} is longer than the model's context of {context} tokens")
+
+
+def _tokens(tokenizer: Any, text: Text, count: int, length: int) -> Tensor:
+    with quiet_transformers():
+        tokens = tokenizer(text.content)["input_ids"]
+    if len(tokens) < count * length:
+        possible = len(tokens) // length
+        advice = f"at most {possible} of that length fit" if possible else "shorten the windows"
+        raise ValueError(
+            f"text {text.name!r} has {len(tokens)} tokens, but {count} windows of {length} need "
+            f"{count * length}: {advice}"
+        )
+    return torch.tensor(tokens[: count * length], dtype=torch.int64)
