@@ -40,6 +40,9 @@ NAMED: dict[str, Grid] = {
     "e3m2fn": _finite_only(3, 2),
 }
 
+#: What these formats are called elsewhere: not accepted, so that every format has one name, but understood.
+_ELSEWHERE = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "fp8": "e4m3fn"}
+
 _PS = re.compile(r"ps(\d{1,2})")
 _GENERIC = re.compile(r"(u?)e(\d)m(\d{1,2})")
 _ALLOWED = (
@@ -136,5 +139,5 @@ def _base_grid(base: str) -> Grid | None:
 
 def _suggestion(base: str) -> str:
     known = [*NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24))]
-    nearest = difflib.get_close_matches(base, known, n=1)
+    nearest = [_ELSEWHERE[base]] if base in _ELSEWHERE else difflib.get_close_matches(base, known, n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,7 +1,5 @@
 """Matrix products whose accumulator is rounded, with the shapes of `torch.matmul`."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,8 +57,8 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
 
 def _batched(a: Tensor, b: Tensor, batch: tuple[int, ...], accumulator: Accumulator) -> Tensor:
     """Two operands of at least two dimensions, the batch dimensions being known to broadcast to `batch`."""
-    rows, columns = a.shape[-2], b.shape[-1]
-    if math.prod(batch) == 0:
+    rows, depth, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+    if 0 in (*batch, rows, depth, columns):
         return a.new_zeros((*batch, rows, columns))
     # The kernel shares one b among consecutive groups. So the batch dimensions along which b repeats go last,
     # and b is neither expanded nor copied for them.
