@@ -63,6 +63,7 @@ void require(bool condition, const char* message) {
 
 template <class A>
 bool row_major(const A& x) {
+  if (x.size() == 0) return true;
   std::int64_t stride = 1;
   for (std::size_t d = x.ndim(); d-- > 0; stride *= static_cast<std::int64_t>(x.shape(d)))
     if (x.shape(d) > 1 && x.stride(d) != stride) return false;

@@ -128,15 +128,18 @@ def products(
 def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
     """`torchlamp.kernels.recompute.recompute` on CPU float32 tensors; same arguments, same result, bit for bit."""
     module, _ = _load()
+    whole = scores.contiguous()  # the same tensor where nothing is to be gathered
     module.recompute(
         instruction_set(),
-        scores,
+        whole,
         a.detach(),
         b.detach(),
         _bytes(mask),
         scaling,
         torch.get_num_threads(),
     )
+    if whole is not scores:
+        scores.copy_(whole)
 
 
 def attention(
