@@ -61,7 +61,7 @@ GFLOAT = {
 
 
 def inputs():
-    """All 16-bit patterns as bfloat16 and as float16, and random float32 patterns, a part of them subnormal."""
+    """All 16-bit patterns as bfloat16 and float16, and random float32 patterns, part of them subnormal."""
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(-(2**31), 2**31, (2**17,), generator=generator).to(torch.int32)

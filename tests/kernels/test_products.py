@@ -96,13 +96,13 @@ def test_sizes_that_fill_no_vector_equal_the_twin(instruction_set, spelling):
             assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*REPRESENTATIVE, "ps7", "e5m2", "e2m1fn"])
 def test_one_term_is_a_rounding(instruction_set, name):
     # Every 16-bit pattern as bfloat16 and as float16, plus random ones: 1 x + 0 is x, but for the sign of
     # zero.
     patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
-    random = draw("extreme", 2**16)
-    ordinary = draw("wide", 2**16)
+    random = draw("extreme", 2**14)
+    ordinary = draw("wide", 2**14)
     everything = [
         patterns.view(torch.bfloat16).float(),
         patterns.view(torch.float16).float(),
