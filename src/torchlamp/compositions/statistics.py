@@ -8,29 +8,43 @@ from torch import Tensor
 
 @dataclass
 class Counts:
-    """Sums over any number of query rows; each field is int64 with one entry per head or per position."""
+    """Sums over any number of query rows, one column per head or per position.
 
-    eligible: Tensor
-    selected: Tensor
-    rows: Tensor
-    touched: Tensor
+    `table` is int64 (4, columns): eligible entries, selected entries, rows, and rows with a selected entry.
+    """
+
+    table: Tensor
 
     @classmethod
-    def zeros(cls, size: int) -> "Counts":
-        """Nothing counted yet, for `size` heads or positions."""
-        return cls(*(torch.zeros(size, dtype=torch.int64) for _ in range(4)))
+    def zeros(cls, columns: int) -> "Counts":
+        """Nothing counted yet."""
+        return cls(torch.zeros(4, columns, dtype=torch.int64))
 
-    def all(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four sums, in the order of the fields."""
-        return self.eligible, self.selected, self.rows, self.touched
+    @property
+    def eligible(self) -> Tensor:
+        """Visible entries, int64 (columns,)."""
+        return self.table[0]
 
-    def grown(self, size: int) -> "Counts":
-        """The same counts with room for `size` entries or more (doubled, so that decoding rarely copies)."""
-        have = self.eligible.numel()
-        if size <= have:
-            return self
-        more = max(size, 2 * have) - have
-        return Counts(*(torch.cat([t, t.new_zeros(more)]) for t in self.all()))
+    @property
+    def selected(self) -> Tensor:
+        """Recomputed entries, int64 (columns,)."""
+        return self.table[1]
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows with a visible entry, int64 (columns,)."""
+        return self.table[2]
+
+    @property
+    def touched(self) -> Tensor:
+        """Rows with a recomputed entry, int64 (columns,)."""
+        return self.table[3]
+
+    def make_room(self, columns: int) -> None:
+        """Widen the table to so many columns or more: it doubles at least, so that decoding rarely copies."""
+        have = self.table.shape[1]
+        if columns > have:
+            self.table = torch.nn.functional.pad(self.table, (0, max(columns, 2 * have) - have))
 
 
 @dataclass(eq=False)
@@ -66,18 +80,16 @@ class Statistics:
         while len(self._heads) <= layer:
             self._heads.append(Counts.zeros(heads))
             self._positions.append(Counts.zeros(0))
-        self._heads[layer] = self._heads[layer].grown(heads)
-        sums = (eligible, selected, (eligible > 0).long(), (selected > 0).long())
-        for total, part in zip(self._heads[layer].all(), sums, strict=True):
-            total[:heads] += part.sum(dim=(0, 2))
+        parts = torch.stack([eligible, selected, (eligible > 0).long(), (selected > 0).long()])
+        self._heads[layer].make_room(heads)
+        self._heads[layer].table[:, :heads] += parts.sum(dim=(1, 3))
 
-        counted = eligible.amax(dim=1) > 0
+        by_query = parts.sum(dim=2)
+        counted = by_query[2] > 0
         places = positions.cpu().expand(counted.shape)[counted].clamp_min(0)
-        if places.numel() == 0:
-            return
-        self._positions[layer] = self._positions[layer].grown(int(places.max()) + 1)
-        for total, part in zip(self._positions[layer].all(), sums, strict=True):
-            total.index_add_(0, places, part.sum(dim=1)[counted])
+        if places.numel() > 0:
+            self._positions[layer].make_room(int(places.max()) + 1)
+            self._positions[layer].table.index_add_(1, places, by_query[:, counted])
 
     def generator(self, layer: int, step: int) -> torch.Generator:
         """A CPU generator for one attention call, set from the seed, the layer and the call's last position.
@@ -136,7 +148,7 @@ class Statistics:
 
     def head_counts(self, layer: int) -> Counts:
         """A copy of the counts of one layer, int64 (heads,)."""
-        return Counts(*(t.clone() for t in self._heads[layer].all()))
+        return Counts(self._heads[layer].table.clone())
 
     def position_counts(self, layer: int | None = None) -> Counts:
         """A copy of the counts by position, int64 (positions,), of one layer or of all together."""
@@ -144,9 +156,8 @@ class Statistics:
         size = max((_length(c) for c in chosen), default=0)
         total = Counts.zeros(size)
         for counts in chosen:
-            used = min(size, counts.eligible.numel())
-            for into, part in zip(total.all(), counts.all(), strict=True):
-                into[:used] += part[:used]
+            part = counts.table[:, :size]
+            total.table[:, : part.shape[1]] += part
         return total
 
     def __str__(self) -> str:

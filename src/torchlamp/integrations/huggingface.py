@@ -146,5 +146,5 @@ def _seat(model: nn.Module, run: Run) -> None:
 
 
 # It counts, and calls kernels that a compiler can't see into (transformers compiles static-cache decoding).
-AttentionInterface.register(NAME, torch.compiler.disable(lamp_attention))
+AttentionInterface.register(NAME, torch.compiler.disable(lamp_attention))  # type: ignore[no-untyped-call]
 AttentionMaskInterface.register(NAME, sdpa_mask)
