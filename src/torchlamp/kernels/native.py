@@ -26,7 +26,10 @@ def _load() -> tuple[Any, str | None]:
     try:
         from torchlamp import _native
     except ImportError as error:
-        return None, f"the native extension is not there ({error}); install torchlamp where a C++20 compiler is"
+        return (
+            None,
+            f"the native extension is not there ({error}); install torchlamp where a C++20 compiler is",
+        )
     return _native, None
 
 
@@ -77,7 +80,9 @@ def features() -> dict[str, str]:
 
 def supports(*tensors: Tensor | None) -> bool:
     """Whether the native kernels can take these tensors: all float32 and on the CPU."""
-    return available() and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+    return available() and all(
+        t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors
+    )
 
 
 def _how(accumulation: Accumulation) -> tuple[int | bool, ...]:

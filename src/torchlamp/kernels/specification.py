@@ -3,6 +3,7 @@
 The room above (`arithmetic`) gives these names and spellings; the kernels, native and torch alike, see only this.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,8 +38,8 @@ class Grid:
     @property
     def max_value(self) -> float:
         """The largest finite number."""
-        quantum = 2.0 ** (self.max_exponent - self.mantissa_bits)
-        return (2 ** (self.mantissa_bits + 1) - 1 - self.top_codes_lost) * quantum
+        code = (2 << self.mantissa_bits) - 1 - self.top_codes_lost
+        return math.ldexp(code, self.max_exponent - self.mantissa_bits)
 
     @property
     def smallest_normal(self) -> float:
@@ -74,5 +75,6 @@ class Accumulation:
     def __post_init__(self) -> None:
         if self.block < 1 or self.promote < 0 or (self.block > 1 and self.promote > 0):
             raise ValueError(
-                f"block={self.block}, promote={self.promote}: block must be >= 1, promote >= 0, and only one of them used"
+                f"block={self.block}, promote={self.promote}: block must be >= 1, promote >= 0, "
+                "and only one of them used"
             )
