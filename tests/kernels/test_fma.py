@@ -30,17 +30,26 @@ def test_addends_near_the_product():
 
 
 def test_ties_broken_by_a_tail_far_below():
-    # c + a b where a b is half a unit of c plus or minus something far beyond float64's own last place:
-    # rounding the float64 sum to nearest first would tie, and go to even.
-    c = torch.exp2(torch.randint(-20, 20, (20_000,)).float()) * (
-        1 + torch.randint(2**23, (20_000,)) * 2.0**-23
-    )
+    # c + a b where a b is half a unit in the last place of c, less 2^-44 of it: beyond what float64 can hold.
+    # Rounding the float64 sum to nearest loses that tail, and ties.
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(low, high):
+        return torch.randint(low, high, (20_000,), generator=generator).float()
+
+    c = torch.exp2(integers(-20, 20)) * (1 + integers(0, 2**23) * 2.0**-23)
     half = torch.exp2(c.log2().floor() - 24)
-    factor = 1 + torch.randint(-3, 4, (20_000,)) * 2.0**-23
-    a, b = half * factor, 1 + torch.randint(-3, 4, (20_000,)) * 2.0**-22
-    assert same_bits(fma(a, b, c), by_libm(a, b, c))
-    tiny = torch.exp2(torch.randint(-140, -60, (20_000,)).float())
-    assert same_bits(fma(c, tiny, -c), by_libm(c, tiny, -c))
+    n = integers(1, 4)
+    a, b = half * (1 + n * 2.0**-22), 1 - n * 2.0**-22
+    for x, y, z in [
+        (a, b, c),
+        (a, b, -c),
+        (-a, b, c),
+        (-a, b, -c),
+        (a, a / half, c),
+        (c, half * 2.0**-60, c),
+    ]:
+        assert same_bits(fma(x, y, z), by_libm(x, y, z))
 
 
 def test_subnormal_results():
