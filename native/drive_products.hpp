@@ -1,6 +1,7 @@
 // The drivers of the per-step products and of the recomputation of masked entries: packing, tiling, threads.
 #pragma once
 
+#include "memory.hpp"
 #include "products.hpp"
 
 namespace LAMP_ISA {
@@ -15,6 +16,9 @@ inline std::vector<std::ptrdiff_t> multiples(std::ptrdiff_t count, std::ptrdiff_
 
 void products(const lamp::Products& p) {
   if (p.G == 0 || p.M == 0 || p.N == 0) return;
+  const auto bytes = static_cast<std::size_t>(p.G * p.M * p.N) * sizeof(float);
+  lamp::prefer_large_pages(p.out, bytes);
+  if (p.squares) lamp::prefer_large_pages(p.squares, bytes);
   Packed& packed = workspace_packed();
   const auto offsets = multiples(p.G / p.group, p.b_batch);
   packed.pack(p.b, p.G / p.group, offsets.data(), p.b_k, p.b_column, p.K, p.N, p.threads);
@@ -59,7 +63,7 @@ void products(const lamp::Products& p) {
     for (std::ptrdiff_t i = first; i < last; ++i) {
       float* row = p.out + (g * p.M + i) * p.N;
       const std::ptrdiff_t n = visible(i);
-      if (p.scaled) scale_and_round(row, n, p.scaling, p.accumulation.grid);
+      if (p.scaled) scale_and_round(row, n, p.scaling, p.accumulation.result());
       std::fill(row + n, row + p.N, 0.0f);
       if (p.squares) std::fill(p.squares + (row - p.out) + n, p.squares + (row - p.out) + p.N, 0.0f);
     }

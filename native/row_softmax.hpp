@@ -47,7 +47,7 @@ class RowSoftmax {
   std::int32_t run(const Row& row, std::ptrdiff_t batch, std::ptrdiff_t kv, float* y, const float* squares,
                    std::ptrdiff_t origin, std::ptrdiff_t width) {
     see(row, batch, origin, width);
-    scale_and_round(y, width, p_.scaling, p_.accumulation.grid);
+    scale_and_round(y, width, p_.scaling, p_.accumulation.result());
     softmax(y, row.head, width);
     const std::ptrdiff_t count = choose(y, squares, width, row.keys.count);
     if (count > 0) {

@@ -125,7 +125,7 @@ void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Acc
           right.push_back(p.b[g / p.group * p.b_batch + k * p.b_k + j * p.b_column]);
         }
         Sum want = accumulate(left, right, how);
-        if (p.scaled) want.value = round_scalar(want.value * p.scaling, how.grid);
+        if (p.scaled) want.value = round_scalar(want.value * p.scaling, how.result());
         if (p.causal && j > i + p.offset) want = {0.0f, 0.0f};
         const auto at = static_cast<std::size_t>((g * p.M + i) * p.N + j);
         ok = ok && same(out[at], want.value) && (!p.squares || same(squares[at], want.squares));

@@ -32,6 +32,9 @@ struct Accumulation {
   bool fused = true;
   int block = 1;
   int promote = 0;
+
+  // The grid that finished sums lie on, and are rounded to again once scaled.
+  Grid result() const { return promote > 0 ? Grid() : grid; }
 };
 
 // out[g] = a[g] x b[g / group], sizes (M, K) x (K, N), each with element strides; the columns of out are contiguous.

@@ -74,7 +74,8 @@ def accumulate(a, b, how, scaling=None):
     else:
         acc = strict(a, b, how.grid, True)
     if scaling is not None:
-        acc = round_exact(float32(acc * float32(scaling)), how.grid)
+        acc = float32(acc * float32(scaling))
+        acc = acc if how.promote else round_exact(acc, how.grid)
     return acc, squares
 
 

@@ -32,8 +32,8 @@ def products(
     accumulation
         How the sums are formed.
     scaling
-        If given, the finished sums are multiplied by it (as a float32 number, in float32) and rounded to the
-        accumulation's grid again.
+        If given, the finished sums are multiplied by it (as a float32 number, in float32) and rounded again to
+        the grid they lie on, `accumulation.result`.
     causal
         If given, entry (i, j) is computed only where j <= i + causal; elsewhere it is 0.
     squares

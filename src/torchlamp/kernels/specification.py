@@ -72,6 +72,11 @@ class Accumulation:
     block: int = 1
     promote: int = 0
 
+    @property
+    def result(self) -> Grid:
+        """The grid that finished sums lie on, and are rounded to again once scaled: float32 for promoted ones."""
+        return Grid() if self.promote else self.grid
+
     def __post_init__(self) -> None:
         if self.block < 1 or self.promote < 0 or (self.block > 1 and self.promote > 0):
             raise ValueError(

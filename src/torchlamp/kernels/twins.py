@@ -87,7 +87,7 @@ class _Sums:
         total = self._sum()
         if scaling is None:
             return total
-        return round_to_grid(total * _as_float32(scaling, total), self.accumulation.grid)
+        return round_to_grid(total * _as_float32(scaling, total), self.accumulation.result)
 
     def _sum(self) -> Tensor:
         form, depth = self.accumulation, self.left.shape[-2]
