@@ -137,7 +137,10 @@ def evaluate(
             language_model, tokens, chosen, baselines=baselines, seed=seed, progress=progress,
             model_name=model, text=", ".join(t.name for t in texts),
         )  # fmt: skip
-    print_result(result, Console(stderr=json == "-"))
+    console = Console(stderr=json == "-")
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    print_result(result, console)
     if json == "-":
         sys.stdout.write(result.to_json())
     if output is not None:

@@ -80,7 +80,8 @@ def percentiles(values: Tensor) -> dict[str, float]:
         low = math.floor(place)
         high = min(low + 1, len(ordered) - 1)
         below, above = float(ordered[low]), float(ordered[high])
-        result[name] = below if below == above else below + (above - below) * (place - low)
+        # Where nothing is to be interpolated, an infinite neighbour would still turn the sum into NaN.
+        result[name] = below if below == above or place == low else below + (above - below) * (place - low)
     return result
 
 

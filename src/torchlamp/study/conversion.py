@@ -1,6 +1,9 @@
 """GGUF files into ordinary float32 models, and such models to and from a folder that loads quickly."""
 
+import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ def convert(gguf: Path) -> tuple[Any, Any]:
 
     folder, name = str(gguf.parent), gguf.name
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        with _header_read_once():
+            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except ImportError as error:
         raise ValueError(f"{str(gguf)!r} can't be loaded: {_first_line(error)}") from error
     except Exception as error:  # the GGUF readers raise whatever a malformed file leads them to
@@ -83,6 +87,19 @@ def read(folder: Path) -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / _TOKENIZER), **options)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _header_read_once() -> Iterator[None]:
+    """Share one reader: transformers opens the file several times, and a 262k vocabulary takes seconds to read."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _first_line(error: BaseException) -> str:

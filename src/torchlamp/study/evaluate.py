@@ -15,7 +15,7 @@ from torchlamp.compositions.statistics import Statistics
 from torchlamp.integrations.huggingface import lookahead
 from torchlamp.study.aggregate import aggregate, mean_and_error
 from torchlamp.study.environment import environment
-from torchlamp.study.metrics import Comparer, TokenMetrics
+from torchlamp.study.metrics import Comparer, Reference, TokenMetrics
 from torchlamp.study.result import REFERENCE_POLICY, Result, Role
 from torchlamp.study.runs import Run, plan_runs
 from torchlamp.study.text import check_context
@@ -106,10 +106,13 @@ def evaluate(
             for index in range(len(windows)):
                 evaluation.window(index, windows[index])
         except KeyboardInterrupt:
-            if not reference.windows:
+            if not evaluation.finished:
                 raise
             interrupted = True
-    finished = len(reference.windows)
+    finished = len(evaluation.finished)
+    for steps in evaluation.finished:
+        for run, metrics, statistics, seconds, forward in steps:
+            run.add(metrics, statistics, seconds, forward)
     shared = {
         "model": model_name or getattr(model, "name_or_path", "") or type(model).__name__,
         "text": text,
@@ -134,7 +137,7 @@ Step = tuple[Run, TokenMetrics, Statistics | None, float, float]
 
 
 class _Evaluation:
-    """The loop's state; `window` adds a window to all runs, or to none if it is interrupted."""
+    """The loop's state; `window` adds to `finished` at its very end, so an interrupted window leaves nothing."""
 
     def __init__(
         self,
@@ -149,20 +152,20 @@ class _Evaluation:
         self._progress, self._start = progress, start
         self._comparer = Comparer()
         self._passes = 0
+        self.finished: list[list[Step]] = []
 
     def window(self, index: int, tokens: Tensor) -> None:
         tokens = tokens.to(self._model.device)
         done: list[Step] = []
         for run in self._runs:
+            if done:
+                self._report(done)
             start = time.perf_counter()
             statistics: Statistics | None = None
             if run.policy is None:
                 logits, forward = self._forward(tokens)
                 reference = self._comparer.reference(logits, tokens)
-                entropy = reference.cross_entropy.cpu()
-                length = len(tokens)
-                zero, none = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.bool)
-                metrics = TokenMetrics(zero, none, entropy, entropy)
+                metrics = _no_difference(reference)
             else:
                 with lookahead(self._model, run.policy, seed=self._seed + index) as statistics:
                     logits, forward = self._forward(tokens)
@@ -170,9 +173,8 @@ class _Evaluation:
             del logits
             done.append((run, metrics, statistics, time.perf_counter() - start, forward))
             self._passes += 1
-            self._report(index, done)
-        for run, metrics, statistics, seconds, forward in done:
-            run.add(metrics, statistics, seconds, forward)
+        self.finished.append(done)
+        self._report(done)
 
     def _forward(self, tokens: Tensor) -> tuple[Tensor, float]:
         start = time.perf_counter()
@@ -181,17 +183,20 @@ class _Evaluation:
             torch.cuda.synchronize(logits.device)
         return logits, time.perf_counter() - start
 
-    def _report(self, index: int, done: list[Step]) -> None:
+    def _report(self, done: list[Step]) -> None:
+        """Tell the callback about the last of `done`, the window's steps so far."""
         if self._progress is None:
             return
-        tested = next(run for run in self._runs if run.role == "tested")
-        kl = [w.kl for w in tested.windows] + [metrics.kl for run, metrics, *_ in done if run is tested]
+        steps = [step for window in self.finished for step in window]
+        if not self.finished or self.finished[-1] is not done:
+            steps += done
+        kl = [metrics.kl for run, metrics, *_ in steps if run.role == "tested"]
         mean, error = mean_and_error(kl) if kl else (float("nan"), float("nan"))
         elapsed = time.perf_counter() - self._start
         total = self._total * len(self._runs)
         self._progress(
             Progress(
-                windows=index + (len(done) == len(self._runs)),
+                windows=len(self.finished),
                 total_windows=self._total,
                 passes=self._passes,
                 total_passes=total,
@@ -202,6 +207,14 @@ class _Evaluation:
                 remaining=elapsed / self._passes * (total - self._passes),
             )
         )
+
+
+def _no_difference(reference: Reference) -> TokenMetrics:
+    """The reference's figures against itself."""
+    length, entropy = len(reference.tokens), reference.cross_entropy.cpu()
+    return TokenMetrics(
+        torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.bool), entropy, entropy
+    )
 
 
 def _result(run: Run, shared: dict[str, Any]) -> Result:

@@ -70,7 +70,9 @@ def _load(name: str) -> tuple[Any, Any]:
         if not path.is_file():
             raise FileNotFoundError(f"no file {name!r}: give the path of an existing .gguf file")
         return _from_gguf(cache_entry(name), nullcontext(path))
-    if path.is_dir():
+    if name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"folder {name!r} holds no transformers model: it has no config.json")
         return _pretrained(str(path), name)
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or not name:
         raise FileNotFoundError(f"no model folder or .gguf file {name!r}; {_allowed()}")

