@@ -1,11 +1,13 @@
 """`load`: a language model and its tokenizer by short name, GGUF file, folder, or hub name."""
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -56,10 +58,23 @@ def load(name: str) -> tuple[Any, Any]:
         name = str(name)
     if not isinstance(name, str):
         raise TypeError(f"a model is named by a string, got {type(name).__name__}: {name!r}")
-    model, tokenizer = _load(name)
+    with _collector_paused():
+        model, tokenizer = _load(name)
     # Results are named after what was asked for, not after a folder of the cache.
     model.name_or_path = model.config._name_or_path = name
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector out: loading makes millions of objects that stay, and a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _load(name: str) -> tuple[Any, Any]:
