@@ -60,7 +60,11 @@ def main() -> None:
     mpl.rcParams.update({"svg.fonttype": "path", "font.size": 8, "svg.hashsalt": "torchlamp"})
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 4.9), sharey=True)
     panels = [
-        ("1. Compute all scores cheaply\n(4 mantissa bits): error of each score", (low - exact).abs(), "Greys"),
+        (
+            "1. Compute all scores cheaply\n(4 mantissa bits): error of each score",
+            (low - exact).abs(),
+            "Greys",
+        ),
         ("2. Look ahead through the softmax:\nwhich errors will it amplify?", weight, "Blues"),
         (f"3. Recompute only those: {count} of {eligible}\n(red), the rest stays cheap", z, "Greys"),
     ]
