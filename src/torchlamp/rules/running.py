@@ -21,8 +21,9 @@ class Running(NumberRule):
 
         r = (u / 2) sqrt(sum_k a_k^2) |scaling|,
 
-    since step k errs by at most u |a_k|, about half of that on average, with random sign. The attention
-    composition computes it from the accumulation's running sum of squares and gives it as `tile.error`.
+    since step k errs by at most u |a_k|, about half of that on average, with random sign. An estimate, not a
+    bound: errors of one sign (many small terms added to a large sum) add up to more. The attention composition
+    computes it from the accumulation's running sum of squares and gives it as `tile.error`.
 
     T >= 0 is an l1 error of a row of probabilities, absolute: one T means the same at every format, head and
     layer. NaN and infinite scores are selected.
