@@ -1,0 +1,67 @@
+"""What the documents say about themselves and about the code: links, anchors, names, options, small examples."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import torchlamp
+from torchlamp.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index
+
+
+def test_the_results_of_the_format_examples():
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    names = {"torch": torch, "torchlamp": torchlamp, "ones": torch.ones(20)}
+    examples = re.findall(r"^(torchlamp\.\S.*?)\s+# (\[.*?\]|\d+)", page, flags=re.MULTILINE)
+    assert len(examples) == 4
+    for code, result in examples:
+        expected = torch.tensor(eval(result, {"nan": torch.nan}))
+        torch.testing.assert_close(
+            eval(code, names), expected.float(), rtol=0, atol=0, equal_nan=True, msg=code
+        )
+
+
+def test_public_names_are_there_and_say_what_they_do():
+    for name in torchlamp.__all__:
+        found = getattr(torchlamp, name)
+        assert isinstance(found, str) or (found.__doc__ and "torchlamp" in found.__module__), name
+    for name in set(re.findall(r"\btorchlamp\.(\w+)\(", README)):
+        assert name in torchlamp.__all__
+
+
+def test_the_options_of_the_readme_exist():
+    lines = re.findall(r"^torchlamp (\w+)(.*)$", README, flags=re.MULTILINE)
+    assert {command for command, _ in lines} >= {"evaluate", "generate", "bench", "info", "models"}
+    for command, arguments in lines:
+        text = CliRunner().invoke(app, [command, "--help"]).stdout
+        for option in re.findall(r"--[\w-]+", arguments):
+            assert f"{option} " in text, f"{command} {option}"
