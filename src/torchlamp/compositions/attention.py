@@ -6,13 +6,13 @@ Budzinskiy et al., look-ahead mixed precision, arXiv 2601.21623, the composition
 error estimate is derived in docs/method.md.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.compositions.softmax import capped_logits, visible_softmax
 from torchlamp.compositions.visibility import Visibility, Window, window
 from torchlamp.kernels.attention import fused_attention
 from torchlamp.kernels.products import products
@@ -201,8 +201,8 @@ def _tile(
     hidden = None if seen.visible is None else ~visible
     bias = _bias(call.seen.bias, sample, rows, seen)
 
-    logits, slope = _logits(scores, call.softcap, bias)
-    probabilities = _softmax(logits, hidden, call.sinks)
+    logits, slope = capped_logits(scores, call.softcap, bias)
+    probabilities = visible_softmax(logits, hidden, call.sinks)
     error = None
     if squares is not None:
         error = squares.sqrt_().mul_(call.error_scale)
@@ -220,40 +220,9 @@ def _tile(
     if bool(counts.any()):
         del tile, logits, slope, error, probabilities
         recompute(scores, query, keys, chosen, call.scaling)
-        logits, _ = _logits(scores, call.softcap, bias)
-        probabilities = _softmax(logits, hidden, call.sinks)
+        logits, _ = capped_logits(scores, call.softcap, bias)
+        probabilities = visible_softmax(logits, hidden, call.sinks)
     return _apply(probabilities, value[:, seen.first : seen.last]), visible, counts
-
-
-def _logits(scores: Tensor, softcap: float | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What enters the softmax, and its derivative by the score (None = 1)."""
-    slope = None
-    logits = scores
-    if softcap is not None:
-        capped = torch.tanh(scores / softcap)
-        slope = 1 - capped * capped
-        logits = capped.mul_(softcap)
-    if bias is not None:
-        logits = logits + bias
-    return logits, slope
-
-
-def _softmax(logits: Tensor, hidden: Tensor | None, sinks: Tensor | None) -> Tensor:
-    """Softmax over visible keys and the sink; 0 at hidden keys, and everywhere in rows that see nothing."""
-    weights = logits.clone() if hidden is None else logits.masked_fill(hidden, -math.inf)
-    top = weights.amax(dim=-1, keepdim=True)
-    if sinks is not None:
-        top = torch.maximum(top, sinks.view(-1, 1, 1))
-    if hidden is not None:
-        blind = hidden.all(dim=-1, keepdim=True)
-        top = top.masked_fill(blind, 0.0)
-    weights.sub_(top).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    if sinks is not None:
-        total += torch.exp(sinks.view(-1, 1, 1) - top)
-    if hidden is not None:
-        total = total.masked_fill(blind, 1.0)
-    return weights.div_(total)
 
 
 def _apply(probabilities: Tensor, value: Tensor) -> Tensor:
