@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 try:
     __version__ = version("torchlamp")
 except PackageNotFoundError:  # run from a source tree that isn't installed
-    __version__ = "0.1.0"
+    __version__ = "0+unknown"
 
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",

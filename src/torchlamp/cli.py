@@ -10,6 +10,8 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
+import torchlamp
+
 P = ParamSpec("P")
 INTERRUPTED = 130
 
@@ -65,12 +67,7 @@ def _one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib import metadata
-
-        try:
-            print(metadata.version("torchlamp"))
-        except metadata.PackageNotFoundError:
-            print("unknown (torchlamp is not installed)")
+        print(torchlamp.__version__)
         raise typer.Exit
 
 
@@ -182,11 +179,11 @@ def generate(
 @app.command()
 @_one_line_errors
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="scores or forward.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="scores, forward or evaluate.")],
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures there.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Time the kernels, or a whole forward pass, beside float32."""
+    """Time the kernels, a forward pass, or an evaluation, beside float32 and the project's targets."""
     _set_threads(threads)
     from torchlamp.study import bench as benchmarks
 

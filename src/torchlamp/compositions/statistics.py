@@ -123,17 +123,17 @@ class Statistics:
     @property
     def recompute_rate(self) -> float:
         """Selected / eligible entries, 0 when nothing ran."""
-        return _rate(self.selected, self.eligible)
+        return rate(self.selected, self.eligible)
 
     @property
     def rows_touched(self) -> float:
         """Rows with at least one recomputed entry / all rows, 0 when nothing ran."""
-        return _rate(sum(int(c.touched.sum()) for c in self._heads), self.rows)
+        return rate(sum(int(c.touched.sum()) for c in self._heads), self.rows)
 
     @property
     def by_layer(self) -> list[float]:
         """Recompute rate of each layer, in the order the layers run."""
-        return [_rate(int(c.selected.sum()), int(c.eligible.sum())) for c in self._heads]
+        return [rate(int(c.selected.sum()), int(c.eligible.sum())) for c in self._heads]
 
     @property
     def by_head(self) -> list[list[float]]:
@@ -176,7 +176,8 @@ def _length(counts: Counts) -> int:
     return int(used[-1]) + 1 if used.numel() else 0
 
 
-def _rate(part: int, whole: int) -> float:
+def rate(part: int, whole: int) -> float:
+    """A share of two counts; 0 where there is nothing to share."""
     return part / whole if whole else 0.0
 
 

@@ -65,11 +65,17 @@ def products(
     return out.to(device), None if sums is None else sums.to(device)
 
 
+def operands_fit(a: Tensor, b: Tensor) -> bool:
+    """Whether the shapes are (G, M, K) and (Gb, K, N), G a multiple of Gb."""
+    if a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1]:
+        return False
+    return a.shape[0] % b.shape[0] == 0 if b.shape[0] else a.shape[0] == 0
+
+
 def _check(a: Tensor, b: Tensor) -> None:
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         raise TypeError(f"products take float32 operands, got {a.dtype} and {b.dtype}: convert with .float()")
-    fits = a.dim() == 3 and b.dim() == 3 and a.shape[2] == b.shape[1]
-    if not fits or a.shape[0] % max(1, b.shape[0]) or (b.shape[0] == 0 and a.shape[0] > 0):
+    if not operands_fit(a, b):
         raise ValueError(
             f"operands of shapes {tuple(a.shape)} and {tuple(b.shape)} don't fit: "
             "they must be (G, M, K) and (Gb, K, N) with G a multiple of Gb"

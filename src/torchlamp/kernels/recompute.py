@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels import native
-from torchlamp.kernels.products import WITHOUT_FLOAT64
+from torchlamp.kernels.products import WITHOUT_FLOAT64, operands_fit
 from torchlamp.kernels.twins import recompute_twin
 
 
@@ -40,10 +40,7 @@ def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float
         recompute(on_cpu, a.cpu(), b.cpu(), mask.cpu(), scaling)
         scores.copy_(on_cpu)
     elif native.supports(scores, a, b) and mask.device.type == "cpu":
-        contiguous = scores.contiguous()
-        native.recompute(contiguous, a, b, mask, scaling)
-        if contiguous is not scores:
-            scores.copy_(contiguous)
+        native.recompute(scores, a, b, mask, scaling)
     else:
         recompute_twin(scores, a, b, mask, scaling)
 
@@ -52,9 +49,7 @@ def _check(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> None:
     if any(t.dtype != torch.float32 for t in (scores, a, b)) or mask.dtype != torch.bool:
         dtypes = ", ".join(str(t.dtype) for t in (scores, a, b, mask))
         raise TypeError(f"recompute takes float32 scores, a, b and a bool mask, got {dtypes}")
-    fits = a.dim() == 3 and b.dim() == 3 and a.shape[2] == b.shape[1]
-    fits = fits and scores.shape == mask.shape == (a.shape[0], a.shape[1], b.shape[2])
-    if not fits or a.shape[0] % max(1, b.shape[0]) or (b.shape[0] == 0 and a.shape[0] > 0):
+    if not operands_fit(a, b) or not scores.shape == mask.shape == (*a.shape[:2], b.shape[2]):
         shapes = ", ".join(str(tuple(t.shape)) for t in (scores, a, b, mask))
         raise ValueError(
             f"scores, a, b and mask of shapes {shapes} don't fit: "

@@ -30,10 +30,10 @@ def convert(gguf: Path) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except ImportError as error:
-        raise ValueError(f"{str(gguf)!r} can't be loaded: {_first_line(error)}") from error
+        raise ValueError(f"{str(gguf)!r} can't be loaded: {first_line(error)}") from error
     except Exception as error:  # the GGUF readers raise whatever a malformed file leads them to
         raise ValueError(
-            f"{str(gguf)!r} can't be loaded as a GGUF language model by transformers: {_first_line(error)}"
+            f"{str(gguf)!r} can't be loaded as a GGUF language model by transformers: {first_line(error)}"
         ) from error
     # The weights are dense by now; the mark of a quantised model would only forbid saving and casting.
     if hasattr(model.config, "quantization_config"):
@@ -102,5 +102,6 @@ def _header_read_once() -> Iterator[None]:
         gguf.GGUFReader = reader
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

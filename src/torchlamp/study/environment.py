@@ -3,12 +3,12 @@
 import datetime
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import torchlamp
 from torchlamp.kernels import native
 
 #: Instruction sets worth naming, as /proc/cpuinfo spells them on x86-64 and on Arm.
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
     import transformers
 
     return {
-        "torchlamp": version(),
+        "torchlamp": torchlamp.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
@@ -48,14 +48,6 @@ def kernels() -> dict[str, Any]:
         "why_not": None if available else native.why_not(),
         "features": dict(native.features()) if available else {},
     }
-
-
-def version() -> str:
-    """The installed version of torchlamp; 'unknown' when its sources are used without being installed."""
-    try:
-        return metadata.version("torchlamp")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def cpu_name() -> str:

@@ -193,15 +193,17 @@ def _pretrained(source: str, name: str) -> tuple[Any, Any]:
         except OSError as error:
             if Path(source).is_dir():
                 raise OSError(
-                    f"folder {name!r} holds no complete transformers model: {_first_line(error)}"
+                    f"folder {name!r} holds no complete transformers model: {conversion.first_line(error)}"
                 ) from error
-            reason = "no network, and no copy from before" if local else f"it said: {_first_line(error)}"
+            reason = (
+                "no network, and no copy from before" if local else f"it said: {conversion.first_line(error)}"
+            )
             raise OSError(
                 f"model {name!r} is no packaged model, file or folder, and the hub gave none ({reason}); "
                 f"{_allowed()}"
             ) from error
         except (ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"model {name!r} can't be loaded: {_first_line(error)}") from error
+            raise ValueError(f"model {name!r} can't be loaded: {conversion.first_line(error)}") from error
     return model.eval(), tokenizer
 
 
@@ -220,10 +222,6 @@ def _hub_resolves() -> bool:
 
 def _allowed() -> str:
     return f"use {' or '.join(PACKAGED)}, a .gguf file, a folder, or a hub name such as 'gpt2'"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fingerprint(path: Path) -> str:

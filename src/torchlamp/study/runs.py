@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from torchlamp.compositions.policy import Policy, SitePolicy
-from torchlamp.compositions.statistics import Statistics
+from torchlamp.compositions.statistics import Statistics, rate
 from torchlamp.rules.rule import Rule
 from torchlamp.study.metrics import TokenMetrics
 from torchlamp.study.result import Role
@@ -51,17 +51,17 @@ class Run:
     @property
     def recompute_rate(self) -> float:
         """Selected / eligible scores, 0 where nothing was eligible."""
-        return _rate(sum(c.selected for c in self.layers), sum(c.eligible for c in self.layers))
+        return rate(sum(c.selected for c in self.layers), sum(c.eligible for c in self.layers))
 
     @property
     def recompute_rate_by_layer(self) -> list[float]:
         """The same of each layer."""
-        return [_rate(c.selected, c.eligible) for c in self.layers]
+        return [rate(c.selected, c.eligible) for c in self.layers]
 
     @property
     def rows_touched(self) -> float:
         """Rows with a recomputed score / rows."""
-        return _rate(sum(c.touched for c in self.layers), sum(c.rows for c in self.layers))
+        return rate(sum(c.touched for c in self.layers), sum(c.rows for c in self.layers))
 
 
 def plan_runs(policy: Policy, baselines: bool) -> list[Run]:
@@ -91,7 +91,3 @@ def _random_like(rule: Rule) -> Rule:
     if rule.name in ("none", "all") or rule.name.startswith("random"):
         return rule
     return Rule.parse(f"random-like:{rule}")
-
-
-def _rate(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
