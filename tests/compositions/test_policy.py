@@ -81,6 +81,8 @@ def test_bad_spellings(text, words):
 def test_bad_arguments():
     with pytest.raises(TypeError, match="not int"):
         Policy.parse(4)
+    with pytest.raises(TypeError, match="not int 4"):
+        Policy(sites={"scores": 4})
     with pytest.raises(ValueError, match="accumulate"):
         Policy()
     with pytest.raises(ValueError, match="or sites"):

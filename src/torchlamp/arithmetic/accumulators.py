@@ -45,6 +45,8 @@ class Accumulator:
         ------
         ValueError
             For an unknown format or option.
+        TypeError
+            For anything but a string, a format or an accumulator.
         """
         if isinstance(spelling, Accumulator):
             return spelling

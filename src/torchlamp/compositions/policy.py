@@ -28,9 +28,19 @@ class SitePolicy:
 
     @classmethod
     def parse(cls, text: "str | SitePolicy") -> "SitePolicy":
-        """Read ``accumulator+rule``. ValueError if either part is missing or unknown."""
+        """Read ``accumulator+rule``; a `SitePolicy` is returned as it is.
+
+        Raises
+        ------
+        ValueError
+            Either part is missing or unknown.
+        TypeError
+            Anything but a string or a SitePolicy.
+        """
         if isinstance(text, SitePolicy):
             return text
+        if not isinstance(text, str):
+            raise TypeError(f"a site's policy is a string, not {type(text).__name__} {text!r}: {_SPELLING}")
         accumulate, plus, rule = text.partition("+")
         if not plus or not accumulate.strip() or not rule.strip():
             raise ValueError(f"policy {text!r} needs an accumulator and a rule: {_SPELLING}")
@@ -57,6 +67,8 @@ class Policy:
     ------
     ValueError
         An unknown site, format or rule, or both spellings at once, or neither.
+    TypeError
+        A part that is neither a spelling nor the object itself.
     """
 
     entries: tuple[tuple[str, SitePolicy], ...]

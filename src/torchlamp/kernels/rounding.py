@@ -45,6 +45,11 @@ def round_to_grid(
     Returns
     -------
     float32, the shape of `x`; `x` itself where there is nothing to round. NaN stays NaN, whatever the format.
+
+    Raises
+    ------
+    ValueError
+        When "stochastic" lacks its generator.
     """
     if mode == "stochastic" and generator is None:
         raise ValueError("mode 'stochastic' needs a generator, such as torch.Generator().manual_seed(0)")

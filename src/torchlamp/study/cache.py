@@ -62,7 +62,7 @@ def locked(entry: Path) -> Iterator[None]:
     OSError
         The cache folder can't be made or written.
     """
-    # Comes with torch; imported here, so that reading an entry needs no lock and works on a read-only disk.
+    # Only a writer needs it: reading an entry takes no lock and works on a read-only disk.
     from filelock import FileLock, Timeout
 
     entry.parent.mkdir(parents=True, exist_ok=True)

@@ -63,22 +63,24 @@ def evaluate(
     model : transformers.PreTrainedModel
         A float32 decoder; runs in eval mode, and keeps its mode afterwards.
     windows : Tensor
-        int64 (n, length), length >= 2: see `cut_windows`.
+        int64 (n, length), length >= 2, on any device; `torchlamp.study.text.cut_windows` cuts them from text.
     policy : str or Policy
         For example ``"ps4+strict:0.1"``.
     baselines : bool
-        Also run plain low precision and random-like, and list them and the reference in `comparisons`.
+        Also run plain low precision and random-like, and list them and the reference in `comparisons`; one that
+        would repeat the tested policy is left out.
     seed : int
         Of the random baselines, 0 or more.
     progress : callable, optional
-        Called with a `Progress` after every forward pass.
+        Called with a `Progress` (times in seconds) after every forward pass.
     model_name, text : str, optional
-        Names for the result; the model's own name by default.
+        Names of the model and the text for the result; by default the model's own name, and "unnamed".
 
     Returns
     -------
     Result
-        After a KeyboardInterrupt it holds the windows finished until then, and ``partial`` is true.
+        KL in nats per token, rates and probabilities as fractions of 1, times in seconds: see `Result`. After a
+        KeyboardInterrupt it holds the windows finished until then, and ``partial`` is true.
 
     Raises
     ------

@@ -1,6 +1,5 @@
 """Text to evaluate on, and how it is cut into windows of tokens."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,12 @@ class Text:
     name: str
     content: str
 
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the text in UTF-8, as hexadecimal digits."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
-
 
 def default_text() -> Text:
     """English technical prose that comes with every Python: all topics of `pydoc_data.topics`.
 
     The topics stand in the order of their names, each without white space at its ends, with one empty line
-    between them. The text differs a little between Python versions; its hash is in every result.
+    between them. The text differs a little between Python versions; a result holds the hash of its tokens.
     """
     from pydoc_data import topics
 
