@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*)
 CROSS ?= aarch64-linux-gnu
 
-.PHONY: demo test lint types architecture unit selftest selftest-aarch64 bench clean
+.PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 bench clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
 	$(BIN)/torchlamp evaluate smollm2-135m --accumulate ps4 --rule running:0.03
@@ -25,12 +25,15 @@ architecture: $(VENV)/installed-dev
 unit: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q
 
-# The kernels without Python, against a scalar emulation; the second one for ARM, in an emulator
-# (Debian: apt-get install g++-aarch64-linux-gnu qemu-user).
+# The kernels without Python, against a scalar emulation: here, on an x86-64 processor without AVX, and on ARM; the
+# last two in an emulator (Debian: apt-get install g++-aarch64-linux-gnu qemu-user).
 selftest: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/selftest -DCMAKE_BUILD_TYPE=Release > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/selftest --parallel 2
 	build/selftest/selftest
+
+selftest-plain: selftest
+	qemu-x86_64 -cpu qemu64 build/selftest/selftest
 
 selftest-aarch64: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/selftest-$(CROSS) -DCMAKE_BUILD_TYPE=Release \
@@ -41,6 +44,7 @@ selftest-aarch64: $(VENV)/installed-dev
 bench: $(VENV)/installed  ## the figures of docs/performance.md
 	$(BIN)/torchlamp bench scores
 	$(BIN)/torchlamp bench forward
+	$(BIN)/torchlamp bench evaluate
 
 clean:
 	rm -rf $(VENV) build
