@@ -378,6 +378,12 @@ def test_all_equals_float32_attention(batch, queries, keys, seed, density):
         ({"key": torch.zeros(1, 2, 8)}, ValueError, "key of shape"),
         ({"key": torch.zeros(1, 3, 2, 8), "value": torch.zeros(1, 3, 2, 8)}, ValueError, "don't fit"),
         ({"softcap": 0.0}, ValueError, "softcap=0.0"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks of shape \(3,\)"),
+        ({"sinks": torch.zeros(4).double()}, TypeError, "sinks is torch.float64"),
+        ({"mask": torch.ones(1, 1, 2, 2)}, TypeError, "mask is torch.float32: it must be torch.bool"),
+        ({"mask": torch.ones(2, 2, dtype=torch.bool)}, ValueError, r"mask of shape \(2, 2\)"),
+        ({"mask": torch.ones(1, 1, 2, 3, dtype=torch.bool)}, ValueError, r"of \(1, 4, 2, 2\)"),
+        ({"bias": torch.zeros(3, 1, 2, 2)}, ValueError, r"bias of shape \(3, 1, 2, 2\)"),
         ({"rule": Rule.parse("random:0.5")}, ValueError, "pass a generator"),
     ],
 )

@@ -115,12 +115,13 @@ def attention(
     Raises
     ------
     TypeError
-        Anything but float32.
+        Anything but float32 (bool for the mask).
     ValueError
         Shapes that don't fit, softcap <= 0, a random rule without a generator.
     """
-    _check(query, key, value, softcap, rule, generator)
+    _check(query, key, value, softcap, sinks, rule, generator)
     seen = Visibility(mask, causal, bias)
+    seen.check((*query.shape[:3], key.shape[2]))
     call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator)
     return _fused(call, query, key, value) or _tiled(call, query, key, value)
 
@@ -260,6 +261,7 @@ def _check(
     key: Tensor,
     value: Tensor,
     softcap: float | None,
+    sinks: Tensor | None,
     rule: Rule,
     generator: torch.Generator | None,
 ) -> None:
@@ -282,5 +284,9 @@ def _check(
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap}: it must be positive, or None")
+    if sinks is not None and sinks.dtype != torch.float32:
+        raise TypeError(f"sinks is {sinks.dtype}: attention simulates from float32, convert it first")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
     if rule.needs_generator and generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")

@@ -25,6 +25,30 @@ class Visibility:
     causal: bool = False
     bias: Tensor | None = None
 
+    def check(self, shape: tuple[int, int, int, int]) -> None:
+        """Refuse what doesn't fit an attention call of `shape` (batch, heads, queries, keys).
+
+        Raises
+        ------
+        TypeError
+            A mask that isn't bool, or a bias that isn't float32.
+        ValueError
+            A shape that isn't (batch or 1, heads or 1, queries, keys).
+        """
+        for name, tensor, dtype in (("mask", self.mask, torch.bool), ("bias", self.bias, torch.float32)):
+            if tensor is None:
+                continue
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} is {tensor.dtype}: it must be {dtype}")
+            outer_fit = (
+                tensor.ndim == 4 and tensor.shape[0] in (1, shape[0]) and tensor.shape[1] in (1, shape[1])
+            )
+            if not outer_fit or tensor.shape[2:] != shape[2:]:
+                raise ValueError(
+                    f"{name} of shape {tuple(tensor.shape)}: it must be (batch or 1, heads or 1, queries, keys) "
+                    f"of {shape}"
+                )
+
 
 @dataclass(frozen=True)
 class Window:
