@@ -1,14 +1,13 @@
 // The Python face of the kernels: checks shapes, turns DLPack tensors into plain pointers, drops the GIL, calls.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
 #include <optional>
 #include <stdexcept>
 #include <string>
-
-#include <nanobind/stl/optional.h>
 
 #include "spec.hpp"
 

@@ -1,7 +1,8 @@
 // One vector of floats, in three spellings: AVX-512, AVX2 with FMA, and plain C++ that any compiler vectorises.
 //
 // The kernels are written once against this page and compiled once per spelling, each in the namespace LAMP_ISA.
-// Everything here rounds as IEEE float32 does: fma() is a true fused multiply-add in all three.
+// Everything here rounds as IEEE float32 does: fma() is a true fused multiply-add in all three. max and min return the
+// second operand where one is NaN, in all three: the value that must keep its NaN goes there.
 #pragma once
 
 #include <bit>
@@ -33,7 +34,6 @@ inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
-// max and min return the second operand where one is NaN: put the value that must keep its NaN there.
 inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline vf bit_and(vf a, vf b) {
@@ -46,14 +46,10 @@ inline vmask gt(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 inline vmask le(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
 inline vf select(vmask m, vf yes, vf no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 inline unsigned bits(vmask m) { return m; }
-inline vmask mask_first(int n) { return static_cast<vmask>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
 inline vmask mask_bytes(const std::uint8_t* p) {
   return _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-1));
 }
 inline vmask mask_and(vmask a, vmask b) { return a & b; }
-inline vf add_bits(vf x, std::uint32_t n) {
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(static_cast<int>(n))))};
-}
 // 2^n for the integer-valued floats n in [-126, 127].
 inline vf exp2_integer(vf n) {
   const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
@@ -89,18 +85,11 @@ inline vmask gt(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
 inline vmask le(vf a, vf b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 inline vf select(vmask m, vf yes, vf no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
 inline unsigned bits(vmask m) { return static_cast<unsigned>(_mm256_movemask_ps(m.v)); }
-inline vmask mask_first(int n) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
-}
 inline vmask mask_bytes(const std::uint8_t* p) {
   const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
 }
 inline vmask mask_and(vmask a, vmask b) { return {_mm256_and_ps(a.v, b.v)}; }
-inline vf add_bits(vf x, std::uint32_t n) {
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.v), _mm256_set1_epi32(static_cast<int>(n))))};
-}
 inline vf exp2_integer(vf n) {
   const __m256i i = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(i, 23))};
@@ -156,10 +145,8 @@ inline unsigned bits(vmask m) {
   for (int i = 0; i < vf::width; ++i) r |= static_cast<unsigned>(m.v[i]) << i;
   return r;
 }
-inline vmask mask_first(int n) { return flags([&](int i) { return i < n; }); }
 inline vmask mask_bytes(const std::uint8_t* p) { return flags([&](int i) { return p[i] != 0; }); }
 inline vmask mask_and(vmask a, vmask b) { return flags([&](int i) { return a.v[i] && b.v[i]; }); }
-inline vf add_bits(vf x, std::uint32_t n) { return lanes([&](int i) { return as_float(as_bits(x.v[i]) + n); }); }
 inline vf exp2_integer(vf n) {
   return lanes([&](int i) { return as_float(static_cast<std::uint32_t>(static_cast<int>(n.v[i]) + 127) << 23); });
 }

@@ -52,6 +52,7 @@ def test_formats_are_accumulators_and_names_are_formats():
         "ps4/unfused/unfused",
         "ps4/block2/block3",
         "ps4/block-2",
+        "ps4/block1\N{ARABIC-INDIC DIGIT TWO}",
     ],
 )
 def test_unknown_options(spelling):
@@ -60,8 +61,10 @@ def test_unknown_options(spelling):
 
 
 def test_other_errors():
-    with pytest.raises(ValueError, match="only one of them"):
+    with pytest.raises(ValueError, match="'ps4/block2/promote3': .*only one of them"):
         Accumulator.parse("ps4/block2/promote3")
+    with pytest.raises(ValueError, match="'/block2' lacks its format"):
+        Accumulator.parse("/block2")
     with pytest.raises(ValueError, match="unknown format 'ps44'"):
         Accumulator.parse("ps44/block2")
     with pytest.raises(TypeError, match="got int 4"):

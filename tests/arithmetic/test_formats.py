@@ -65,7 +65,24 @@ def test_other_numbers():
 
 @pytest.mark.parametrize(
     "name",
-    ["ps0", "ps24", "ps04", "ps", "e1m3", "e9m3", "e4m0", "e4m24", "e4m03", "float16", "", "ups4", "fp64"],
+    [
+        *[
+            "ps0",
+            "ps24",
+            "ps04",
+            "ps",
+            "e1m3",
+            "e9m3",
+            "e4m0",
+            "e4m24",
+            "e4m03",
+            "float16",
+            "",
+            "ups4",
+            "fp64",
+        ],
+        *["ps\N{ARABIC-INDIC DIGIT FOUR}", "e\N{FULLWIDTH DIGIT EIGHT}m3"],
+    ],
 )
 def test_unknown_names_list_what_is_allowed(name):
     with pytest.raises(

@@ -82,6 +82,22 @@ def test_the_shared_operand_is_not_copied_for_its_broadcast(monkeypatch):
         assert seen[-1].data_ptr() == b.data_ptr()
 
 
+def test_lazily_negated_operands():
+    # The imaginary part of a conjugate is a view of numbers whose sign is yet to be changed.
+    values = torch.randn(2, 3, 3)
+    negated = torch.complex(torch.zeros(2, 3, 3), -values).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(matmul(negated, torch.eye(3), "ps23"), values)
+    assert torch.equal(matmul(torch.eye(3), negated, "ps23"), values)
+
+
+@pytest.mark.parametrize("option", ["block", "promote"])
+def test_lengths_beyond_any_sum(option):
+    a, b = torch.randn(3, 40), torch.randn(40, 5)
+    for length in (41, 2**31, 2**64):
+        assert torch.equal(matmul(a, b, f"ps4/{option}{length}"), matmul(a, b, f"ps4/{option}40"))
+
+
 def test_a_sum_rounded_at_every_step_by_hand():
     # In ps2 (4 significant values per binade) 8 + 1 falls back to 8 for ever; summed from the small end it
     # doesn't.
@@ -125,6 +141,8 @@ def test_wrong_dtypes_and_names():
     a = torch.ones(2, 2)
     with pytest.raises(TypeError, match=r"got torch\.float32 and torch\.bfloat16: convert with \.float\(\)"):
         matmul(a, a.bfloat16())
+    with pytest.raises(TypeError, match="got list: convert with torch.as_tensor"):
+        matmul(a, [[1.0], [2.0]])
     with pytest.raises(ValueError, match="unknown format 'ps44'"):
         matmul(a, a, "ps44")
 

@@ -254,6 +254,14 @@ def test_sixteen_bit_tensors_are_widened(dtype):
     assert_same(round_to(x, "e4m3fn"), round_to(x.float(), "e4m3fn"))
 
 
+@pytest.mark.parametrize("name", ["ps4", "e4m3fn", "fp32"])
+def test_lazily_negated_views(name):
+    # The imaginary part of a conjugate is a view of numbers whose sign is yet to be changed.
+    negated = torch.complex(torch.zeros(100), torch.randn(100)).conj().imag
+    assert negated.is_neg()
+    assert_same(round_to(negated, name), round_to(negated.resolve_neg(), name))
+
+
 def test_the_result_is_a_new_tensor():
     x = torch.randn(5)
     for name in ("fp32", "ps23", "ps4", "fp16"):
@@ -267,6 +275,8 @@ def test_wrong_use_is_refused_with_the_way_out():
         round_to(x.double(), "ps4")
     with pytest.raises(TypeError, match=r"got torch\.int64"):
         round_to(x.long(), "ps4")
+    with pytest.raises(TypeError, match=r"got float: convert with torch\.as_tensor"):
+        round_to(1.0, "ps4")
     with pytest.raises(ValueError, match="'stochastic' needs a generator"):
         round_to(x, "ps4", "stochastic")
     with pytest.raises(ValueError, match="unknown mode 'up'; allowed: nearest_even, toward_zero, stochastic"):

@@ -59,7 +59,7 @@ def test_several_sites_in_the_order_of_the_forward_pass():
         ("", "needs an accumulator and a rule"),
         ("+strict:0.1", "needs an accumulator and a rule"),
         ("ps4+", "needs an accumulator and a rule"),
-        ("scores=", "needs an accumulator and a rule"),
+        ("scores=", "site 'scores' in policy 'scores=' needs an accumulator and a rule"),
         ("scores=ps4+none, ", "unknown rule"),
         ("score=ps4+none", "unknown site 'score': the sites are scores, .*did you mean 'scores'"),
         ("mlp-up=ps4+none", "did you mean 'mlp_up'"),
@@ -79,7 +79,7 @@ def test_bad_spellings(text, words):
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match="not int"):
+    with pytest.raises(TypeError, match="not int 4"):
         Policy.parse(4)
     with pytest.raises(TypeError, match="not int 4"):
         Policy(sites={"scores": 4})
@@ -89,6 +89,8 @@ def test_bad_arguments():
         Policy("ps4", sites={"scores": "ps4+none"})
     with pytest.raises(ValueError, match="beside sites"):
         Policy(rule="all", sites={"scores": "ps4+none"})
+    with pytest.raises(TypeError, match="sites='ps4.none' is no mapping"):
+        Policy(sites="ps4+none")
     with pytest.raises(ValueError, match="at least one site"):
         Policy(sites={})
     with pytest.raises(ValueError, match="unknown site 'scoress'"):

@@ -186,6 +186,18 @@ class TestRefused:
             model(tokens(1, 4))
 
     @torch.no_grad()
+    def test_autocast(self, llama, tokens):
+        # The cache makes float32 of what autocast made bfloat16, so the dtypes alone don't show it.
+        words = "under autocast: .*leave autocast off"
+        for rule in ("strict:0.1", "mass:0.5"):
+            with (
+                lookahead(llama, f"ps4+{rule}"),
+                torch.autocast("cpu", dtype=torch.bfloat16),
+                pytest.raises(TypeError, match=words),
+            ):
+                llama(tokens(1, 4))
+
+    @torch.no_grad()
     def test_attention_weights(self, llama, tokens):
         with lookahead(llama, "ps4+none"), pytest.raises(ValueError, match="output_attentions=True"):
             llama(tokens(1, 4), output_attentions=True)

@@ -91,6 +91,19 @@ def test_nothing_to_do(implementation):
         assert scores.shape == (groups, rows, columns)
 
 
+def test_lazily_negated_operands_and_scores(implementation):
+    negated = torch.complex(torch.zeros(1, 3, 4), torch.randn(1, 3, 4)).conj().imag
+    plain, b = negated.resolve_neg(), draw("wide", 1, 4, 5)
+    mask = torch.rand(1, 3, 5) < 0.5
+    want = torch.ones(1, 3, 5)
+    recompute(want, plain, b, mask)
+    scores = torch.complex(torch.zeros(1, 3, 5), -torch.ones(1, 3, 5)).conj().imag
+    assert negated.is_neg()
+    assert scores.is_neg()
+    recompute(scores, negated, b, mask)
+    assert torch.equal(scores, want)
+
+
 def test_misfits_are_refused():
     scores, a, b = torch.zeros(2, 3, 5), torch.zeros(2, 3, 4), torch.zeros(1, 4, 5)
     mask = torch.zeros(2, 3, 5, dtype=torch.bool)

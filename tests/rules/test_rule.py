@@ -79,6 +79,8 @@ def test_numbers_given_in_python_print_alike():
         ("strict:inf", r"rule 'strict:inf'"),
         ("strict:1e999", r"rule 'strict:1e999'"),
         ("strict:1_0", r"rule 'strict:1_0'"),
+        ("strict:\N{ARABIC-INDIC DIGIT THREE}", r"strict takes a finite number"),
+        ("STRICT :0.1", r"unknown rule 'STRICT ': did you mean 'strict'\?"),
         ("strict:0.1:0.2", r"rule 'strict:0\.1:0\.2'"),
         ("relaxed:1.5", r"rule 'relaxed:1\.5': relaxed takes a finite number in \[0, 1\]"),
         ("mass:-0.1", r"rule 'mass:-0\.1': mass takes a finite number in \[0, 1\]"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torchlamp.arithmetic.formats import Format
 from torchlamp.kernels.specification import Accumulation
 
-_COUNT = re.compile(r"(block|promote)([1-9]\d*)")
+_COUNT = re.compile(r"(block|promote)([1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ class Accumulator:
                     f"can't use option {option!r} in accumulator {spelling!r}; allowed behind the format, "
                     "once each: /unfused, and either /blockB or /promoteB with B >= 1"
                 )
+        if not name.strip():
+            raise ValueError(f"accumulator {spelling!r} lacks its format: write for example 'ps7/block32'")
+        if counts.get("block", 1) > 1 and "promote" in counts:
+            raise ValueError(
+                f"accumulator {spelling!r}: /blockB and /promoteB exclude each other, use only one of them"
+            )
         return cls(Format.parse(name), fused, counts.get("block", 1), counts.get("promote", 0))
 
     def __str__(self) -> str:

@@ -43,8 +43,8 @@ NAMED: dict[str, Grid] = {
 #: What these formats are called elsewhere: not accepted, so that every format has one name, but understood.
 _ELSEWHERE = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "fp8": "e4m3fn"}
 
-_PS = re.compile(r"ps(\d{1,2})")
-_GENERIC = re.compile(r"(u?)e(\d)m(\d{1,2})")
+_PS = re.compile(r"ps([0-9]{1,2})")
+_GENERIC = re.compile(r"(u?)e([0-9])m([0-9]{1,2})")
 _ALLOWED = (
     f"allowed: ps1..ps23, {', '.join(NAMED)}, eXmY and ueXmY (X 2..8, Y 1..23), "
     "with -sat or -flush behind the name if wanted"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import Format
-from torchlamp.arithmetic.rounding import check_no_gradient
+from torchlamp.arithmetic.rounding import check_no_gradient, check_tensor
 from torchlamp.kernels.products import products
 
 
@@ -29,11 +29,12 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
     Raises
     ------
     TypeError
-        When an operand isn't float32.
+        When an operand isn't a float32 tensor.
     ValueError
         When the shapes don't fit, the accumulator is unknown, or a gradient would be needed.
     """
     accumulator = Accumulator.parse(accumulate)
+    check_tensor("matmul", a, b)
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
     check_no_gradient("matmul", a, b)

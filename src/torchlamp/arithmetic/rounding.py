@@ -34,13 +34,14 @@ def round_to(
     Raises
     ------
     TypeError
-        For another dtype: rounding float64 to float32 first would round twice.
+        For anything but a tensor, and for another dtype: rounding float64 to float32 first would round twice.
     ValueError
         For an unknown format or mode, a missing generator, or a gradient that would be needed.
     """
     target = Format.parse(format)
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; allowed: {', '.join(MODES)}")
+    check_tensor("round_to", x)
     check_no_gradient("round_to", x)
     x = x.detach()
     if x.dtype in _WIDENED:
@@ -54,6 +55,15 @@ def round_to(
         raise TypeError(f"round_to takes float32, float16 or bfloat16, got {x.dtype}: convert with .float()")
     rounded = round_to_grid(x, target.grid, mode, generator)
     return rounded.clone() if rounded is x else rounded
+
+
+def check_tensor(function: str, *given: object) -> None:
+    """Refuse what isn't a tensor, with a word on how to make one."""
+    for value in given:
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{function} takes torch tensors, got {type(value).__name__}: convert with torch.as_tensor"
+            )
 
 
 def check_no_gradient(function: str, *tensors: Tensor) -> None:

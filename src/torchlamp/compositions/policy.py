@@ -87,6 +87,8 @@ class Policy:
             sites = {"scores": SitePolicy(Accumulator.parse(accumulate), Rule.parse(rule))}
         elif str(rule) != "none":
             raise ValueError(f"rule {str(rule)!r} is given beside sites: name it within the site it is for")
+        if not isinstance(sites, Mapping):
+            raise TypeError(f"sites={sites!r} is no mapping: write sites={{'scores': 'ps4+strict:0.1'}}")
         if not sites:
             raise ValueError(f"a policy needs at least one site: {_SPELLING}")
         for site in sites:
@@ -108,7 +110,8 @@ class Policy:
         if isinstance(text, Policy):
             return text
         if not isinstance(text, str):
-            raise TypeError(f"a policy is a string or a Policy, not {type(text).__name__}: {_SPELLING}")
+            given = type(text).__name__
+            raise TypeError(f"a policy is a string or a Policy, not {given} {text!r}: {_SPELLING}")
         if "=" not in text:
             return cls(sites={"scores": SitePolicy.parse(text)})
         sites: dict[str, SitePolicy] = {}
@@ -119,6 +122,10 @@ class Policy:
                     f"{part.strip()!r} in policy {text!r} names no site: write site=accumulator+rule"
                 )
             _check_site(site)
+            if not policy:
+                raise ValueError(
+                    f"site {site!r} in policy {text!r} needs an accumulator and a rule: {_SPELLING}"
+                )
             if site in sites:
                 raise ValueError(f"site {site!r} appears twice in policy {text!r}: give each site once")
             sites[site] = SitePolicy.parse(policy)

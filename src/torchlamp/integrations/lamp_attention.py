@@ -112,7 +112,7 @@ def lamp_attention(
     RuntimeError
         No policy is attached.
     TypeError
-        Not float32.
+        Not float32, or under autocast.
     ValueError
         Dropout, or an argument that changes the result and isn't supported.
     """
@@ -123,10 +123,12 @@ def lamp_attention(
             "torchlamp.lookahead(model, policy), or torchlamp.attach(model, policy) first (models that share "
             "one config object share the implementation, too: give each its own copy)"
         )
-    if query.dtype != torch.float32:
+    # Autocast may hand over float32 queries and would run the products below in half precision.
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if query.dtype != torch.float32 or autocast:
         raise TypeError(
-            f"queries of {query.dtype}: rounding is simulated from float32; load the model "
-            "with dtype=torch.float32 and leave autocast off"
+            f"queries of {query.dtype}{' under autocast' if autocast else ''}: rounding is simulated from "
+            "float32; load the model with dtype=torch.float32 and leave autocast off"
         )
     _check_arguments(module, dropout, kwargs)
     causal = kwargs.get("is_causal")

@@ -2,7 +2,8 @@
 
 The native kernel does for the threshold rules what the torch tile loop of `torchlamp.compositions.attention` does for
 every rule; that loop is its twin. Scores, and therefore what a rule is shown, agree bit for bit; exponentials agree to
-about one unit in the last place, so an entry whose weight lies that close to the threshold may be decided otherwise.
+about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry whose
+weight lies that close to the threshold may be decided otherwise.
 """
 
 from torch import Tensor

@@ -17,6 +17,8 @@ from torchlamp.kernels.specification import Accumulation
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 _OVERFLOW = {"inf": 0, "nan": 1, "saturate": 2}
+#: Lengths beyond any sum reach the kernels as the largest that they can take.
+_LONGEST = 2**31 - 1
 _WEIGHT = {"strict": 0, "relaxed": 1, "running": 2, "topz": 3}
 
 
@@ -97,8 +99,8 @@ def _how(accumulation: Accumulation) -> tuple[int | bool, ...]:
         g.signed,
         g.negative_zero,
         accumulation.fused,
-        accumulation.block,
-        accumulation.promote,
+        min(accumulation.block, _LONGEST),
+        min(accumulation.promote, _LONGEST),
     )
 
 
@@ -118,8 +120,8 @@ def products(
     sums = a.new_empty(shape) if squares else None
     module.products(
         instruction_set(),
-        a.detach(),
-        b.detach(),
+        _plain(a),
+        _plain(b),
         result,
         sums,
         _how(accumulation),
@@ -133,12 +135,12 @@ def products(
 def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
     """`torchlamp.kernels.recompute.recompute` on CPU float32 tensors; same arguments, same result, bit for bit."""
     module, _ = _load()
-    whole = scores.contiguous()  # the same tensor where nothing is to be gathered
+    whole = scores.resolve_neg().contiguous()  # the same tensor where nothing is to be gathered
     module.recompute(
         instruction_set(),
         whole,
-        a.detach(),
-        b.detach(),
+        _plain(a),
+        _plain(b),
         _bytes(mask),
         scaling,
         torch.get_num_threads(),
@@ -171,12 +173,12 @@ def attention(
     visible = torch.empty(batch, length, 2, dtype=torch.int32)
     module.attention(
         instruction_set(),
-        *(t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in (query, key, value)),
+        *(t if t.stride(-1) == 1 else t.contiguous() for t in map(_plain, (query, key, value))),
         output,
         selected,
         visible,
         None if mask is None else _bytes(mask),
-        None if sinks is None else sinks.detach().contiguous(),
+        None if sinks is None else _plain(sinks).contiguous(),
         causal,
         scaling,
         softcap or 0.0,
@@ -188,6 +190,11 @@ def attention(
         torch.get_num_threads(),
     )
     return output, selected, visible
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor as its memory says: without a gradient, and not lazily negated, which a pointer doesn't show."""
+    return tensor.detach().resolve_neg()
 
 
 def _bytes(mask: Tensor) -> Tensor:

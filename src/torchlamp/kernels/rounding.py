@@ -55,6 +55,7 @@ def round_to_grid(
         raise ValueError("mode 'stochastic' needs a generator, such as torch.Generator().manual_seed(0)")
     if grid.is_float32:
         return x
+    x = x.resolve_neg()  # a lazily negated view, such as the imaginary part of a conjugate, has other bits
     if grid.has_float32_range and mode == "nearest_even":
         return _round_pattern(x, grid.mantissa_bits)
     return _round_any(x, grid, mode, generator)

@@ -46,7 +46,7 @@ def rule_class(name: str) -> type[Rule]:
     """
     if name in RULES:
         return RULES[name]
-    near = difflib.get_close_matches(name, RULES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.strip().lower(), RULES, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise ValueError(f"unknown rule '{name}': {hint}the rules are {', '.join(RULES)}")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class Rule(ABC):
