@@ -61,7 +61,7 @@ def test_unknown_options(spelling):
 
 
 def test_other_errors():
-    with pytest.raises(ValueError, match="'ps4/block2/promote3': .*only one of them"):
+    with pytest.raises(ValueError, match=r"'ps4/block2/promote3': .*only one of them"):
         Accumulator.parse("ps4/block2/promote3")
     with pytest.raises(ValueError, match="'/block2' lacks its format"):
         Accumulator.parse("/block2")

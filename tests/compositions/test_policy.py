@@ -89,7 +89,7 @@ def test_bad_arguments():
         Policy("ps4", sites={"scores": "ps4+none"})
     with pytest.raises(ValueError, match="beside sites"):
         Policy(rule="all", sites={"scores": "ps4+none"})
-    with pytest.raises(TypeError, match="sites='ps4.none' is no mapping"):
+    with pytest.raises(TypeError, match=r"sites='ps4\+none' is no mapping"):
         Policy(sites="ps4+none")
     with pytest.raises(ValueError, match="at least one site"):
         Policy(sites={})
