@@ -106,11 +106,15 @@ BAD_ARGUMENTS = {
     "no file": ("--text missing.txt", "No such file"),
     "not UTF-8": ("--text latin.txt", "not UTF-8: byte 0xe9 at offset 4"),
     "short text": ("--text short.txt", "tokens, but 2 windows of 16 need 32"),
-    "context": ("--window-length 129", "longer than the model's context of 128"),
+    "context": ("--window-length 129", "window length 129 is longer than the model's context of 128"),
+    "empty format": (["--accumulate", ""], "accumulator ''"),
+    "empty rule": (["--rule", ""], "unknown rule ''"),
+    "empty output": (["--json", ""], "it is a folder"),
     "no folder": ("--json missing/out.json", "there is no folder"),
     "a folder": ("--json .", "it is a folder"),
     "windows": ("--windows 0", "0 windows"),
     "threads": ("--threads 0", "--threads 0"),
+    "many threads": ("--threads 99999999999", "--threads 99999999999: give 1 to"),
     "seed": ("--seed -1", "seed -1"),
 }
 
@@ -121,13 +125,19 @@ def test_bad_input_gives_one_line(tiny_folder, text, tmp_path, monkeypatch, case
     Path("latin.txt").write_bytes(b"abc \xe9")
     Path("short.txt").write_text("the fox")
     arguments, said = BAD_ARGUMENTS[case]
+    arguments = arguments.split() if isinstance(arguments, str) else arguments
     default_text = [] if "--text" in arguments else ["--text", text]
-    assert said in error_line(run("evaluate", tiny_folder, *SIZES, *default_text, *arguments.split()))
+    assert said in error_line(run("evaluate", tiny_folder, *SIZES, *default_text, *arguments))
 
 
 def test_an_unwritable_output_is_found_before_the_work(tmp_path):
     """Before the model is even looked for."""
     assert "no folder" in error_line(run("evaluate", "no.gguf", "--json", tmp_path / "missing" / "out.json"))
+
+
+@pytest.mark.parametrize("arguments", ["--windows 0", "--window-length 1"])
+def test_impossible_sizes_are_found_before_the_model_is_loaded(arguments):
+    assert "no.gguf" not in error_line(run("evaluate", "no.gguf", *arguments.split()))
 
 
 def test_stray_arguments(tiny_folder, text):
@@ -146,6 +156,33 @@ def test_full_disk_still_prints_the_table(tiny_evaluate):
     assert result.exit_code == 2
     assert "random control" in result.stdout
     assert "No space left" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd on this system")
+def test_output_to_a_pipe(tiny_evaluate):
+    """As a shell's `--json >(gzip > out.gz)` does it."""
+    reading, writing = os.pipe()
+    with open(reading) as pipe:
+        with open(writing, "w"):
+            result = run(*tiny_evaluate, "--no-baselines", "--json", f"/dev/fd/{writing}")
+        assert result.exit_code == 0, result.output
+        assert json.loads(pipe.read())["windows"] == 2
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_output_to_standard_output(tiny_evaluate, name):
+    assert json.loads(run(*tiny_evaluate, "--no-baselines", "--json", name).stdout)["windows"] == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of Unix")
+def test_a_reader_that_has_gone_leaves_the_json(tiny_evaluate, tmp_path):
+    out = tmp_path / "out.json"
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "torchlamp", *tiny_evaluate, "--no-baselines", "--json", out]
+    subprocess.run(command, stdout=writing, stderr=subprocess.DEVNULL, check=False, timeout=60)
+    os.close(writing)
+    assert json.loads(out.read_text())["windows"] == 2
 
 
 def interrupt_after(monkeypatch, passes: int) -> None:
@@ -208,10 +245,16 @@ def test_generate(tiny_folder):
     assert "of the scores recomputed" in result.stdout
 
 
+def test_generate_shows_no_special_tokens(tiny_folder):
+    result = run("generate", tiny_folder, "<s>the quick</s> brown", "--tokens", "2")
+    assert result.stdout.startswith("the quick brown")
+
+
 def test_generate_refuses(tiny_folder):
     assert "the prompt is empty" in error_line(run("generate", tiny_folder, ""))
     assert "0 tokens" in error_line(run("generate", tiny_folder, "the", "--tokens", "0"))
-    assert "context of 128" in error_line(run("generate", tiny_folder, "the", "--tokens", "1000"))
+    long = error_line(run("generate", tiny_folder, "the", "--tokens", "1000"))
+    assert "1 + 1000 = 1001 is longer than the model's context of 128 tokens" in long
     assert "pss" in error_line(run("generate", tiny_folder, "the", "--policy", "pss+none"))
 
 

@@ -14,6 +14,8 @@ import torchlamp
 
 P = ParamSpec("P")
 INTERRUPTED = 130
+#: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
+MOST_THREADS = 1024
 
 app = typer.Typer(
     name="torchlamp",
@@ -107,15 +109,17 @@ def evaluate(
     threads: Threads = None,
 ) -> None:
     """Compare a policy with float32, plain low precision and a random control on real text."""
-    output = Path(json).expanduser() if json not in (None, "-") else None
+    to_stdout = json in ("-", "/dev/stdout")
+    output = None if json is None or to_stdout else Path(json).expanduser()
     files = _text_files(text or [], more or [])
     chosen = _policy(policy, accumulate, rule)
 
     from rich.console import Console
 
     from torchlamp.study.output import check_writable, write_text
-    from torchlamp.study.text import check_context, cut_windows, default_text, read_text
+    from torchlamp.study.text import check_context, check_sizes, cut_windows, default_text, read_text
 
+    check_sizes(windows, window_length)
     if output is not None:
         check_writable(output)
     texts = [read_text(file) for file in files] or [default_text()]
@@ -134,14 +138,17 @@ def evaluate(
             language_model, tokens, chosen, baselines=baselines, seed=seed, progress=progress,
             model_name=model, text=", ".join(t.name for t in texts),
         )  # fmt: skip
-    console = Console(stderr=json == "-")
+    console = Console(stderr=to_stdout)
     if not console.is_terminal:
         console.width = max(console.width, 110)
-    print_result(result, console)
-    if json == "-":
+    # Neither a full disk nor a reader that has gone takes the other copy of the result along.
+    try:
+        if output is not None:
+            write_text(output, result.to_json())
+    finally:
+        print_result(result, console)
+    if to_stdout:
         sys.stdout.write(result.to_json())
-    if output is not None:
-        write_text(output, result.to_json())
     if result.partial:
         print(f"torchlamp: interrupted after {result.windows} of {len(tokens)} windows", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
@@ -247,7 +254,9 @@ def _policy(policy: str | None, accumulate: str | None, rule: str | None) -> Any
 
     if policy is not None:
         return Policy.parse(policy)
-    return Policy(accumulate=accumulate or "ps4", rule=rule or "strict:0.1")
+    return Policy(
+        accumulate="ps4" if accumulate is None else accumulate, rule="strict:0.1" if rule is None else rule
+    )
 
 
 def _text_files(named: list[Path], more: list[Path]) -> list[Path]:
@@ -264,8 +273,8 @@ def _text_files(named: list[Path], more: list[Path]) -> list[Path]:
 def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"--threads {threads}: give at least 1")
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"--threads {threads}: give 1 to {MOST_THREADS}")
     import torch
 
     torch.set_num_threads(threads)

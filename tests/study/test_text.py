@@ -45,7 +45,9 @@ def test_short_text_says_how_many_tokens_there_are(tiny):
     tokens = len(tokenizer("the quick fox")["input_ids"])
     with pytest.raises(ValueError, match=rf"'short' has {tokens} tokens, but 4 windows of 3 need 12"):
         cut_windows(tokenizer, [Text("short", "the quick fox")], 4, 3)
-    with pytest.raises(ValueError, match="has 0 tokens"):
+    with pytest.raises(ValueError, match="need 20: give a longer text or shorter windows"):
+        cut_windows(tokenizer, [Text("short", "the quick fox")], 1, 20)
+    with pytest.raises(ValueError, match=r"has 0 tokens, .*: give a longer text$"):
         cut_windows(tokenizer, [Text("empty", "")], 1, 2)
 
 

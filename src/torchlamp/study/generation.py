@@ -46,7 +46,8 @@ def generate(
     ids = encoded["input_ids"]
     if ids.shape[-1] == 0:
         raise ValueError("the prompt is empty: give at least one word")
-    check_context(model, ids.shape[-1] + tokens)
+    length = ids.shape[-1]
+    check_context(model, length + tokens, f"prompt tokens and new ones, {length} + {tokens} =")
 
     class Streamer(TextStreamer):  # type: ignore[misc]
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -59,10 +60,10 @@ def generate(
             attention_mask=torch.ones_like(ids).to(model.device),
             max_new_tokens=tokens,
             do_sample=False,
-            streamer=Streamer(tokenizer, skip_prompt=False),
+            streamer=Streamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
         )
         seconds = time.perf_counter() - start
-    return Generated(output.shape[-1] - ids.shape[-1], seconds, statistics.recompute_rate)
+    return Generated(output.shape[-1] - length, seconds, statistics.recompute_rate)

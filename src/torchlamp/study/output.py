@@ -14,19 +14,19 @@ def check_writable(path: Path) -> None:
     OSError
         The folder is missing or not writable, or the path is a folder.
     """
-    path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(f"can't write {str(path)!r}: it is a folder, give a file name")
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"can't write {str(path)!r}: no permission")
     if _is_special(path):
         return
-    if not path.parent.is_dir():
+    target = path.resolve()
+    if not target.parent.is_dir():
         raise FileNotFoundError(
-            f"can't write {str(path)!r}: there is no folder {str(path.parent)!r}, make it first"
+            f"can't write {str(path)!r}: there is no folder {str(target.parent)!r}, make it first"
         )
     try:
-        descriptor, probe = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, probe = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
         raise OSError(f"can't write {str(path)!r}: {error.strerror or error}") from error
     os.close(descriptor)
@@ -41,19 +41,19 @@ def write_text(path: Path, text: str) -> None:
     OSError
         It can't be written, for example because the disk is full.
     """
-    path = path.resolve()
     try:
         if _is_special(path):
             path.write_text(text, encoding="utf-8")
             return
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        target = path.resolve()
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
-            os.replace(temporary, path)
+            os.chmod(temporary, target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+            os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -63,7 +63,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """A device or pipe, such as /dev/stdout: it is written directly, and never replaced."""
+    """A device or pipe: it is written directly, and never replaced.
+
+    Asked of the path as it was given: /dev/fd/63, which a shell gives for `>(gzip > out)`, is a link whose text
+    names no file.
+    """
     return path.exists() and not path.is_file()
 
 

@@ -83,24 +83,31 @@ def cut_windows(tokenizer: Any, texts: Sequence[Text], count: int = 8, length: i
         A text is too short, and then the message says how many tokens it has; count or length is out of
         range.
     """
-    if count < 1:
-        raise ValueError(f"{count} windows: at least 1 is needed")
-    if length < 2:
-        raise ValueError(
-            f"window length {length}: a window needs at least 2 tokens, one to see and one to predict"
-        )
+    check_sizes(count, length)
     rows = [_tokens(tokenizer, text, count, length).view(count, length) for text in texts]
     if not rows:
         raise ValueError("no text given: at least one is needed")
     return torch.cat(rows)
 
 
-def check_context(model: Any, length: int) -> None:
-    """ValueError if windows of `length` tokens don't fit the model's context."""
+def check_sizes(count: int, length: int) -> None:
+    """ValueError if `count` windows of `length` tokens can't be cut from any text."""
+    if count < 1:
+        raise ValueError(f"{count} windows: at least 1 is needed")
+    if length < 2:
+        raise ValueError(
+            f"window length {length}: a window needs at least 2 tokens, one to see and one to predict"
+        )
+
+
+def check_context(model: Any, length: int, what: str = "window length") -> None:
+    """ValueError if `length` tokens don't fit the model's context; `what` says in the message what is long."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if isinstance(context, int) and length > context:
-        raise ValueError(f"window length {length} is longer than the model's context of {context} tokens")
+        raise ValueError(
+            f"{what} {length} is longer than the model's context of {context} tokens: give at most {context}"
+        )
 
 
 def _tokens(tokenizer: Any, text: Text, count: int, length: int) -> Tensor:
@@ -108,7 +115,9 @@ def _tokens(tokenizer: Any, text: Text, count: int, length: int) -> Tensor:
         tokens = tokenizer(text.content)["input_ids"]
     if len(tokens) < count * length:
         possible = len(tokens) // length
-        advice = f"at most {possible} of that length fit" if possible else "shorten the windows"
+        advice = f"at most {possible} of that length fit"
+        if not possible:
+            advice = "give a longer text" + (" or shorter windows" if len(tokens) > 1 else "")
         raise ValueError(
             f"text {text.name!r} has {len(tokens)} tokens, but {count} windows of {length} need "
             f"{count * length}: {advice}"
