@@ -68,6 +68,16 @@ def test_a_new_entry_takes_the_place_of_the_old_and_leftovers_go(entry):
     assert {p.name for p in entry.parent.iterdir()} == {entry.name, f".{entry.name}.lock"}
 
 
+def test_a_file_in_the_place_of_an_entry_is_found_and_replaced(tmp_path):
+    entry = tmp_path / "model"
+    entry.write_text("in the way")
+    assert cache.find_problem(entry) is not None
+    with cache.locked(entry):
+        cache.store(entry, fill)
+    assert cache.find_problem(entry) is None
+    assert {p.name for p in tmp_path.iterdir()} == {entry.name, f".{entry.name}.lock"}
+
+
 def test_a_failed_write_leaves_the_old_entry(entry):
     def fail(folder: Path) -> None:
         (folder / "part").write_text("part")

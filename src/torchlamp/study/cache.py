@@ -108,7 +108,8 @@ def store(entry: Path, fill: Callable[[Path], None]) -> None:
         for path in folder.rglob("*"):
             _flush(path)
         if entry.exists():
-            entry.rename(tempfile.mkdtemp(prefix=prefix, dir=entry.parent))
+            # Into a folder of its own: what is in the way may be a file.
+            entry.rename(Path(tempfile.mkdtemp(prefix=prefix, dir=entry.parent)) / "old")
         folder.rename(entry)
         _flush(entry.parent)
     finally:
