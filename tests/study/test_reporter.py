@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -49,3 +50,12 @@ def test_a_bar_on_a_terminal(passes):
     assert "KL 1.23e-03" in output.getvalue()
     assert f"{passes // 2}/2" in output.getvalue()
     assert f"{8 - 2 * passes} s left" in output.getvalue()
+
+
+def test_the_bar_fits_an_ordinary_terminal():
+    output = io.StringIO()
+    with reporter(Console(file=output, force_terminal=True, width=80)) as progress:
+        progress(replace(step(4), windows=499, total_windows=500, remaining=12345.0))
+    assert "499/500" in output.getvalue()
+    assert "KL 1.23e-03 ± 3e-04" in output.getvalue()
+    assert "12345 s left" in output.getvalue()

@@ -17,8 +17,9 @@ def reporter(console: Console) -> Iterator[Callable[[Progress], None]]:
     if not console.is_terminal:
         yield lambda p: _print_line(console, p)
         return
+    # Narrow enough that nothing is cut off on a terminal of 80 columns.
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"),
+        TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn(), TextColumn("windows"),
         TextColumn("{task.fields[kl]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
     )  # fmt: skip
     with Bar(*columns, console=console, transient=True) as bar:
@@ -26,7 +27,7 @@ def reporter(console: Console) -> Iterator[Callable[[Progress], None]]:
 
         def show(p: Progress) -> None:
             bar.update(
-                task, description=f"evaluating ({p.role} done)", total=p.total_windows, completed=p.windows,
+                task, total=p.total_windows, completed=p.windows,
                 kl=_running_kl(p), left=f"{p.remaining:.0f} s left",
             )  # fmt: skip
 
