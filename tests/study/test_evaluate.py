@@ -152,6 +152,18 @@ def test_interruption_keeps_the_finished_windows(tiny, windows, passes, finished
     assert all(c.partial and c.windows == finished for c in result.comparisons)
 
 
+def test_full_memory_keeps_the_finished_windows_and_says_so(tiny, windows, caplog):
+    def callback(progress):
+        if progress.passes == 6:
+            raise RuntimeError("can't allocate memory: you tried to allocate 1 byte\nframe 0")
+
+    result = evaluate(tiny[0], windows, POLICY, progress=callback)
+    assert result.partial
+    assert result.windows == 1
+    assert "can't allocate memory" in caplog.text
+    assert "frame 0" not in caplog.text
+
+
 def test_interruption_before_the_first_window_is_raised(tiny, windows):
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny[0], windows, POLICY, progress=interrupt_at(3))

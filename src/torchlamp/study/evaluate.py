@@ -1,6 +1,7 @@
 """`evaluate`: a policy against the float32 model on windows of text, with the baselines beside it."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torchlamp.study.metrics import Comparer, Reference, TokenMetrics
 from torchlamp.study.result import REFERENCE_POLICY, Result, Role
 from torchlamp.study.runs import Run, plan_runs
 from torchlamp.study.text import check_context
+
+logger = logging.getLogger("torchlamp.evaluate")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def evaluate(
     -------
     Result
         KL in nats per token, rates and probabilities as fractions of 1, times in seconds: see `Result`. After a
-        KeyboardInterrupt it holds the windows finished until then, and ``partial`` is true.
+        KeyboardInterrupt, or when the memory is full, it holds the windows finished until then, and ``partial`` is
+        true; an error is logged.
 
     Raises
     ------
@@ -107,10 +111,17 @@ def evaluate(
         try:
             for index in range(len(windows)):
                 evaluation.window(index, windows[index])
-        except KeyboardInterrupt:
+        except (
+            KeyboardInterrupt,
+            MemoryError,
+            RuntimeError,
+        ) as stop:  # torch reports full memory as RuntimeError
             if not evaluation.finished:
                 raise
             interrupted = True
+            if not isinstance(stop, KeyboardInterrupt):
+                reason = (str(stop).strip() or type(stop).__name__).splitlines()[0]
+                logger.warning("stopped by an error (%s); the finished windows are kept", reason)
     finished = len(evaluation.finished)
     for steps in evaluation.finished:
         for run, metrics, statistics, seconds, forward in steps:
