@@ -111,11 +111,8 @@ def evaluate(
         try:
             for index in range(len(windows)):
                 evaluation.window(index, windows[index])
-        except (
-            KeyboardInterrupt,
-            MemoryError,
-            RuntimeError,
-        ) as stop:  # torch reports full memory as RuntimeError
+        # torch reports full memory as a RuntimeError
+        except (KeyboardInterrupt, MemoryError, RuntimeError) as stop:
             if not evaluation.finished:
                 raise
             interrupted = True
