@@ -1,8 +1,8 @@
 """The command ``torchlamp``. Heavy imports stay inside the commands, so that help comes at once."""
 
-# Each module adds its commands to the application, in this order of the help.
-from torchlamp.cli import measure as _measure  # isort: skip
-from torchlamp.cli import about as _about  # isort: skip
+# Each module adds its commands to the application, in the order of the help.
+# isort: off
 from torchlamp.cli.common import app, main
+from torchlamp.cli import measure, about
 
-__all__ = ["app", "main"]
+__all__ = ["about", "app", "main", "measure"]

@@ -7,7 +7,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,8 +28,19 @@ class Rule(ABC):
     name: ClassVar[str]
     #: Spellings of typical uses, at least one: the tests that hold for every rule run on these.
     examples: ClassVar[tuple[str, ...]]
+    #: What the rule must see: any tile (its `gain`, scores, error), a softmax, an attention (a softmax over keys that
+    #: have values and places), or an elementwise function.
+    looks_through: ClassVar[Literal["any", "softmax", "attention", "elementwise"]] = "softmax"
+    #: Elementary operations per eligible entry that the look-ahead adds to the low pass and to f itself.
+    operations: ClassVar[float] = 0.0
     #: Whether `select` reads `tile.error`.
     needs_error: bool = False
+    #: Whether `select` reads `tile.exact`, which no hardware could know: an oracle.
+    needs_exact: bool = False
+    #: Whether `select` reads `tile.distance`.
+    needs_distance: bool = False
+    #: Whether `select` reads `tile.condition`.
+    needs_condition: bool = False
     #: Whether `select` draws from `tile.generator`.
     needs_generator: bool = False
 

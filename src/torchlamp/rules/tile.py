@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ class Tile:
     error: Tensor | None = None
     #: Source of random numbers, on the CPU. None unless a rule needs it.
     generator: torch.Generator | None = None
+    #: y in float32, which no hardware could know: for oracles. None unless a rule needs it.
+    exact: Tensor | None = None
+    #: ||v_j - o|| / ||o||, how far the value of key j is from the row's output. None unless a rule needs it.
+    distance: Tensor | None = None
+    #: Number of the layer in the model, 0 for the first; the heads of dimension -3 are those of the layer.
+    layer: int = 0
 
     def __post_init__(self) -> None:
         shape = self.scores.shape
@@ -46,6 +52,8 @@ class Tile:
             "visible": self.visible,
             "slope": self.slope,
             "error": self.error,
+            "exact": self.exact,
+            "distance": self.distance,
         }
         for name, tensor in named.items():
             if tensor is not None and tensor.shape != shape:
@@ -60,15 +68,16 @@ class Tile:
 
     def to(self, device: torch.device | str) -> Tile:
         """Return the tile with its tensors on another device; the generator stays on the CPU."""
-        return Tile(
-            self.scores.to(device),
-            self.logits.to(device),
-            self.probabilities.to(device),
-            self.visible.to(device),
-            None if self.slope is None else self.slope.to(device),
-            None if self.error is None else self.error.to(device),
-            self.generator,
-        )
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def gain(self) -> Tensor:
+        """2 z (1 - z) s: the l1 change of the probabilities per unit of absolute error in y_j (docs/method.md 3.2)."""
+        z = self.probabilities
+        gain = (1 - z).mul_(z).mul_(2)
+        return gain if self.slope is None else gain.mul_(self.slope)
 
     @classmethod
     def from_scores(
