@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator, round_to
 from torchlamp.compositions import attention
+from torchlamp.compositions.attention import Observation
 from torchlamp.kernels import native
 from torchlamp.rules import RULES, Rule, Tile
 
@@ -398,3 +399,27 @@ def test_errors(change, error, words):
     }
     with pytest.raises(error, match=words):
         attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("spelling", ["strict:0.1", "random:0.2"])
+def test_an_observer_sees_what_is_selected_and_changes_nothing(spelling):
+    query, key, value = (torch.randn(1, h, 70, 8, generator=torch.manual_seed(h)) for h in (4, 2, 2))
+    seen: list[Observation] = []
+    common = {
+        "accumulator": Accumulator.parse("ps3"),
+        "rule": Rule.parse(spelling),
+        "scaling": 0.4,
+        "causal": True,
+    }
+    observed = attention(query, key, value, generator=torch.manual_seed(0), observe=seen.append, **common)
+    plain = attention(query, key, value, generator=torch.manual_seed(0), **common)
+    torch.testing.assert_close(observed.output, plain.output)
+    assert [o.rows for o in seen] == [range(64), range(64, 70)]
+    chosen = torch.cat([o.chosen[0].sum(dim=-1) for o in seen], dim=-1)
+    assert torch.equal(chosen, observed.selected[0])
+    exact = 0.4 * query[0] @ key[0].repeat_interleave(2, dim=0).transpose(1, 2)
+    for o in seen:
+        there = o.tile.visible[0]
+        torch.testing.assert_close(
+            o.exact[0][there], exact[:, o.rows.start : o.rows.stop, : there.shape[-1]][there]
+        )

@@ -6,6 +6,7 @@ Budzinskiy et al., look-ahead mixed precision, arXiv 2601.21623, the composition
 error estimate is derived in docs/method.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,25 @@ class AttentionResult:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """What an observer sees of a tile, after the selection and before the recomputation.
+
+    The tensors of `tile`, `chosen` and `exact` are (1, heads, rows, keys); the tile's scores change after the call,
+    so an observer copies what it keeps.
+    """
+
+    sample: int
+    rows: range
+    #: Number of the tile's first key.
+    first_key: int
+    tile: Tile
+    #: bool: the entries that will be recomputed.
+    chosen: Tensor
+    #: The visible scores in float32, as the recomputation gives them.
+    exact: Tensor
+
+
+@dataclass(frozen=True)
 class _Call:
     """What all tiles of a call share."""
 
@@ -55,6 +75,7 @@ class _Call:
     softcap: float | None
     sinks: Tensor | None
     generator: torch.Generator | None
+    observe: Callable[[Observation], None] | None = None
 
     @property
     def error_scale(self) -> float:
@@ -76,6 +97,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     generator: torch.Generator | None = None,
+    observe: Callable[[Observation], None] | None = None,
 ) -> AttentionResult:
     """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
 
@@ -111,6 +133,8 @@ def attention(
         float32 (heads,): a logit per head that enters the normaliser but has no value.
     generator : torch.Generator or None
         On the CPU; needed by random rules. Every sample starts from the state it has now.
+    observe : callable, optional
+        Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
 
     Raises
     ------
@@ -122,14 +146,14 @@ def attention(
     _check(query, key, value, softcap, sinks, rule, generator)
     seen = Visibility(mask, causal, bias)
     seen.check((*query.shape[:3], key.shape[2]))
-    call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator)
+    call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator, observe)
     return _fused(call, query, key, value) or _tiled(call, query, key, value)
 
 
 def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
-    if form is None or call.seen.bias is not None:
+    if form is None or call.seen.bias is not None or call.observe is not None:
         return None
     result = fused_attention(
         query,
@@ -217,6 +241,10 @@ def _tile(
         generator=call.generator,
     )
     chosen = call.rule.select(tile)[0]
+    if call.observe is not None:
+        exact = scores.clone()
+        recompute(exact, query, keys, visible.expand(scores.shape), call.scaling)
+        call.observe(Observation(sample, rows, seen.first, tile, chosen[None], exact[None]))
     counts = chosen.sum(dim=-1)
     if bool(counts.any()):
         del tile, logits, slope, error, probabilities

@@ -1,12 +1,14 @@
 """The attention function that transformers calls under the name "lamp"."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchlamp.compositions.attention import attention
+from torchlamp.compositions.attention import Observation, attention
 from torchlamp.compositions.policy import SitePolicy
 from torchlamp.compositions.statistics import Statistics
 from torchlamp.compositions.visibility import visibility
@@ -41,6 +43,8 @@ class Run:
     policy: SitePolicy
     statistics: Statistics
     layers: int = 0
+    #: Called with the layer and an observation of each of its attention tiles.
+    observe: Callable[[int, Observation], None] | None = None
 
 
 @dataclass
@@ -155,6 +159,7 @@ def lamp_attention(
             softcap=kwargs.get("softcap") or None,
             sinks=kwargs.get("s_aux"),
             generator=generator,
+            observe=None if run.observe is None else partial(run.observe, layer),
         )
         positions = result.last_key if position_ids is None else position_ids
         run.statistics.record(layer, result.eligible, result.selected, positions)
