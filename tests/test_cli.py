@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from tiny import TEXT
 from torchlamp.cli import app
-from torchlamp.study import evaluate as evaluation
-from torchlamp.study import packaged
+from torchlamp.study import loop, packaged
 
 SIZES = ["--windows", "2", "--window-length", "16"]
 
@@ -104,6 +103,7 @@ BAD_ARGUMENTS = {
     "site not run": ("--policy values=ps4+none", "values"),
     "both spellings": ("--policy ps4+none --rule none", "leave out --accumulate and --rule"),
     "no file": ("--text missing.txt", "No such file"),
+    "no text": ("--text prosa", "did you mean 'prose'?"),
     "not UTF-8": ("--text latin.txt", "not UTF-8: byte 0xe9 at offset 4"),
     "short text": ("--text short.txt", "tokens, but 2 windows of 16 need 32"),
     "context": ("--window-length 129", "window length 129 is longer than the model's context of 128"),
@@ -186,14 +186,14 @@ def test_a_reader_that_has_gone_leaves_the_json(tiny_evaluate, tmp_path):
 
 
 def interrupt_after(monkeypatch, passes: int) -> None:
-    original = evaluation._Evaluation._report
+    original = loop.Loop._report
 
     def report(self, *arguments) -> None:
         original(self, *arguments)
         if self._passes == passes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation._Evaluation, "_report", report)
+    monkeypatch.setattr(loop.Loop, "_report", report)
 
 
 def test_interruption_reports_what_is_finished(tiny_evaluate, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from tiny import CONTEXT, TEXT
 from torchlamp.compositions.policy import Policy
 from torchlamp.integrations.huggingface import lookahead
-from torchlamp.study.evaluate import evaluate
+from torchlamp.study.evaluate import evaluate, evaluate_against
+from torchlamp.study.loop import References
 from torchlamp.study.result import REFERENCE_POLICY
 from torchlamp.study.runs import plan_runs
 from torchlamp.study.text import Text, cut_windows
@@ -94,6 +95,30 @@ def test_no_baselines_and_the_same_figures(tiny, windows):
 def test_baselines_that_would_say_nothing_are_left_out(policy, roles):
     assert [run.role for run in plan_runs(Policy.parse(policy), True)] == roles
     assert [run.role for run in plan_runs(Policy.parse(policy), False)] == ["tested"]
+
+
+def test_figures_by_window_head_and_position(tiny, windows):
+    result = evaluate(tiny[0], windows, POLICY, baselines=False)
+    assert len(result.kl_by_window) == len(result.flip_by_window) == 3
+    assert sum(result.kl_by_window) / 3 == pytest.approx(result.kl_mean, rel=1e-5)
+    assert sum(result.flip_by_window) / 3 == pytest.approx(result.flip_rate, rel=1e-5)
+    assert [len(heads) for heads in result.recompute_rate_by_head] == [4, 4]
+    layers = [sum(heads) / 4 for heads in result.recompute_rate_by_head]
+    assert layers == pytest.approx(result.recompute_rate_by_layer, rel=1e-5)
+    # 24 positions in bins of 16: position i sees i + 1 keys.
+    first, second = result.recompute_rate_by_position
+    eligible = (sum(range(1, 17)), sum(range(17, 25)))
+    mean = (first * eligible[0] + second * eligible[1]) / sum(eligible)
+    assert mean == pytest.approx(result.recompute_rate, rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [0, 24 * 320 * 4, 24 * 320 * 4 * 3])
+def test_shared_references_change_nothing(tiny, windows, budget):
+    references = References(tiny[0], windows, budget)
+    for policy in (POLICY, "ps3+random:0.2"):
+        shared = evaluate_against(references, policy, seed=4)
+        assert figures(shared) == figures(evaluate(tiny[0], windows, policy, baselines=False, seed=4))
+    assert len(references._kept) == budget // (24 * 320 * 4)
 
 
 def test_everything_recomputed_is_the_reference(tiny, windows):

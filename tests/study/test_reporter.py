@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from torchlamp.study.evaluate import Progress
+from torchlamp.study.loop import Progress
 from torchlamp.study.reporter import reporter
 
 

@@ -28,6 +28,9 @@ def make(role="tested", **changes) -> Result:
         "model": "m", "text": "t", "windows": 2, "window_length": 8, "policy": "ps4+strict:0.1", "seed": 0,
         "partial": False, "tokens_sha256": "00", "role": role, "environment": {"threads": 2, "kernels": "native"},
         "kl_percentiles": {"50": 0.1, "max": 1.0}, "recompute_rate_by_layer": [0.5, 0.25], "comparisons": (),
+        "recompute_rate_by_site": {"scores": 0.25}, "recompute_rate_by_head": [[0.5, 0.5], [0.25, 0.25]],
+        "recompute_rate_by_position": [0.25], "block_rates": {"entry": 0.25}, "kl_by_window": [0.25, 0.25],
+        "flip_by_window": [0.0, 0.5],
     }  # fmt: skip
     return Result(**(values | changes))
 
@@ -76,6 +79,15 @@ def test_other_json_is_refused(text):
 def test_unknown_keys_are_dropped():
     record = whole().to_dict() | {"from_the_future": 1}
     assert Result.from_dict(record) == whole()
+
+
+def test_results_of_the_first_version_are_read():
+    record = whole().to_dict()
+    for entry in (record, *record["comparisons"]):
+        for name in ("kl_by_window", "flip_by_window", "block_rates"):
+            del entry[name]
+    assert Result.from_dict(record).kl_by_window == []
+    assert Result.from_dict(record).recompute_rate == 0.25
 
 
 def printed(result: Result, width: int = 80) -> str:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tiny import CONTEXT, TEXT
-from torchlamp.study.text import Text, check_context, cut_windows, default_text, read_text
+from torchlamp.study.text import Text, check_context, cut_windows, default_text, find_text, read_text
 
 
 def test_default_text_is_long_and_always_the_same():
@@ -89,3 +89,24 @@ def test_unreadable_text_files(tmp_path):
     path.write_bytes("abc é".encode("latin-1"))
     with pytest.raises(ValueError, match="is not UTF-8: byte 0xe9 at offset 4"):
         read_text(path)
+
+
+def test_texts_by_name():
+    assert find_text("prose") == Text("prose", default_text().content)
+    code = find_text("code")
+    assert code.name == "code"
+    assert code.content.count("\ndef ") > 50
+    # 64 windows of 512 tokens, at less than 5 characters a token.
+    assert len(code.content) > 64 * 512 * 5
+
+
+def test_a_file_may_have_the_name_of_a_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").write_text("mine")
+    assert find_text("./code").content == "mine"
+    assert len(find_text("code").content) > 1000
+
+
+def test_the_nearest_text_is_suggested():
+    with pytest.raises(FileNotFoundError, match="did you mean 'prose'"):
+        find_text("prosa")

@@ -31,7 +31,9 @@ def evaluate(
     policy: PolicyOption = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE ...", help="UTF-8 text; Python's own documentation by default."),
+        typer.Option(
+            metavar="FILE ...", help="UTF-8 text, or 'code', or 'prose': Python's documentation, the default."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows from the start of each text.")] = 8,
     window_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
@@ -53,12 +55,12 @@ def evaluate(
     from rich.console import Console
 
     from torchlamp.study.output import check_writable, write_text
-    from torchlamp.study.text import check_context, check_sizes, cut_windows, default_text, read_text
+    from torchlamp.study.text import check_context, check_sizes, cut_windows, default_text, find_text
 
     check_sizes(windows, window_length)
     if output is not None:
         check_writable(output)
-    texts = [read_text(file) for file in files] or [default_text()]
+    texts = [find_text(str(file)) for file in files] or [default_text()]
     set_threads(threads)
 
     from torchlamp.study.evaluate import evaluate as run_evaluation

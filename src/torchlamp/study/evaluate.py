@@ -3,45 +3,22 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlamp.compositions.policy import Policy
-from torchlamp.compositions.statistics import Statistics
-from torchlamp.integrations.huggingface import lookahead
-from torchlamp.study.aggregate import aggregate, mean_and_error
+from torchlamp.study.aggregate import aggregate
 from torchlamp.study.environment import environment
-from torchlamp.study.metrics import Comparer, Reference, TokenMetrics
-from torchlamp.study.result import REFERENCE_POLICY, Result, Role
-from torchlamp.study.runs import Run, plan_runs
+from torchlamp.study.loop import Loop, Progress, References, inference_in_eval_mode
+from torchlamp.study.result import REFERENCE_POLICY, Result
+from torchlamp.study.runs import Run, plan_runs, rounded
 from torchlamp.study.text import check_context
 
 logger = logging.getLogger("torchlamp.evaluate")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where an evaluation stands: handed to the `progress` callback after every forward pass."""
-
-    #: Finished windows, and all.
-    windows: int
-    total_windows: int
-    #: Finished forward passes, and all.
-    passes: int
-    total_passes: int
-    #: What ran last.
-    role: Role
-    #: Running KL of the tested policy over its windows so far, and its standard error; NaN before the first.
-    kl_mean: float
-    kl_standard_error: float
-    #: Seconds since the start, and an estimate of those to come.
-    elapsed: float
-    remaining: float
 
 
 def evaluate(
@@ -51,6 +28,8 @@ def evaluate(
     *,
     baselines: bool = True,
     seed: int = 0,
+    layers: Sequence[int] | None = None,
+    blocks: bool = False,
     progress: Callable[[Progress], None] | None = None,
     model_name: str | None = None,
     text: str = "unnamed",
@@ -74,6 +53,10 @@ def evaluate(
         would repeat the tested policy is left out.
     seed : int
         Of the random baselines, 0 or more.
+    layers : sequence of int, optional
+        Only these layers run under the policies, the others in float32.
+    blocks : bool
+        Also count the blocks that hold a recomputed score (`Result.block_rates`).
     progress : callable, optional
         Called with a `Progress` (times in seconds) after every forward pass.
     model_name, text : str, optional
@@ -100,39 +83,25 @@ def evaluate(
     _check(model, windows, seed)
     start = time.perf_counter()
     runs = plan_runs(policy, baselines)
-    for run in runs:
-        # Refuses what can't run on this model before any time is spent.
-        with lookahead(model, str(run.policy)):
-            pass
     reference = Run("reference", None)
+    # A budget of 0: only the reference logits of the current window are kept.
+    loop = Loop(
+        References(model, windows), [reference, *runs], seed, layers=layers, blocks=blocks, progress=progress
+    )
+    loop.check()
     interrupted = False
-    with _eval_mode(model), torch.inference_mode():
-        evaluation = _Evaluation(model, [reference, *runs], len(windows), seed, progress, start)
-        try:
-            for index in range(len(windows)):
-                evaluation.window(index, windows[index])
-        # torch reports full memory as a RuntimeError
-        except (KeyboardInterrupt, MemoryError, RuntimeError) as stop:
-            if not evaluation.finished:
-                raise
-            interrupted = True
-            if not isinstance(stop, KeyboardInterrupt):
-                reason = (str(stop).strip() or type(stop).__name__).splitlines()[0]
-                logger.warning("stopped by an error (%s); the finished windows are kept", reason)
-    finished = len(evaluation.finished)
-    for steps in evaluation.finished:
-        for run, metrics, statistics, seconds, forward in steps:
-            run.add(metrics, statistics, seconds, forward)
-    shared = {
-        "model": model_name or getattr(model, "name_or_path", "") or type(model).__name__,
-        "text": text,
-        "windows": finished,
-        "window_length": windows.shape[1],
-        "seed": seed,
-        "partial": interrupted,
-        "tokens_sha256": hashlib.sha256(windows[:finished].contiguous().cpu().numpy().tobytes()).hexdigest(),
-        "environment": environment() | {"device": str(model.device)},
-    }
+    try:
+        with inference_in_eval_mode(model):
+            loop.run_all()
+    # torch reports full memory as a RuntimeError
+    except (KeyboardInterrupt, MemoryError, RuntimeError) as stop:
+        if not loop.finished:
+            raise
+        interrupted = True
+        if not isinstance(stop, KeyboardInterrupt):
+            reason = (str(stop).strip() or type(stop).__name__).splitlines()[0]
+            logger.warning("stopped by an error (%s); the finished windows are kept", reason)
+    shared = _shared(model, windows[: loop.collect()], seed, model_name, text) | {"partial": interrupted}
     compared = [_result(run, shared) for run in [reference, *runs[1:]]] if baselines else []
     whole = {
         "comparisons": tuple(compared),
@@ -142,89 +111,62 @@ def evaluate(
     return _result(runs[0], shared | whole)
 
 
-#: A run's part of a window: metrics, counts, seconds in all and in the forward pass.
-Step = tuple[Run, TokenMetrics, Statistics | None, float, float]
+def evaluate_against(
+    references: References,
+    policy: str | Policy,
+    *,
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    blocks: bool = False,
+    model_name: str | None = None,
+    text: str = "unnamed",
+) -> Result:
+    """One policy alone, against references that several policies share: what a point of a sweep is.
+
+    Its figures are those of `evaluate` with ``baselines=False``. Unlike there, nothing is kept of an evaluation
+    that doesn't reach its end: any error, and KeyboardInterrupt, is raised.
+
+    Parameters
+    ----------
+    references : References
+        Of the model and the windows; fills itself while it is used.
+    policy, seed, layers, blocks, model_name, text
+        As for `evaluate`.
+
+    Returns
+    -------
+    Result
+        `seconds` and `forward_seconds` include the reference's forward passes where they were needed.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `evaluate`.
+    """
+    model, windows = references.model, references.windows
+    _check(model, windows, seed)
+    start = time.perf_counter()
+    run = Run("tested", Policy.parse(policy))
+    loop = Loop(references, [run], seed, layers=layers, blocks=blocks)
+    loop.check()
+    with inference_in_eval_mode(model):
+        loop.run_all()
+    loop.collect()
+    shared = _shared(model, windows, seed, model_name, text)
+    return _result(run, shared | {"partial": False, "seconds": time.perf_counter() - start})
 
 
-class _Evaluation:
-    """The loop's state; `window` adds to `finished` at its very end, so an interrupted window leaves nothing."""
-
-    def __init__(
-        self,
-        model: Any,
-        runs: list[Run],
-        total: int,
-        seed: int,
-        progress: Callable[[Progress], None] | None,
-        start: float,
-    ) -> None:
-        self._model, self._runs, self._total, self._seed = model, runs, total, seed
-        self._progress, self._start = progress, start
-        self._comparer = Comparer()
-        self._passes = 0
-        self.finished: list[list[Step]] = []
-
-    def window(self, index: int, tokens: Tensor) -> None:
-        tokens = tokens.to(self._model.device)
-        done: list[Step] = []
-        for run in self._runs:
-            if done:
-                self._report(done)
-            start = time.perf_counter()
-            statistics: Statistics | None = None
-            if run.policy is None:
-                logits, forward = self._forward(tokens)
-                reference = self._comparer.reference(logits, tokens)
-                metrics = _no_difference(reference)
-            else:
-                with lookahead(self._model, run.policy, seed=self._seed + index) as statistics:
-                    logits, forward = self._forward(tokens)
-                metrics = self._comparer.compare(reference, logits)
-            del logits
-            done.append((run, metrics, statistics, time.perf_counter() - start, forward))
-            self._passes += 1
-        self.finished.append(done)
-        self._report(done)
-
-    def _forward(self, tokens: Tensor) -> tuple[Tensor, float]:
-        start = time.perf_counter()
-        logits = self._model(input_ids=tokens[None], use_cache=False).logits[0]
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
-        return logits, time.perf_counter() - start
-
-    def _report(self, done: list[Step]) -> None:
-        """Tell the callback about the last of `done`, the window's steps so far."""
-        if self._progress is None:
-            return
-        steps = [step for window in self.finished for step in window]
-        if not self.finished or self.finished[-1] is not done:
-            steps += done
-        kl = [metrics.kl for run, metrics, *_ in steps if run.role == "tested"]
-        mean, error = mean_and_error(kl) if kl else (float("nan"), float("nan"))
-        elapsed = time.perf_counter() - self._start
-        total = self._total * len(self._runs)
-        self._progress(
-            Progress(
-                windows=len(self.finished),
-                total_windows=self._total,
-                passes=self._passes,
-                total_passes=total,
-                role=done[-1][0].role,
-                kl_mean=mean,
-                kl_standard_error=error,
-                elapsed=elapsed,
-                remaining=elapsed / self._passes * (total - self._passes),
-            )
-        )
-
-
-def _no_difference(reference: Reference) -> TokenMetrics:
-    """The reference's figures against itself."""
-    length, entropy = len(reference.tokens), reference.cross_entropy.cpu()
-    return TokenMetrics(
-        torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.bool), entropy, entropy
-    )
+def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text: str) -> dict[str, Any]:
+    """What the results of all runs over these windows have in common."""
+    return {
+        "model": model_name or getattr(model, "name_or_path", "") or type(model).__name__,
+        "text": text,
+        "windows": len(windows),
+        "window_length": windows.shape[1],
+        "seed": seed,
+        "tokens_sha256": hashlib.sha256(windows.contiguous().cpu().numpy().tobytes()).hexdigest(),
+        "environment": environment() | {"device": str(model.device)},
+    }
 
 
 def _result(run: Run, shared: dict[str, Any]) -> Result:
@@ -234,21 +176,14 @@ def _result(run: Run, shared: dict[str, Any]) -> Result:
         "recompute_rate": run.recompute_rate,
         "recompute_rate_by_layer": run.recompute_rate_by_layer,
         "rows_touched": run.rows_touched,
+        "recompute_rate_by_head": run.recompute_rate_by_head,
+        "recompute_rate_by_position": run.recompute_rate_by_position,
+        "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],
+        "flip_by_window": [rounded(float(w.flips.double().mean())) for w in run.windows],
         "seconds": run.seconds,
         "forward_seconds": run.forward_seconds,
     }
     return Result(**(own | asdict(aggregate(run.windows)) | shared))
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check(model: Any, windows: Tensor, seed: int) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 Role = Literal["tested", "reference", "plain", "random-like"]
 #: `policy` of the float32 run: the model as it is, its attention not replaced by anything.
 REFERENCE_POLICY = "float32 (reference)"
+#: Positions that share a figure of `recompute_rate_by_position`.
+POSITION_BIN = 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ class Result:
     #: What this run is for: "tested", or in `comparisons` "reference", "plain", "random-like".
     role: Role
     environment: dict[str, Any]
+    #: Recompute rate of each site that ran under the policy; of the scores of each head, layer by layer (empty
+    #: lists for layers that ran in float32); and of the scores of the queries in each `POSITION_BIN` positions.
+    recompute_rate_by_site: dict[str, float] = field(default_factory=dict)
+    recompute_rate_by_head: list[list[float]] = field(default_factory=list)
+    recompute_rate_by_position: list[float] = field(default_factory=list)
+    #: Share of the eligible "entry", "row_block_16" (1 x 16 keys) and "tile_16x16" that hold a recomputed score;
+    #: empty unless blocks were counted.
+    block_rates: dict[str, float] = field(default_factory=dict)
+    #: Mean KL of each window in nats, and the share of its tokens that flip.
+    kl_by_window: list[float] = field(default_factory=list)
+    flip_by_window: list[float] = field(default_factory=list)
     comparisons: tuple["Result", ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +88,7 @@ class Result:
 
     def to_json(self, indent: int | None = 2) -> str:
         """Strict JSON: figures that are not finite (a format that overflowed) are null."""
-        return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+        return json.dumps(finite(self.to_dict()), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Result":
@@ -87,7 +100,9 @@ class Result:
             A key is missing.
         """
         known = {f.name: f.type for f in fields(cls)}
-        missing = [name for name in known if name not in record and name != "comparisons"]
+        # Results of version 0.1.0 lack the later figures, which have defaults.
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        missing = [name for name in needed if name not in record]
         if missing:
             raise ValueError(f"this is no result of an evaluation: {', '.join(missing)} missing")
         values: dict[str, Any] = {
@@ -95,8 +110,18 @@ class Result:
             for name, value in record.items()
             if name in known
         }
-        values["kl_percentiles"] = {k: _number(v) for k, v in record["kl_percentiles"].items()}
-        values["recompute_rate_by_layer"] = [_number(v) for v in record["recompute_rate_by_layer"]]
+        for name in ("kl_percentiles", "recompute_rate_by_site", "block_rates"):
+            values[name] = {k: _number(v) for k, v in record.get(name, {}).items()}
+        for name in (
+            "recompute_rate_by_layer",
+            "recompute_rate_by_position",
+            "kl_by_window",
+            "flip_by_window",
+        ):
+            values[name] = [_number(v) for v in record.get(name, [])]
+        values["recompute_rate_by_head"] = [
+            [_number(v) for v in heads] for heads in record.get("recompute_rate_by_head", [])
+        ]
         values["comparisons"] = tuple(cls.from_dict(c) for c in record.get("comparisons", ()))
         return cls(**values)
 
@@ -113,11 +138,12 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same dictionaries and lists with None in the place of every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

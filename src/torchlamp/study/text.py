@@ -1,6 +1,8 @@
 """Text to evaluate on, and how it is cut into windows of tokens."""
 
-from collections.abc import Sequence
+import difflib
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,65 @@ def default_text() -> Text:
     return Text("pydoc_data.topics", content)
 
 
+#: Modules of the standard library whose sources make the text "code", in its order: plain programs that every
+#: Python since 3.10 has as files, the short ones first, together more than 64 windows of 512 tokens.
+CODE_MODULES = (
+    "copy", "queue", "textwrap", "csv", "shlex", "json.encoder", "calendar", "fractions", "statistics",
+    "configparser", "difflib", "dataclasses", "random",
+)  # fmt: skip
+
+
+def code_text() -> Text:
+    """Python code that comes with every Python: the sources of `CODE_MODULES`, one empty line between them.
+
+    The sources differ a little between Python versions; a result holds the hash of its tokens.
+
+    Raises
+    ------
+    OSError
+        This Python was installed without the sources.
+    """
+    parts = []
+    for name in CODE_MODULES:
+        found = importlib.util.find_spec(name)
+        source = found.loader.get_source(name) if found and found.loader else None  # type: ignore[attr-defined]
+        if source is None:
+            raise OSError(
+                f"text 'code' needs the source of the standard library's module {name!r}, which this Python "
+                "doesn't have: name a file instead"
+            )
+        parts.append(source.strip())
+    return Text("code", "\n\n".join(parts))
+
+
+def prose_text() -> Text:
+    """`default_text` under its short name."""
+    return Text("prose", default_text().content)
+
+
+#: Texts by name: they come with Python, so every machine has them.
+TEXTS: dict[str, Callable[[], Text]] = {"prose": prose_text, "code": code_text}
+
+
+def find_text(name: str) -> Text:
+    """The text "prose" or "code", or else a file (a file that is called so: "./prose").
+
+    Raises
+    ------
+    OSError
+        The file can't be read; the nearest name is suggested.
+    ValueError
+        It is not UTF-8.
+    """
+    if name in TEXTS:
+        return TEXTS[name]()
+    try:
+        return read_text(name)
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(name, TEXTS, n=1)
+        raise FileNotFoundError(f"{error}{f'; did you mean {near[0]!r}?' if near else ''}") from error
+
+
 def read_text(path: str | Path) -> Text:
     """A text file in UTF-8; line ends stay as they are in the file, and a byte-order mark is dropped.
 
@@ -44,7 +105,8 @@ def read_text(path: str | Path) -> Text:
     try:
         raw = Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise OSError(f"text file {str(path)!r} can't be read: {error.strerror or error}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+        raise kind(f"text file {str(path)!r} can't be read: {error.strerror or error}") from error
     try:
         content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
