@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tiny import TEXT, save_tiny_model
-from torchlamp.study import cache, conversion, models, packaged
+from torchlamp.study import cache, conversion, hub, models, packaged
 from torchlamp.study.models import cache_entry, load
 
 IDS = torch.arange(20)[None]
@@ -177,7 +177,7 @@ def test_hub_name_without_network(monkeypatch, tmp_path):
 
     for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(models.socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", unreachable)
     with pytest.raises(OSError, match=r"'no-such-organisation/no-model' .*no network") as caught:
         load("no-such-organisation/no-model")
     assert "\n" not in str(caught.value)

@@ -5,20 +5,17 @@ import gc
 import hashlib
 import importlib
 import logging
-import os
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 
 from torchlamp.study import cache, conversion
+from torchlamp.study.hub import hub_resolves
 from torchlamp.study.packaged import PACKAGED
 from torchlamp.study.quiet import quiet_gguf_loader, quiet_transformers
 
@@ -185,7 +182,7 @@ def _pretrained(source: str, name: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The hub client would try for a minute before it says that there is no network.
-    local = Path(source).is_dir() or not _hub_resolves()
+    local = Path(source).is_dir() or not hub_resolves()
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
@@ -205,19 +202,6 @@ def _pretrained(source: str, name: str) -> tuple[Any, Any]:
         except (ValueError, KeyError, ImportError) as error:
             raise ValueError(f"model {name!r} can't be loaded: {conversion.first_line(error)}") from error
     return model.eval(), tokenizer
-
-
-def _hub_resolves() -> bool:
-    """Whether the hub's address can be looked up; taken as true where a proxy does the looking up."""
-    proxies = getproxies()
-    if "https" in proxies or "all" in proxies:
-        return True
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, None)
-    except OSError:
-        return False
-    return True
 
 
 def _allowed() -> str:
