@@ -83,7 +83,7 @@ def test_memory_does_not_grow_with_calls():
         stats.record(0, one, one, torch.tensor([[step % 10]]))
     assert stats.eligible == 2000
     assert stats.position_counts().rows.tolist() == [200] * 10
-    assert stats._positions[0].rows.numel() < 64
+    assert stats._positions["scores", 0].rows.numel() < 64
 
 
 def test_reset_and_reading_is_not_writing():

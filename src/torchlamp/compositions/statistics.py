@@ -1,9 +1,11 @@
-"""Counts of what a rule selected, per layer, head and position: the one place where a run keeps state."""
+"""Counts of what a rule selected, per site, layer, head and position: the one place where a run keeps state."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from torchlamp.compositions.policy import SITES
 
 
 @dataclass
@@ -49,55 +51,65 @@ class Counts:
 
 @dataclass(eq=False)
 class Statistics:
-    """Eligible and selected entries of every layer that ran, over all calls since the start or the last
+    """Eligible and selected entries of every site and layer that ran, over all calls since the start or the last
     `reset`.
 
-    An entry (query, key) is eligible in a head when the query may see the key; a row is one query in one
-    head, and counts when it has at least one eligible entry, so padding and hidden cache slots never enter a
-    rate. Memory grows with layers x (heads + positions), not with the number of calls.
+    At the site `scores` an entry (query, key) is eligible in a head when the query may see the key; a row is one query
+    in one head, and counts when it has at least one eligible entry, so padding and hidden cache slots never enter a
+    rate. At `values` a row is one query in one head and its entries are the numbers of its output. At the other sites
+    a row is one token and its entries are the sums of the layer; rows of padding tokens, which run as all others do,
+    count there. The LM head belongs to no layer. Memory grows with sites x layers x (heads + positions), not with the
+    number of calls.
     """
 
     #: Seed of the random baselines.
     seed: int = 0
-    _heads: list[Counts] = field(default_factory=list, repr=False)
-    _positions: list[Counts] = field(default_factory=list, repr=False)
+    #: Whether touched blocks are to be counted, too.
+    blocks: bool = False
+    _heads: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
 
-    def record(self, layer: int, eligible: Tensor, selected: Tensor, positions: Tensor) -> None:
-        """Add one attention call.
+    def record(
+        self, layer: int, eligible: Tensor, selected: Tensor, positions: Tensor, site: str = "scores"
+    ) -> None:
+        """Add one call of a site.
 
         Parameters
         ----------
         layer : int
-            0 for the first layer; layers in between that never ran count nothing.
+            0 for the first layer, -1 for what belongs to no layer; layers in between that never ran count nothing.
         eligible, selected : Tensor
-            int64 (batch, heads, queries): visible keys, and recomputed scores, of each row.
+            int64 (batch, heads, queries): visible keys, and recomputed scores, of each row. Sites without heads have
+            one.
         positions : Tensor
             Integers (batch or 1, queries): position of each query in its own sequence; negative ones count as
             0.
+        site : str
+            Where.
         """
         eligible, selected = eligible.cpu(), selected.cpu()
-        heads = eligible.shape[1]
-        while len(self._heads) <= layer:
-            self._heads.append(Counts.zeros(heads))
-            self._positions.append(Counts.zeros(0))
+        heads, at = eligible.shape[1], (site, layer)
+        by_head = self._heads.setdefault(at, Counts.zeros(heads))
+        by_position = self._positions.setdefault(at, Counts.zeros(0))
         parts = torch.stack([eligible, selected, (eligible > 0).long(), (selected > 0).long()])
-        self._heads[layer].make_room(heads)
-        self._heads[layer].table[:, :heads] += parts.sum(dim=(1, 3))
+        by_head.make_room(heads)
+        by_head.table[:, :heads] += parts.sum(dim=(1, 3))
 
         by_query = parts.sum(dim=2)
         counted = by_query[2] > 0
         places = positions.cpu().expand(counted.shape)[counted].clamp_min(0)
         if places.numel() > 0:
-            self._positions[layer].make_room(int(places.max()) + 1)
-            self._positions[layer].table.index_add_(1, places, by_query[:, counted])
+            by_position.make_room(int(places.max()) + 1)
+            by_position.table.index_add_(1, places, by_query[:, counted])
 
-    def generator(self, layer: int, step: int) -> torch.Generator:
-        """A CPU generator for one attention call, set from the seed, the layer and the call's last position.
+    def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
+        """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site.
 
         Seeding every call anew keeps random selections independent of how sequences are grouped into batches.
         """
-        # Large odd factors keep neighbouring seeds, layers and steps far apart.
+        # Large odd factors keep neighbouring seeds, layers, steps and sites far apart.
         mixed = self.seed * 0x9E3779B97F4A7C15 + layer * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB
+        mixed += SITES.index(site) * 0xD6E8FEB86659FD93
         return torch.Generator().manual_seed(mixed % 2**63)
 
     def reset(self) -> None:
@@ -107,52 +119,81 @@ class Statistics:
 
     @property
     def eligible(self) -> int:
-        """Number of scores that some query saw, over all layers, heads and calls."""
-        return sum(int(c.eligible.sum()) for c in self._heads)
+        """Number of entries that could be recomputed, over all sites, layers, heads and calls."""
+        return sum(int(c.eligible.sum()) for c in self._heads.values())
 
     @property
     def selected(self) -> int:
-        """Number of scores recomputed in float32."""
-        return sum(int(c.selected.sum()) for c in self._heads)
+        """Number of entries recomputed in float32."""
+        return sum(int(c.selected.sum()) for c in self._heads.values())
 
     @property
     def rows(self) -> int:
-        """Number of query rows (one per query and head) that saw at least one key."""
-        return sum(int(c.rows.sum()) for c in self._heads)
+        """Number of rows with at least one eligible entry: query and head for attention, token elsewhere."""
+        return sum(int(c.rows.sum()) for c in self._heads.values())
 
     @property
     def recompute_rate(self) -> float:
-        """Selected / eligible entries, 0 when nothing ran."""
+        """Selected / eligible entries of all sites, 0 when nothing ran."""
         return rate(self.selected, self.eligible)
 
     @property
     def rows_touched(self) -> float:
         """Rows with at least one recomputed entry / all rows, 0 when nothing ran."""
-        return rate(sum(int(c.touched.sum()) for c in self._heads), self.rows)
+        return rate(sum(int(c.touched.sum()) for c in self._heads.values()), self.rows)
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that ran, in the order of the forward pass."""
+        ran = {site for site, _ in self._heads}
+        return [site for site in SITES if site in ran]
+
+    @property
+    def by_site(self) -> dict[str, float]:
+        """Recompute rate of each site that ran."""
+        return {site: _rate(self.site_counts(site)) for site in self.sites}
 
     @property
     def by_layer(self) -> list[float]:
-        """Recompute rate of each layer, in the order the layers run."""
-        return [rate(int(c.selected.sum()), int(c.eligible.sum())) for c in self._heads]
+        """Recompute rate of each layer over its sites, in the order the layers run."""
+        return [_rate(self.layer_counts(layer)) for layer in range(self.layers)]
+
+    @property
+    def layers(self) -> int:
+        """One more than the number of the last layer that ran."""
+        return max((layer + 1 for _, layer in self._heads), default=0)
 
     @property
     def by_head(self) -> list[list[float]]:
-        """Recompute rate of each head of each layer."""
-        return [_rates(c.selected, c.eligible) for c in self._heads]
+        """Recompute rate of the scores of each head of each layer; empty lists where scores weren't narrow."""
+        counts = [self.head_counts(layer) for layer in range(self.layers)]
+        return [_rates(c.selected, c.eligible) for c in counts]
 
     @property
     def by_position(self) -> list[float]:
-        """Recompute rate of the queries at each position, over all layers and heads."""
+        """Recompute rate of the queries at each position, over all sites, layers and heads."""
         counts = self.position_counts()
         return _rates(counts.selected, counts.eligible)
 
-    def head_counts(self, layer: int) -> Counts:
-        """A copy of the counts of one layer, int64 (heads,)."""
-        return Counts(self._heads[layer].table.clone())
+    def site_counts(self, site: str) -> Counts:
+        """The counts of one site over all layers and heads, int64 (1,); zeros if it didn't run."""
+        return _total(self._of(self._heads, site=site))
 
-    def position_counts(self, layer: int | None = None) -> Counts:
-        """A copy of the counts by position, int64 (positions,), of one layer or of all together."""
-        chosen = self._positions if layer is None else [self._positions[layer]]
+    def head_counts(self, layer: int, site: str = "scores") -> Counts:
+        """A copy of the counts of one layer at a site, int64 (heads,); zeros if the site didn't run there."""
+        counts = self._heads.get((site, layer))
+        if counts is not None:
+            return Counts(counts.table.clone())
+        others = self._of(self._heads, site=site)
+        return Counts.zeros(others[0].table.shape[1] if others else 0)
+
+    def layer_counts(self, layer: int) -> Counts:
+        """The counts of one layer over all its sites and heads, int64 (1,); layer -1 is the LM head."""
+        return _total(self._of(self._heads, layer=layer))
+
+    def position_counts(self, layer: int | None = None, site: str | None = None) -> Counts:
+        """A copy of the counts by position, int64 (positions,), of one layer and site or of all together."""
+        chosen = self._of(self._positions, site=site, layer=layer)
         size = max((_length(c) for c in chosen), default=0)
         total = Counts.zeros(size)
         for counts in chosen:
@@ -160,14 +201,36 @@ class Statistics:
             total.table[:, : part.shape[1]] += part
         return total
 
+    def _of(
+        self, tables: dict[tuple[str, int], Counts], *, site: str | None = None, layer: int | None = None
+    ) -> list[Counts]:
+        return [
+            counts
+            for (at, number), counts in tables.items()
+            if (site is None or at == site) and (layer is None or number == layer)
+        ]
+
     def __str__(self) -> str:
+        things = "scores" if self.sites in ([], ["scores"]) else f"entries at {', '.join(self.sites)}"
         return (
-            f"recompute rate {self.recompute_rate:.3%} ({self.selected:,} of {self.eligible:,} scores), "
-            f"rows touched {self.rows_touched:.2%}, {len(self._heads)} layers"
+            f"recompute rate {self.recompute_rate:.3%} ({self.selected:,} of {self.eligible:,} {things}), "
+            f"rows touched {self.rows_touched:.2%}, {self.layers} layers"
         )
 
     def __repr__(self) -> str:
         return f"<Statistics: {self}>"
+
+
+def _total(chosen: list[Counts]) -> Counts:
+    """The sum of all columns, one column."""
+    total = Counts.zeros(1)
+    for counts in chosen:
+        total.table += counts.table.sum(dim=1, keepdim=True)
+    return total
+
+
+def _rate(counts: Counts) -> float:
+    return rate(int(counts.selected.sum()), int(counts.eligible.sum()))
 
 
 def _length(counts: Counts) -> int:
