@@ -35,6 +35,14 @@ def evaluate(
             metavar="FILE ...", help="UTF-8 text, or 'code', or 'prose': Python's documentation, the default."
         ),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Hugging Face data set: openwebtext, codeparrot, arxiv, wikitext2, gsm8k, a file or folder, or "
+            "owner/name:config:split:column. May be repeated.",
+        ),
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows from the start of each text.")] = 8,
     window_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     json: Annotated[
@@ -60,7 +68,14 @@ def evaluate(
     check_sizes(windows, window_length)
     if output is not None:
         check_writable(output)
-    texts = [find_text(str(file)) for file in files] or [default_text()]
+    texts = [find_text(str(file)) for file in files]
+    if dataset:
+        from torchlamp.study.dataset_source import check_source
+
+        for spec in dataset:
+            check_source(spec)
+    elif not texts:
+        texts = [default_text()]
     set_threads(threads)
 
     from torchlamp.study.evaluate import evaluate as run_evaluation
@@ -70,6 +85,10 @@ def evaluate(
 
     language_model, tokenizer = load(model)
     check_context(language_model, window_length)
+    if dataset:
+        from torchlamp.study.datasets import dataset_text
+
+        texts += [dataset_text(spec, tokenizer, windows * window_length) for spec in dataset]
     tokens = cut_windows(tokenizer, texts, windows, window_length)
     with reporter(Console(stderr=True)) as progress:
         result = run_evaluation(
