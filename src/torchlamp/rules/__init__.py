@@ -1,5 +1,7 @@
 """Look-ahead: which entries of a tile to recompute. Pure functions of tiles, one idea a file."""
 
+from torchlamp.rules.condition import Condition, ConditionCheap, Output, OutputCheap
+from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.mass import Mass
 from torchlamp.rules.none_all import Everything, Nothing
 from torchlamp.rules.random import Random, RandomLike
@@ -15,10 +17,15 @@ from torchlamp.rules.topz import TopZ
 __all__ = [
     "REFERENCE_LENGTH",
     "RULES",
+    "Condition",
+    "ConditionCheap",
+    "ElementTile",
     "Everything",
     "Mass",
     "Nothing",
     "NumberRule",
+    "Output",
+    "OutputCheap",
     "Random",
     "RandomLike",
     "Relaxed",

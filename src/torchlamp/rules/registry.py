@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from torchlamp.rules.condition import Condition, ConditionCheap, Output, OutputCheap
 from torchlamp.rules.mass import Mass
 from torchlamp.rules.none_all import Everything, Nothing
 from torchlamp.rules.random import Random, RandomLike
@@ -27,6 +28,10 @@ RULES: dict[str, type[Rule]] = {
         TopZ,
         Random,
         RandomLike,
+        Condition,
+        ConditionCheap,
+        Output,
+        OutputCheap,
     )
 }
 
