@@ -112,7 +112,7 @@ def check(result, expected):
     assert torch.equal(result.eligible, expected.visible.sum(-1))
 
 
-SPELLINGS = [spelling for rule in RULES.values() for spelling in rule.examples]
+SPELLINGS = [e for rule in RULES.values() if rule.looks_through != "elementwise" for e in rule.examples]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

@@ -69,7 +69,9 @@ class _Gated:
         a, b = low.y.chunk(2, dim=-1)
         value, slope = self.phi(a), derivative(self.phi, a).abs_()
         h = value * b
-        gain = torch.cat([_gain(slope * b.abs(), h, self.next_norms), _gain(value.abs(), h, self.next_norms)], -1)
+        gain = torch.cat(
+            [_gain(slope * b.abs(), h, self.next_norms), _gain(value.abs(), h, self.next_norms)], -1
+        )
         return low.element_tile(gain, torch.cat([_sensitivity(slope, value), 1 / b.abs()], dim=-1))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.compositions.softmax import capped_logits, visible_softmax
+from torchlamp.compositions.values import Values, weighted_sums
 from torchlamp.compositions.visibility import Visibility, Window, window
 from torchlamp.kernels.attention import fused_attention
 from torchlamp.kernels.products import products
@@ -37,12 +38,16 @@ class AttentionResult:
         int64 (batch, heads, queries): visible keys of each row, and how many of its scores were recomputed.
     last_key : Tensor
         int64 (batch, queries): index of the last key that any head of the query sees, -1 where none does.
+    values_selected : Tensor or None
+        int64 (batch, heads, queries): how many numbers of each row's output were recomputed, if values are summed in
+        low precision.
     """
 
     output: Tensor
     eligible: Tensor
     selected: Tensor
     last_key: Tensor
+    values_selected: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class _Call:
     sinks: Tensor | None
     generator: torch.Generator | None
     observe: Callable[[Observation], None] | None = None
+    values: Values | None = None
 
     @property
     def error_scale(self) -> float:
@@ -98,6 +104,7 @@ def attention(
     sinks: Tensor | None = None,
     generator: torch.Generator | None = None,
     observe: Callable[[Observation], None] | None = None,
+    values: Values | None = None,
 ) -> AttentionResult:
     """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
 
@@ -135,6 +142,8 @@ def attention(
         On the CPU; needed by random rules. Every sample starts from the state it has now.
     observe : callable, optional
         Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
+    values : Values, optional
+        How the values are summed; in float32 if not given.
 
     Raises
     ------
@@ -146,14 +155,14 @@ def attention(
     _check(query, key, value, softcap, sinks, rule, generator)
     seen = Visibility(mask, causal, bias)
     seen.check((*query.shape[:3], key.shape[2]))
-    call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator, observe)
+    call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator, observe, values)
     return _fused(call, query, key, value) or _tiled(call, query, key, value)
 
 
 def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
-    if form is None or call.seen.bias is not None or call.observe is not None:
+    if form is None or call.seen.bias is not None or call.observe is not None or call.values is not None:
         return None
     result = fused_attention(
         query,
@@ -185,17 +194,25 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     eligible = torch.zeros(batch, heads, queries, dtype=torch.int64, device=query.device)
     selected = torch.zeros_like(eligible)
     last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
-    start = generator.get_state() if generator is not None else None
+    values_selected = None if call.values is None else torch.zeros_like(selected)
+    drawn_from = (generator, None if call.values is None else call.values.generator)
+    generators = [g for g in drawn_from if g is not None]
+    starts = [g.get_state() for g in generators]
     for sample in range(batch):
-        if generator is not None and start is not None:
-            generator.set_state(start)
+        for own, start in zip(generators, starts, strict=True):
+            own.set_state(start)
         for first in range(0, queries, TILE_ROWS):
             rows = range(first, min(first + TILE_ROWS, queries))
             at = slice(rows.start, rows.stop)
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
                 tile = (query[sample, :, at], key[sample], value[sample])
-                out, visible, chosen = _tile(call, *tile, sample, rows, seen)
+                probabilities, visible, chosen = _tile(call, *tile[:2], sample, rows, seen)
+                shown = tile[2][:, seen.first : seen.last]
+                if call.values is None or values_selected is None:
+                    out = _apply(probabilities, shown)
+                else:
+                    out, values_selected[sample, :, at] = weighted_sums(probabilities, shown, call.values)
                 eligible[sample, :, at] = visible.sum(dim=-1)
                 selected[sample, :, at] = chosen
                 last_key[sample, at] = _last_visible(visible, seen.first)
@@ -204,13 +221,13 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
             if seen.visible is not None or seen.last == seen.first:
                 _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
             output[sample, at] = out.transpose(0, 1)
-    return AttentionResult(output, eligible, selected, last_key)
+    return AttentionResult(output, eligible, selected, last_key, values_selected)
 
 
 def _tile(
-    call: _Call, query: Tensor, key: Tensor, value: Tensor, sample: int, rows: range, seen: Window
+    call: _Call, query: Tensor, key: Tensor, sample: int, rows: range, seen: Window
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (heads, rows, size), visible (heads or 1, rows, keys) and selected (heads, rows) of one tile."""
+    """Probabilities (heads, rows, keys), visible (heads or 1, rows, keys) and selected (heads, rows) of one tile."""
     keys = key[:, seen.first : seen.last].transpose(1, 2)
     scores, squares = products(
         query,
@@ -251,7 +268,7 @@ def _tile(
         recompute(scores, query, keys, chosen, call.scaling)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
-    return _apply(probabilities, value[:, seen.first : seen.last]), visible, counts
+    return probabilities, visible, counts
 
 
 def _apply(probabilities: Tensor, value: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Weights:
     @cached_property
     def norms(self) -> Tensor:
         """||w_j||_2 of every output, float32 (outputs,)."""
-        return self.matrix.detach().norm(dim=0)
+        return torch.linalg.vector_norm(self.matrix.detach(), dim=0)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class HeadVectors:
     size: int
 
     def __call__(self, low: Low) -> ElementTile:
-        heads = low.y.unflatten(-1, (-1, self.size))
+        """The tile of a chunk of rows."""
+        heads = low.y.view(*low.y.shape[:-1], -1, self.size)
         gain = 1 / heads.norm(dim=-1, keepdim=True).clamp_min(TINY)
         return low.element_tile(gain.expand(heads.shape).flatten(-2))
 
@@ -157,7 +158,7 @@ def linear(
     look: LookAhead = relative,
     generator: torch.Generator | None = None,
 ) -> LinearResult:
-    """x W^T + b with sums in low precision, the selected ones recomputed in float32.
+    """The layer x W^T + b with sums in low precision, the selected ones recomputed in float32.
 
     Parameters
     ----------
@@ -250,11 +251,11 @@ def _look_ahead(
         low = Low(
             y=_beside([p.y for p in pieces]),
             rows=rows,
-            error=_beside([p.error for p in pieces]) if _needs(rule, "needs_error") else None,
-            exact=_beside([p.exact for p in pieces]) if _needs(rule, "needs_exact") else None,
+            error=_beside([p.error for p in pieces]) if needs(rule, "needs_error") else None,
+            exact=_beside([p.exact for p in pieces]) if needs(rule, "needs_exact") else None,
             numerator=(
-                _beside([p.numerator(_innermost(rule).numerator) for p in pieces])  # type: ignore[attr-defined]
-                if _needs(rule, "needs_condition")
+                _beside([p.numerator(innermost(rule).numerator) for p in pieces])
+                if needs(rule, "needs_condition")
                 else None
             ),
             generator=generator,
@@ -263,7 +264,9 @@ def _look_ahead(
         chosen = select(rule, look(low))
     counts = chosen.sum(dim=-1)
     if bool(counts.any()):
-        for piece, mask in zip(pieces, chosen.split([p.y.shape[1] for p in pieces], dim=-1), strict=True):
+        for piece, mask in zip(
+            pieces, torch.split(chosen, [p.y.shape[1] for p in pieces], dim=-1), strict=True
+        ):
             piece.recompute(mask)
     return counts
 
@@ -280,7 +283,7 @@ class _Sums:
         self.x, self.weights = x, weights
         self._unit_roundoff = accumulator.format.unit_roundoff
         form = accumulator.accumulation
-        squares = _needs(rule, "needs_error")
+        squares = needs(rule, "needs_error")
         sums, running = products(x[None], weights.matrix.detach()[None], form, squares=squares)
         self.y, self._squares = sums[0], None if running is None else running[0]
         if weights.bias is not None:
@@ -325,14 +328,15 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
-def _innermost(rule: Rule) -> Rule:
+def innermost(rule: Rule) -> Rule:
     """The rule that a random baseline imitates, or the rule itself."""
     inner = getattr(rule, "rule", rule)
-    return inner if inner is rule else _innermost(inner)
+    return inner if inner is rule else innermost(inner)
 
 
-def _needs(rule: Rule, what: str) -> bool:
-    return bool(getattr(rule, what)) or bool(getattr(_innermost(rule), what))
+def needs(rule: Rule, what: str) -> bool:
+    """Whether a rule, or the one that it imitates, has a flag such as "needs_error"."""
+    return bool(getattr(rule, what)) or bool(getattr(innermost(rule), what))
 
 
 def _check(x: Tensor, maps: Sequence[Weights]) -> None:
@@ -340,7 +344,9 @@ def _check(x: Tensor, maps: Sequence[Weights]) -> None:
         tensors = (x, m.matrix) if m.bias is None else (x, m.matrix, m.bias)
         if any(t.dtype != torch.float32 for t in tensors):
             dtypes = ", ".join(str(t.dtype) for t in tensors)
-            raise TypeError(f"linear takes float32 input, weight and bias, got {dtypes}: convert with .float()")
+            raise TypeError(
+                f"linear takes float32 input, weight and bias, got {dtypes}: convert with .float()"
+            )
         fits = m.matrix.ndim == 2 and x.ndim >= 1 and x.shape[-1] == m.matrix.shape[0]
         if not fits or (m.bias is not None and m.bias.shape != m.matrix.shape[1:]):
             raise ValueError(

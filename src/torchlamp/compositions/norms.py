@@ -61,7 +61,7 @@ class Norm:
         return (columns.clamp_min(0.0) / size.clamp_min(TINY)).sqrt_().mul_(inverse)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """t and 1 / s."""
+        """The normalised vector t and 1 / s."""
         centred = x - x.mean(dim=-1, keepdim=True) if self.kind == "layer" else x
         inverse = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + self.eps)
         return centred * inverse, inverse
@@ -80,6 +80,7 @@ class Normed:
     residual: Tensor | None = None
 
     def __call__(self, low: Low) -> ElementTile:
+        """The tile of a chunk of rows."""
         x = low.y if self.residual is None else low.y + self.residual[low.rows]
         return low.element_tile(self.norm.gain(x), 1 / x.abs())
 
@@ -128,6 +129,8 @@ def norm_input(
         Of the accumulator only the format is used; spellings or objects.
     generator : torch.Generator or None
         On the CPU; needed by random rules, which draw once for all samples (the first of three dimensions or more).
+    layer : int
+        What the tile says of its layer.
 
     Raises
     ------

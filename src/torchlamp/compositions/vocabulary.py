@@ -20,6 +20,7 @@ class Vocabulary:
     softcap: float | None = None
 
     def __call__(self, low: Low) -> Tile:
+        """The tile of a chunk of rows."""
         logits, slope = capped_logits(low.y, self.softcap, None)
         return Tile(
             scores=low.y,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -37,7 +37,6 @@ class Condition(NumberRule):
     looks_through = "elementwise"
     operations = 4.0
     needs_condition = True
-    numerator: ClassVar[Literal["exact", "cheap"]] = "exact"
 
     def select(self, tile: Tile | ElementTile) -> Tensor:
         """Entries whose condition number exceeds T.
@@ -49,8 +48,10 @@ class Condition(NumberRule):
         """
         condition = getattr(tile, "condition", None)
         if condition is None:
-            raise ValueError(f"rule '{self}' needs condition numbers: give it an ElementTile with `condition`")
-        return exceeds(tile, condition, self.threshold)
+            raise ValueError(
+                f"rule '{self}' needs condition numbers: give it an ElementTile with `condition`"
+            )
+        return exceeds(cast(Any, tile), condition, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class ConditionCheap(Condition):
     By Cauchy and Schwarz the product of the norms is an upper bound. The norms of the weights are static and computed
     once, that of x once per row, so that the look-ahead costs a few operations per entry. For Gaussian w and x the
     bound is pi/2 times the true numerator, the same factor for all entries, so T has to be about 1.6 times larger.
+
+    Source: derived from the same, docs/sites.md.
     """
 
     name = "condition-cheap"
@@ -90,7 +93,6 @@ class Output(NumberRule):
     looks_through = "elementwise"
     operations = 2.0
     needs_condition = True
-    numerator: ClassVar[Literal["exact", "cheap"]] = "exact"
 
     def select(self, tile: Tile | ElementTile) -> Tensor:
         """Entries whose bound on the relative change of the output exceeds T.
@@ -103,12 +105,15 @@ class Output(NumberRule):
         numerator = getattr(tile, "numerator", None)
         if numerator is None:
             raise ValueError(f"rule '{self}' needs numerators: give it an ElementTile with `numerator`")
-        return exceeds(tile, tile.gain * numerator, self.threshold)
+        return exceeds(cast(Any, tile), tile.gain * numerator, self.threshold)
 
 
 @dataclass(frozen=True)
 class OutputCheap(Output):
-    """`output-cheap:T`: `output:T` with ||w_j||_2 ||x||_2 + |b_j| in the place of |w_j|^T |x| + |b_j|."""
+    """`output-cheap:T`: `output:T` with ||w_j||_2 ||x||_2 + |b_j| in the place of |w_j|^T |x| + |b_j|.
+
+    Source: derived, docs/sites.md.
+    """
 
     name = "output-cheap"
     examples = ("output-cheap:0.1", "output-cheap:0.01")

@@ -41,6 +41,8 @@ class Rule(ABC):
     needs_distance: bool = False
     #: Whether `select` reads `tile.condition`.
     needs_condition: bool = False
+    #: Which numerator the condition numbers of `tile.condition` are to have: |w|^T|x|, or its bound ||w|| ||x||.
+    numerator: ClassVar[Literal["exact", "cheap"]] = "exact"
     #: Whether `select` draws from `tile.generator`.
     needs_generator: bool = False
 
