@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchlamp.rules import REFERENCE_LENGTH, Rule, ThresholdForm, Tile
 
-TENSORS = ("scores", "logits", "probabilities", "visible", "slope", "error")
+TENSORS = ("scores", "logits", "probabilities", "visible", "slope", "error", "exact", "distance")
 
 
 def typical_tiles() -> list[Tile]:
@@ -108,7 +108,7 @@ def check_hidden_values_make_no_difference(rule: Rule) -> None:
         for junk in (torch.nan, torch.inf, -torch.inf, 1e30):
             hidden = {
                 name: t.masked_fill(~tile.visible, junk)
-                for name in ("scores", "logits", "slope", "error")
+                for name in ("scores", "logits", "slope", "error", "exact", "distance")
                 if (t := getattr(tile, name)) is not None
             }
             assert torch.equal(rule.select(replace(fresh(tile), **hidden)), expected)
@@ -138,11 +138,17 @@ def check_needs_are_stated(rule: Rule) -> None:
     if rule.needs_generator:
         with pytest.raises(ValueError, match=r"torch\.Generator"):
             rule.select(replace(tile, generator=None))
-    if rule.needs_error:
-        with pytest.raises(ValueError, match="error"):
-            rule.select(replace(tile, error=None))
+    needs = {
+        "error": rule.needs_error or rule.needs_bridge,
+        "exact": rule.needs_exact,
+        "distance": rule.needs_distance is not None,
+    }
+    for name, needed in needs.items():
+        if needed:
+            with pytest.raises(ValueError, match=name):
+                rule.select(replace(tile, **{name: None}))
     state = tile.generator.get_state()
-    rule.select(replace(tile, error=tile.error if rule.needs_error else None))
+    rule.select(replace(tile, **{name: None for name, needed in needs.items() if not needed}))
     assert rule.needs_generator or torch.equal(tile.generator.get_state(), state)
 
 
@@ -195,14 +201,12 @@ def read_form(form: ThresholdForm, tile: Tile) -> Tensor:
                 e = torch.from_numpy(logits[i, keys] - logits[i, keys].max()).exp().numpy()
                 w = e * np.abs(y[i, keys])
             else:
-                w = (
-                    (one - z[i, keys])
-                    * z[i, keys]
-                    * (np.abs(y[i, keys]) if form.weight == "strict" else r[i, keys])
-                )
+                w = (one - z[i, keys]) * z[i, keys] * np.float32(2)
             if s is not None and form.weight != "topz":
                 w = w * s[i, keys]
-            limit = np.float32(form.threshold / (2 if form.weight in ("strict", "running") else 1))
+            if form.weight in ("strict", "running"):
+                w = w * (np.abs(y[i, keys]) if form.weight == "strict" else r[i, keys])
+            limit = np.float32(form.threshold)
             if form.weight == "relaxed":
                 share = form.threshold
                 if form.by_length:

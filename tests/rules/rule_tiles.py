@@ -1,5 +1,7 @@
 """Tiles to test rules on."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,14 @@ def random_tile(
     sinks: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tile:
-    """Normal scores with positive error estimates and a generator; causal unless `visible` is given."""
+    """Normal scores with everything that some rule needs; causal unless `visible` is given."""
     source = generator(seed)
     scores = torch.randn(shape, generator=source, dtype=torch.float64) * spread
     error = torch.rand(shape, generator=source, dtype=torch.float64) * 0.1
+    distance = torch.rand(shape, generator=source, dtype=torch.float64) * 2
+    exact = scores + error * torch.randn(shape, generator=source, dtype=torch.float64)
     shown = causal(*shape[-2:]) if visible is None else visible
-    return Tile.from_scores(
+    tile = Tile.from_scores(
         scores.to(dtype),
         shown,
         softcap=softcap,
@@ -37,6 +41,7 @@ def random_tile(
         error=error.to(dtype),
         generator=generator(seed + 1),
     )
+    return replace(tile, exact=exact.to(dtype), distance=distance.to(dtype))
 
 
 def row(

@@ -1,29 +1,44 @@
 """Look-ahead: which entries of a tile to recompute. Pure functions of tiles, one idea a file."""
 
+from torchlamp.rules.bridge import Bridge
+from torchlamp.rules.budget import Budget, RunningBudget
 from torchlamp.rules.condition import Condition, ConditionCheap, Output, OutputCheap
 from torchlamp.rules.element_tile import ElementTile
+from torchlamp.rules.heads import Heads
 from torchlamp.rules.mass import Mass
+from torchlamp.rules.mass_window import MassWindow
 from torchlamp.rules.none_all import Everything, Nothing
+from torchlamp.rules.oracle import Oracle, OracleResidual
 from torchlamp.rules.random import Random, RandomLike
 from torchlamp.rules.registry import RULES, register, rule_class, rule_names
 from torchlamp.rules.relaxed import REFERENCE_LENGTH, Relaxed, RelaxedLength
 from torchlamp.rules.rule import NumberRule, Rule
 from torchlamp.rules.running import Running
+from torchlamp.rules.sink_recent import SinkRecent
 from torchlamp.rules.strict import Strict
 from torchlamp.rules.threshold import ThresholdForm, exceeds
 from torchlamp.rules.tile import Tile
 from torchlamp.rules.topz import TopZ
+from torchlamp.rules.value_aware import BridgeResidual, RunningOutput, RunningResidual
+from torchlamp.rules.weighted import WeightRule
 
 __all__ = [
     "REFERENCE_LENGTH",
     "RULES",
+    "Bridge",
+    "BridgeResidual",
+    "Budget",
     "Condition",
     "ConditionCheap",
     "ElementTile",
     "Everything",
+    "Heads",
     "Mass",
+    "MassWindow",
     "Nothing",
     "NumberRule",
+    "Oracle",
+    "OracleResidual",
     "Output",
     "OutputCheap",
     "Random",
@@ -32,10 +47,15 @@ __all__ = [
     "RelaxedLength",
     "Rule",
     "Running",
+    "RunningBudget",
+    "RunningOutput",
+    "RunningResidual",
+    "SinkRecent",
     "Strict",
     "ThresholdForm",
     "Tile",
     "TopZ",
+    "WeightRule",
     "exceeds",
     "register",
     "rule_class",

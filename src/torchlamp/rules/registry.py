@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import difflib
 
+from torchlamp.rules.bridge import Bridge
+from torchlamp.rules.budget import Budget, RunningBudget
 from torchlamp.rules.condition import Condition, ConditionCheap, Output, OutputCheap
+from torchlamp.rules.heads import Heads
 from torchlamp.rules.mass import Mass
+from torchlamp.rules.mass_window import MassWindow
 from torchlamp.rules.none_all import Everything, Nothing
+from torchlamp.rules.oracle import Oracle, OracleResidual
 from torchlamp.rules.random import Random, RandomLike
 from torchlamp.rules.relaxed import Relaxed, RelaxedLength
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.running import Running
+from torchlamp.rules.sink_recent import SinkRecent
 from torchlamp.rules.strict import Strict
 from torchlamp.rules.topz import TopZ
+from torchlamp.rules.value_aware import BridgeResidual, RunningOutput, RunningResidual
 
 #: The rules of the package, in the order in which they are listed to the user.
 RULES: dict[str, type[Rule]] = {
@@ -24,14 +31,25 @@ RULES: dict[str, type[Rule]] = {
         Relaxed,
         RelaxedLength,
         Mass,
+        MassWindow,
+        Budget,
         Running,
+        RunningBudget,
+        RunningOutput,
+        RunningResidual,
+        Bridge,
+        BridgeResidual,
         TopZ,
+        SinkRecent,
+        Heads,
         Random,
         RandomLike,
         Condition,
         ConditionCheap,
         Output,
         OutputCheap,
+        Oracle,
+        OracleResidual,
     )
 }
 

@@ -37,8 +37,13 @@ class Rule(ABC):
     needs_error: bool = False
     #: Whether `select` reads `tile.exact`, which no hardware could know: an oracle.
     needs_exact: bool = False
-    #: Whether `select` reads `tile.distance`.
-    needs_distance: bool = False
+    #: Whether `select` reads `tile.error` and means the estimate made of norms, see `Bridge`.
+    needs_bridge: bool = False
+    #: What `select` reads `tile.distance` as: how far a key's value is from the row's output, relative to that
+    #: output or to the residual stream; None: not at all.
+    needs_distance: ClassVar[Literal["output", "residual"] | None] = None
+    #: False for an oracle.
+    realisable: ClassVar[bool] = True
     #: Whether `select` reads `tile.condition`.
     needs_condition: bool = False
     #: Which numerator the condition numbers of `tile.condition` are to have: |w|^T|x|, or its bound ||w|| ||x||.

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchlamp.rules.rule import NumberRule
-from torchlamp.rules.threshold import ThresholdForm, exceeds
+from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
+from torchlamp.rules.weighted import WeightRule
 
 
 @dataclass(frozen=True)
-class Running(NumberRule):
+class Running(WeightRule):
     """`running:T`: recompute j iff 2 z_j (1 - z_j) s_j r_j > T, r_j the expected rounding error of y_j.
 
     2 z_j (1 - z_j) s_j is the l1 change of the probabilities per unit of absolute error in y_j, s_j the
@@ -25,6 +25,8 @@ class Running(NumberRule):
     bound: errors of one sign (many small terms added to a large sum) add up to more. The attention composition
     computes it from the accumulation's running sum of squares and gives it as `tile.error`.
 
+    At other sites the tile's own gain stands in the place of 2 z (1 - z) s.
+
     T >= 0 is an l1 error of a row of probabilities, absolute: one T means the same at every format, head and
     layer. NaN and infinite scores are selected.
 
@@ -34,23 +36,13 @@ class Running(NumberRule):
     threshold: float
     name = "running"
     examples = ("running:0.001", "running:0.0001")
+    looks_through = "any"
+    operations = 6.0
     needs_error = True
 
-    def select(self, tile: Tile) -> Tensor:
-        """Entries whose estimated contribution to the l1 error exceeds T.
-
-        Raises
-        ------
-        ValueError
-            If the tile has no `error`.
-        """
-        if tile.error is None:
-            raise ValueError(f"rule '{self}' needs the running error: give the tile `error`")
-        z = tile.probabilities
-        half_weight = (1 - z).mul_(z).mul_(tile.error)
-        if tile.slope is not None:
-            half_weight.mul_(tile.slope)
-        return exceeds(tile, half_weight, self.threshold / 2)
+    def weight(self, tile: Tile) -> Tensor:
+        """Gain times the expected rounding error."""
+        return tile.gain * self._need(tile.error, "the running error: give the tile `error`")
 
     def threshold_form(self) -> ThresholdForm:
         """Weight "running"."""

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchlamp.rules.rule import NumberRule
-from torchlamp.rules.threshold import ThresholdForm, exceeds
+from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
+from torchlamp.rules.weighted import WeightRule
 
 
 @dataclass(frozen=True)
-class Strict(NumberRule):
-    """`strict:T`: recompute j iff 2 z_j (1 - z_j) |y_j| s_j > T.
+class Strict(WeightRule):
+    """`strict:T`: recompute j iff 2 z_j (1 - z_j) s_j |y_j| > T.
 
     The left side is the l1 norm of column j of the softmax's Jacobian times y_j: the l1 change of the
     probabilities per unit of relative error in y_j. Columns decouple, so this is the exact optimum of "leave
     as many entries low as possible while the 1->1 norm of J diag(y) diag(g) stays <= T". s_j is the slope of
     a softcap (1 without one). With an attention sink z includes it in the normaliser and the formula stays.
+    At other sites the tile's own gain stands in the place of 2 z (1 - z) s.
 
     T >= 0 is that norm; the published grid runs from 1e-3 to 50. Flat and saturated rows may get nothing.
     NaN and infinite scores are selected.
@@ -29,14 +30,12 @@ class Strict(NumberRule):
     threshold: float
     name = "strict"
     examples = ("strict:0.1", "strict:0.005", "strict:50")
+    looks_through = "any"
+    operations = 5.0
 
-    def select(self, tile: Tile) -> Tensor:
-        """Entries whose weighted column norm exceeds T."""
-        z = tile.probabilities
-        half_weight = (1 - z).mul_(z).mul_(tile.scores.abs())
-        if tile.slope is not None:
-            half_weight.mul_(tile.slope)
-        return exceeds(tile, half_weight, self.threshold / 2)
+    def weight(self, tile: Tile) -> Tensor:
+        """Gain times |y|."""
+        return tile.gain * tile.scores.abs()
 
     def threshold_form(self) -> ThresholdForm:
         """Weight "strict"."""

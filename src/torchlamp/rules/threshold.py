@@ -20,14 +20,14 @@ class ThresholdForm:
     With z, y, l, r, s the tile's probabilities, scores, logits, error and slope (where the tile has no slope
     its factor is left out), the weight w_j of entry j in float32, evaluated from left to right, is
 
-        strict    (1 - z_j) z_j |y_j| s_j        compared with  T / 2
-        running   (1 - z_j) z_j r_j s_j          compared with  T / 2
+        strict    (1 - z_j) z_j 2 s_j |y_j|      compared with  T
+        running   (1 - z_j) z_j 2 s_j r_j        compared with  T
         topz      z_j                            compared with  T
         relaxed   e^(l_j - L) |y_j| s_j          compared with  T_i max_i w_i
 
     where L is the row's largest visible logit, max_i w_i the row's largest visible weight (NaN if any visible
     weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible
-    keys (formed in float64, rounded once to float32). T and T / 2 are rounded to float32 once.
+    keys (formed in float64, rounded once to float32). T is rounded to float32 once.
 
     Entry j is selected iff it is visible and (not w_j <= its threshold, or y_j is NaN or infinite): an entry
     whose error can't be bounded is recomputed. The one exception is T = +inf, which selects nothing at all,

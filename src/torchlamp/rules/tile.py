@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ class Tile:
     visible: Tensor
     #: d logits / d scores, for softcap c: 1 - (softcap(y) / c)^2. None means 1 everywhere.
     slope: Tensor | None = None
-    #: r: expected size of the rounding error of y, see `Running`. None unless a rule needs it.
+    #: r: expected size of the rounding error of y, see `Running` and `Bridge`. None unless a rule needs it.
     error: Tensor | None = None
     #: Source of random numbers, on the CPU. None unless a rule needs it.
     generator: torch.Generator | None = None
     #: y in float32, which no hardware could know: for oracles. None unless a rule needs it.
     exact: Tensor | None = None
-    #: ||v_j - o|| / ||o||, how far the value of key j is from the row's output. None unless a rule needs it.
+    #: How far the value of key j is from the row's output o = sum_j z_j v_j: ||v_j - o|| / ||o||, or with the output
+    #: projection and relative to the residual stream, see `RunningResidual`. None unless a rule needs it.
     distance: Tensor | None = None
     #: Number of the layer in the model, 0 for the first; the heads of dimension -3 are those of the layer.
     layer: int = 0
@@ -69,7 +71,7 @@ class Tile:
     def to(self, device: torch.device | str) -> Tile:
         """Return the tile with its tensors on another device; the generator stays on the CPU."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
         return replace(self, **moved)
 
     @property
