@@ -19,6 +19,7 @@ class Nothing(Rule):
 
     name = "none"
     examples = ("none",)
+    looks_through = "any"
 
     def select(self, tile: Tile) -> Tensor:
         """Nothing."""
@@ -35,6 +36,7 @@ class Everything(Rule):
 
     name = "all"
     examples = ("all",)
+    looks_through = "any"
 
     def select(self, tile: Tile) -> Tensor:
         """Every visible entry."""

@@ -24,6 +24,7 @@ class Random(NumberRule):
     rate: float
     name = "random"
     examples = ("random:0.01", "random:0.5")
+    looks_through = "any"
     allowed = (0.0, 1.0)
     needs_generator = True
 
@@ -69,7 +70,9 @@ class RandomLike(Rule):
             raise TypeError(f"rule random-like: expected a Rule to imitate, got {self.rule!r}")
         if isinstance(self.rule, RandomLike):
             raise ValueError(f"rule '{self}': random-like can't imitate random-like; write '{self.rule}'")
-        object.__setattr__(self, "needs_error", self.rule.needs_error)
+        needs = ("looks_through", "needs_error", "needs_exact", "needs_distance", "needs_condition", "numerator")
+        for name in needs:
+            object.__setattr__(self, name, getattr(self.rule, name))
 
     def select(self, tile: Tile) -> Tensor:
         """As many visible entries of each row as the imitated rule selects.
