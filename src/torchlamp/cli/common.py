@@ -108,12 +108,17 @@ def text_files(named: list[Path], more: list[Path]) -> list[Path]:
     return [*named, *more]
 
 
+def check_threads(threads: int | None) -> None:
+    """ValueError for a number of threads that can't be meant."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"--threads {threads}: give 1 to {MOST_THREADS}")
+
+
 def set_threads(threads: int | None) -> None:
     """Give torch so many threads, None leaves its choice."""
+    check_threads(threads)
     if threads is None:
         return
-    if not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"--threads {threads}: give 1 to {MOST_THREADS}")
     import torch
 
     torch.set_num_threads(threads)

@@ -176,6 +176,7 @@ def _result(run: Run, shared: dict[str, Any]) -> Result:
         "recompute_rate": run.recompute_rate,
         "recompute_rate_by_layer": run.recompute_rate_by_layer,
         "rows_touched": run.rows_touched,
+        "recompute_rate_by_site": run.recompute_rate_by_site,
         "recompute_rate_by_head": run.recompute_rate_by_head,
         "recompute_rate_by_position": run.recompute_rate_by_position,
         "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],

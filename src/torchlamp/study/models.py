@@ -1,6 +1,7 @@
 """`load`: a language model and its tokenizer by short name, GGUF file, folder, or hub name."""
 
 import contextlib
+import difflib
 import gc
 import hashlib
 import importlib
@@ -78,17 +79,62 @@ def _load(name: str) -> tuple[Any, Any]:
     if name in PACKAGED:
         return _from_gguf(cache_entry(name), PACKAGED[name].gguf())
     path = Path(name).expanduser()
+    _check_path(name, path)
+    if name.endswith(".gguf"):
+        return _from_gguf(cache_entry(name), nullcontext(path))
+    if name and path.is_dir():
+        return _pretrained(str(path), name)
+    return _pretrained(name, name)
+
+
+def check_name(name: str) -> None:
+    """Find out, without loading it, that a model isn't there; a hub name of the right form passes.
+
+    Raises
+    ------
+    OSError
+        The package isn't installed, or there is no such file or folder.
+    ValueError
+        A slip in the name of a packaged model; the nearest one is suggested.
+    """
+    if name in PACKAGED:
+        PACKAGED[name].identity()
+        return
+    path = Path(name).expanduser()
+    _check_path(name, path)
+    if not path.exists() and (near := difflib.get_close_matches(name, PACKAGED, n=1, cutoff=0.8)):
+        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}? {_allowed()}")
+
+
+def _check_path(name: str, path: Path) -> None:
+    """FileNotFoundError if a name that can only be a file or folder is none that holds a model."""
     if name.endswith(".gguf"):
         if not path.is_file():
             raise FileNotFoundError(f"no file {name!r}: give the path of an existing .gguf file")
-        return _from_gguf(cache_entry(name), nullcontext(path))
-    if name and path.is_dir():
+    elif name and path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"folder {name!r} holds no transformers model: it has no config.json")
-        return _pretrained(str(path), name)
-    if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or not name:
+    elif name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or not name:
         raise FileNotFoundError(f"no model folder or .gguf file {name!r}; {_allowed()}")
-    return _pretrained(name, name)
+
+
+def layer_count(name: str) -> int:
+    """Layers of a model, from its configuration alone where that is at hand; else the model is loaded.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for `load`.
+    """
+    from transformers import AutoConfig
+
+    folder = cache_entry(name) if name in PACKAGED or name.endswith(".gguf") else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    else:
+        config = load(name)[0].config
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def cache_entry(name: str) -> Path:

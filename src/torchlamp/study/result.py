@@ -47,8 +47,8 @@ class Result:
     log_perplexity_ratio_standard_error: float
     #: Root mean square change of the correct token's probability.
     rms_delta_p: float
-    #: Selected / eligible scores over all windows; per layer; and rows with at least one selected score / all
-    #: rows.
+    #: Selected / eligible entries of all sites over all windows; per layer; and rows with at least one selected entry
+    #: / all rows.
     recompute_rate: float
     recompute_rate_by_layer: list[float]
     rows_touched: float
@@ -65,8 +65,8 @@ class Result:
     #: What this run is for: "tested", or in `comparisons` "reference", "plain", "random-like".
     role: Role
     environment: dict[str, Any]
-    #: Recompute rate of each site that ran under the policy; of the scores of each head, layer by layer (empty
-    #: lists for layers that ran in float32); and of the scores of the queries in each `POSITION_BIN` positions.
+    #: Recompute rate of each site that ran under the policy; of the scores of each head, layer by layer; and of all
+    #: sites' rows in each `POSITION_BIN` positions. Like all lists from here on, in 6 significant digits.
     recompute_rate_by_site: dict[str, float] = field(default_factory=dict)
     recompute_rate_by_head: list[list[float]] = field(default_factory=list)
     recompute_rate_by_position: list[float] = field(default_factory=list)

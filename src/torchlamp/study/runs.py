@@ -2,25 +2,16 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from torchlamp.compositions.policy import Policy, SitePolicy
-from torchlamp.compositions.statistics import Statistics, rate
+from torchlamp.compositions.statistics import Counts, Statistics, rate
 from torchlamp.rules.rule import Rule
 from torchlamp.study.metrics import TokenMetrics
 from torchlamp.study.result import POSITION_BIN, Role
 
-
-@dataclass
-class LayerCounts:
-    """Selected and eligible scores of a layer, and its rows, touched and all."""
-
-    selected: int = 0
-    eligible: int = 0
-    touched: int = 0
-    rows: int = 0
+_NOTHING = Counts.zeros(0).table
 
 
 @dataclass
@@ -30,9 +21,11 @@ class Run:
     role: Role
     policy: Policy | None
     windows: list[TokenMetrics] = field(default_factory=list)
-    layers: list[LayerCounts] = field(default_factory=list)
+    #: Tables of `Counts`: of each site, each layer over its sites, the scores of each layer's heads, each position.
+    sites: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
-    positions: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.int64))
+    positions: Tensor = field(default_factory=lambda: _NOTHING)
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -45,47 +38,54 @@ class Run:
         self.forward_seconds += forward
         if statistics is None:
             return
-        for layer in range(len(statistics.by_layer)):
+        for site in statistics.sites:
+            self.sites[site] = _added(self.sites.get(site, _NOTHING), statistics.site_counts(site).table)
+        for layer in range(statistics.layers):
             if layer == len(self.layers):
-                self.layers.append(LayerCounts())
-            counts, total = statistics.head_counts(layer), self.layers[layer]
-            total.selected += int(counts.selected.sum())
-            total.eligible += int(counts.eligible.sum())
-            total.touched += int(counts.touched.sum())
-            total.rows += int(counts.rows.sum())
-            pair = torch.stack([counts.selected, counts.eligible])
-            if layer == len(self.heads):
-                self.heads.append(pair)
-            else:
-                self.heads[layer] = _added(self.heads[layer], pair)
-        by_position = statistics.position_counts()
-        self.positions = _added(self.positions, torch.stack([by_position.selected, by_position.eligible]))
+                self.layers.append(_NOTHING)
+                self.heads.append(_NOTHING)
+            self.layers[layer] = _added(self.layers[layer], statistics.layer_counts(layer).table)
+            self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
+        self.positions = _added(self.positions, statistics.position_counts().table)
 
     @property
     def recompute_rate(self) -> float:
-        """Selected / eligible scores, 0 where nothing was eligible."""
-        return rate(sum(c.selected for c in self.layers), sum(c.eligible for c in self.layers))
+        """Selected / eligible entries of all sites, 0 where nothing was eligible."""
+        counts = self._total()
+        return rate(int(counts.selected), int(counts.eligible))
 
     @property
     def recompute_rate_by_layer(self) -> list[float]:
         """The same of each layer."""
-        return [rate(c.selected, c.eligible) for c in self.layers]
+        return [rate(int(c.selected), int(c.eligible)) for c in map(Counts, self.layers)]
+
+    @property
+    def recompute_rate_by_site(self) -> dict[str, float]:
+        """The same of each site."""
+        return {site: _rates(table)[0] for site, table in self.sites.items()}
 
     @property
     def rows_touched(self) -> float:
-        """Rows with a recomputed score / rows."""
-        return rate(sum(c.touched for c in self.layers), sum(c.rows for c in self.layers))
+        """Rows with a recomputed entry / rows."""
+        counts = self._total()
+        return rate(int(counts.touched), int(counts.rows))
 
     @property
     def recompute_rate_by_head(self) -> list[list[float]]:
-        """Recompute rate of each head of each layer."""
-        return [_rates(pair) for pair in self.heads]
+        """Recompute rate of the scores of each head of each layer."""
+        return [_rates(table) for table in self.heads]
 
     @property
     def recompute_rate_by_position(self) -> list[float]:
         """Recompute rate of the queries at positions 0 to 15, 16 to 31, and so on."""
         padded = pad(self.positions, (0, -self.positions.shape[1] % POSITION_BIN))
-        return _rates(padded.view(2, -1, POSITION_BIN).sum(dim=2))
+        return _rates(padded.view(len(padded), -1, POSITION_BIN).sum(dim=2))
+
+    def _total(self) -> Counts:
+        total = Counts.zeros(1)
+        for table in self.sites.values():
+            total.table += table
+        return total
 
 
 def plan_runs(policy: Policy, baselines: bool) -> list[Run]:
@@ -118,16 +118,17 @@ def _random_like(rule: Rule) -> Rule:
 
 
 def _added(total: Tensor, more: Tensor) -> Tensor:
-    """Sum of two tables (2, columns); the shorter one is taken as 0 where it ends."""
+    """Sum of two tables of `Counts`; the shorter one is taken as 0 where it ends."""
     columns = max(total.shape[1], more.shape[1])
     first, second = (pad(table, (0, columns - table.shape[1])) for table in (total, more))
     return first + second
 
 
-def _rates(pair: Tensor) -> list[float]:
-    """Selected / eligible of each column of (2, columns), in 6 significant digits; 0 where none is eligible."""
-    selected, eligible = pair.tolist()
-    return [rounded(rate(part, whole)) for part, whole in zip(selected, eligible, strict=True)]
+def _rates(table: Tensor) -> list[float]:
+    """Selected / eligible of each column, in 6 significant digits; 0 where none is eligible."""
+    counts = Counts(table)
+    pairs = zip(counts.selected.tolist(), counts.eligible.tolist(), strict=True)
+    return [rounded(rate(selected, eligible)) for selected, eligible in pairs]
 
 
 def rounded(value: float) -> float:
