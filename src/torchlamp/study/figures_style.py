@@ -1,0 +1,78 @@
+"""One colour and marker per rule, the same in every figure, on paper and on the page.
+
+The first eight colours are those of Okabe and Ito (2008), which people with any common colour blindness can tell
+apart; shape and dash say the same again. The dark variants are lightened to a contrast of 4.5:1 or more.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a rule is drawn."""
+
+    light: str
+    dark: str
+    #: matplotlib's marker and plotly's symbol of the same shape.
+    marker: str = "o"
+    symbol: str = "circle"
+    #: matplotlib's line style and plotly's dash.
+    line: str = "-"
+    dash: str = "solid"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the page's script."""
+        return asdict(self)
+
+
+#: Name of a rule (the first word of its label) -> its style.
+STYLES: dict[str, Style] = {
+    "strict": Style("#0072b2", "#56a8e0"),
+    "running": Style("#d55e00", "#f0883e", "s", "square"),
+    "running-output": Style("#009e73", "#3cc79a", "D", "diamond"),
+    "budget": Style("#b0508f", "#df9cc4", "^", "triangle-up"),
+    "relaxed": Style("#3a95c9", "#8fcdf0", "v", "triangle-down"),
+    "relaxed-length": Style("#5e7fb8", "#a3b8e6", "<", "triangle-left"),
+    "mass": Style("#b07d00", "#e6b422", ">", "triangle-right"),
+    "topz": Style("#8a6d1f", "#c9b458", "p", "pentagon"),
+    "condition": Style("#009e73", "#3cc79a", "D", "diamond"),
+    "sink-recent": Style("#7a4f9a", "#b898dd", "h", "hexagon"),
+    "random": Style("#767676", "#9a9a9a", "x", "x-thin-open", "--", "dash"),
+    "random-like": Style("#767676", "#9a9a9a", "+", "cross-thin-open", "--", "dash"),
+    "oracle": Style("#222222", "#e8e8e8", "*", "star-open", ":", "dot"),
+    "none": Style("#767676", "#9a9a9a", "d", "diamond-tall", "-", "solid"),
+    "all": Style("#444444", "#c0c0c0", "P", "cross"),
+}
+
+#: Rules that came later take these, in the order in which they are met.
+_MORE = (
+    Style("#c23b4e", "#f08a94", "X", "x"),
+    Style("#2b7f86", "#6cc5cc", "8", "octagon"),
+    Style("#6a6f2a", "#b9bf62", "H", "hexagon2"),
+    Style("#8f4a2e", "#d79a7d", "1", "y-down-open"),
+    Style("#4d5dc4", "#9aa5f2", "2", "y-up-open"),
+)
+
+
+def styles(labels: list[str]) -> dict[str, Style]:
+    """A style for every label, the same whenever the labels are the same."""
+    found: dict[str, Style] = {}
+    unknown = sorted({_name(label) for label in labels} - set(STYLES))
+    extra = {name: _MORE[i % len(_MORE)] for i, name in enumerate(unknown)}
+    for label in labels:
+        name = _name(label)
+        found[label] = STYLES[name] if name in STYLES else extra[name]
+    return found
+
+
+def _name(label: str) -> str:
+    return label.split(" ")[0]
+
+
+def order(label: str) -> tuple[int, int, str]:
+    """Rules in the order of `STYLES`, those that came later before the controls."""
+    names = list(STYLES)
+    name = _name(label)
+    last = name in ("random", "random-like", "oracle", "none", "all")
+    return (int(last), names.index(name) if name in names else len(names), label)
