@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator
 from torchlamp.compositions import SITES, Policy, SitePolicy
+from torchlamp.compositions.policy import SHOWS
 from torchlamp.rules import RULES, Rule
 
 ACCUMULATORS = [
@@ -18,17 +19,22 @@ ACCUMULATORS = [
 ]
 SPELLINGS = [spelling for rule in RULES.values() for spelling in rule.examples]
 
-site_policies = st.builds(
-    SitePolicy,
-    st.sampled_from(ACCUMULATORS).map(Accumulator.parse),
-    st.one_of(
-        st.sampled_from(SPELLINGS).map(Rule.parse),
-        st.floats(0, 1e30, allow_nan=False).map(lambda t: Rule.parse(f"strict:{t!r}".replace("e+", "e"))),
-    ),
-)
+
+def site_policies(site):
+    """A policy with a rule that fits the site."""
+    parsed = [Rule.parse(spelling) for spelling in SPELLINGS]
+    fitting = [rule for rule in parsed if rule.looks_through in ("any", *SHOWS[site])]
+    return st.builds(
+        SitePolicy,
+        st.sampled_from(ACCUMULATORS).map(Accumulator.parse),
+        st.one_of(
+            st.sampled_from(fitting),
+            st.floats(0, 1e30, allow_nan=False).map(lambda t: Rule.parse(f"strict:{t!r}".replace("e+", "e"))),
+        ),
+    )
 
 
-@given(st.dictionaries(st.sampled_from(SITES), site_policies, min_size=1))
+@given(st.fixed_dictionaries({}, optional={site: site_policies(site) for site in SITES}).filter(bool))
 def test_round_trip(sites):
     policy = Policy(sites=sites)
     assert Policy.parse(str(policy)) == policy
@@ -69,7 +75,10 @@ def test_several_sites_in_the_order_of_the_forward_pass():
         ("ps4+none, mlp_up=ps7+none", "'ps4\\+none' .* names no site"),
         ("ps99+none", "ps99"),
         ("ps4+stricct:0.1", "stricct"),
-        ("scores=ps4+none, mlp_up=ps7+condition:4", "unknown rule 'condition'"),
+        ("ps4+condition:4", "rule 'condition:4' can't run at the site scores: .* it fits values, qkv"),
+        ("norm=ps4+output:4", "rule 'output:4' can't run at the site norm"),
+        ("mlp_up=ps4+mass:0.5", "rule 'mass:0.5' can't run at the site mlp_up: .* it fits scores, lm_head"),
+        ("lm_head=ps4+random-like:condition:3", "rule 'random-like:condition:3' can't run at the site lm_head"),
     ],
 )
 def test_bad_spellings(text, words):

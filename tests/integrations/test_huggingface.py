@@ -13,7 +13,8 @@ from transformers import AttentionInterface, DynamicCache
 
 import torchlamp
 from torchlamp.integrations.huggingface import lookahead
-from torchlamp.integrations.lamp_attention import lamp_attention, place_of
+from torchlamp.integrations.lamp_attention import lamp_attention
+from torchlamp.integrations.runs import place_of
 
 
 def implementation(model):
@@ -167,10 +168,9 @@ class TestRefused:
         assert not attached(model)
 
     @pytest.mark.parametrize("start", [lookahead, torchlamp.attach])
-    def test_other_sites(self, llama, start):
-        words = "names mlp_up, norm: this version runs 'scores' only"
-        with pytest.raises(ValueError, match=words):
-            start(llama, "scores=ps4+none, norm=ps4+none, mlp_up=ps7+none").__enter__()
+    def test_rule_at_a_site_that_does_not_fit(self, llama, start):
+        with pytest.raises(ValueError, match="rule 'topz:0.1' can't run at the site mlp_up: it looks through a softmax"):
+            start(llama, "scores=ps4+none, mlp_up=ps7+topz:0.1").__enter__()
         assert not attached(llama)
 
     def test_unknown_policy(self, llama):
@@ -241,7 +241,7 @@ def test_forward_without_no_grad_and_a_clear_error_on_backward(build, tokens, tr
     with lookahead(model, "ps4+all"):
         logits = model(tokens(1, 9)).logits
         torch.testing.assert_close(logits.detach(), expected, rtol=1e-4, atol=1e-5)
-        with pytest.raises(RuntimeError, match="no gradient flows through look-ahead attention"):
+        with pytest.raises(RuntimeError, match="no gradient flows through look-ahead"):
             logits.sum().backward()
         frozen = model.requires_grad_(False)
         assert not frozen(tokens(1, 9)).logits.requires_grad

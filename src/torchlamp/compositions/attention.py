@@ -13,14 +13,20 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.compositions.ahead import Ahead, Distances, bridge_error
+from torchlamp.compositions.blocks import mark_blocks
 from torchlamp.compositions.softmax import capped_logits, visible_softmax
 from torchlamp.compositions.values import Values, weighted_sums
 from torchlamp.compositions.visibility import Visibility, Window, window
 from torchlamp.kernels.attention import fused_attention
+from torchlamp.kernels.native import BLOCK_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
+from torchlamp.kernels.specification import Accumulation, Grid
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
+
+_FLOAT32 = Accumulation(Grid())
 
 #: Query rows of a tile: enough to keep matrix products busy, few enough that memory grows with keys only.
 TILE_ROWS = 64
@@ -41,6 +47,8 @@ class AttentionResult:
     values_selected : Tensor or None
         int64 (batch, heads, queries): how many numbers of each row's output were recomputed, if values are summed in
         low precision.
+    blocks : Tensor or None
+        uint8 (batch, heads, queries, ceil(keys / 16)), if asked for: the marks of `torchlamp.compositions.blocks`.
     """
 
     output: Tensor
@@ -48,6 +56,7 @@ class AttentionResult:
     selected: Tensor
     last_key: Tensor
     values_selected: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,9 @@ class _Call:
     generator: torch.Generator | None
     observe: Callable[[Observation], None] | None = None
     values: Values | None = None
+    ahead: Ahead | None = None
+    layer: int = 0
+    blocks: bool = False
 
     @property
     def error_scale(self) -> float:
@@ -105,6 +117,9 @@ def attention(
     generator: torch.Generator | None = None,
     observe: Callable[[Observation], None] | None = None,
     values: Values | None = None,
+    ahead: Ahead | None = None,
+    layer: int = 0,
+    blocks: bool = False,
 ) -> AttentionResult:
     """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
 
@@ -144,18 +159,31 @@ def attention(
         Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     values : Values, optional
         How the values are summed; in float32 if not given.
+    ahead : Ahead, optional
+        What lies behind the heads' outputs; rules that look as far as the residual stream need it.
+    layer : int
+        Number of the layer, for rules that choose by it.
+    blocks : bool
+        Also mark which blocks of 16 keys are seen and touched.
 
     Raises
     ------
     TypeError
         Anything but float32 (bool for the mask).
     ValueError
-        Shapes that don't fit, softcap <= 0, a random rule without a generator.
+        Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
+        stream without `ahead`.
     """
     _check(query, key, value, softcap, sinks, rule, generator)
+    if rule.needs_distance == "residual" and ahead is None:
+        raise ValueError(
+            f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
+        )
     seen = Visibility(mask, causal, bias)
     seen.check((*query.shape[:3], key.shape[2]))
-    call = _Call(accumulator, rule, scaling, seen, softcap, sinks, generator, observe, values)
+    call = _Call(
+        accumulator, rule, scaling, seen, softcap, sinks, generator, observe, values, ahead, layer, blocks
+    )
     return _fused(call, query, key, value) or _tiled(call, query, key, value)
 
 
@@ -178,12 +206,14 @@ def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
         causal=call.seen.causal,
         softcap=call.softcap,
         sinks=call.sinks,
+        blocks=call.blocks,
     )
     if result is None:
         return None
-    output, selected, visible = result
+    output, selected, visible, marks = result
     eligible = visible[:, None, :, 0].to(torch.int64).expand(selected.shape)
-    return AttentionResult(output, eligible, selected.to(torch.int64), visible[:, :, 1].to(torch.int64))
+    last_key = visible[:, :, 1].to(torch.int64)
+    return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
 
 
 def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
@@ -195,46 +225,65 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     selected = torch.zeros_like(eligible)
     last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
     values_selected = None if call.values is None else torch.zeros_like(selected)
+    marks = None
+    if call.blocks:
+        counted = (batch, heads, queries, -(-key.shape[2] // BLOCK_KEYS))
+        marks = torch.zeros(counted, dtype=torch.uint8, device=query.device)
     drawn_from = (generator, None if call.values is None else call.values.generator)
     generators = [g for g in drawn_from if g is not None]
     starts = [g.get_state() for g in generators]
     for sample in range(batch):
         for own, start in zip(generators, starts, strict=True):
             own.set_state(start)
+        distances = None
+        if call.rule.needs_distance is not None:
+            distances = Distances(
+                value[sample], heads, None if call.rule.needs_distance == "output" else call.ahead
+            )
         for first in range(0, queries, TILE_ROWS):
             rows = range(first, min(first + TILE_ROWS, queries))
             at = slice(rows.start, rows.stop)
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
                 tile = (query[sample, :, at], key[sample], value[sample])
-                probabilities, visible, chosen = _tile(call, *tile[:2], sample, rows, seen)
+                probabilities, visible, chosen = _tile(call, *tile, sample, rows, seen, distances)
                 shown = tile[2][:, seen.first : seen.last]
                 if call.values is None or values_selected is None:
                     out = _apply(probabilities, shown)
                 else:
                     out, values_selected[sample, :, at] = weighted_sums(probabilities, shown, call.values)
                 eligible[sample, :, at] = visible.sum(dim=-1)
-                selected[sample, :, at] = chosen
+                selected[sample, :, at] = chosen.sum(dim=-1)
+                if marks is not None:
+                    marks[sample, :, at] = mark_blocks(visible, chosen, seen.first, key.shape[2])
                 last_key[sample, at] = _last_visible(visible, seen.first)
             else:
                 out = query.new_zeros(heads, len(rows), value.shape[-1])
             if seen.visible is not None or seen.last == seen.first:
                 _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
             output[sample, at] = out.transpose(0, 1)
-    return AttentionResult(output, eligible, selected, last_key, values_selected)
+    return AttentionResult(output, eligible, selected, last_key, values_selected, marks)
 
 
 def _tile(
-    call: _Call, query: Tensor, key: Tensor, sample: int, rows: range, seen: Window
+    call: _Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sample: int,
+    rows: range,
+    seen: Window,
+    distances: Distances | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities (heads, rows, keys), visible (heads or 1, rows, keys) and selected (heads, rows) of one tile."""
+    """Probabilities, visible and selected of one tile, each (heads, rows, keys); visible can have 1 head."""
     keys = key[:, seen.first : seen.last].transpose(1, 2)
+    causal = rows.start - seen.first if call.seen.causal else None
     scores, squares = products(
         query,
         keys,
         call.accumulator.accumulation,
         scaling=call.scaling,
-        causal=rows.start - seen.first if call.seen.causal else None,
+        causal=causal,
         squares=call.rule.needs_error,
     )
     visible = seen.visible
@@ -245,9 +294,16 @@ def _tile(
 
     logits, slope = capped_logits(scores, call.softcap, bias)
     probabilities = visible_softmax(logits, hidden, call.sinks)
-    error = None
+    error = exact = distance = None
     if squares is not None:
         error = squares.sqrt_().mul_(call.error_scale)
+    elif call.rule.needs_bridge:
+        error = bridge_error(query, keys, scores, call.scaling, call.accumulator.format.unit_roundoff)
+    if call.rule.needs_exact or call.observe is not None:
+        exact, _ = products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)
+    if distances is not None:
+        outputs = _apply(probabilities, value[:, seen.first : seen.last])
+        distance = distances.of(outputs, seen.first, seen.last, sample, rows)
     tile = Tile(
         scores=scores[None],
         logits=logits[None],
@@ -256,19 +312,19 @@ def _tile(
         slope=None if slope is None else slope[None],
         error=None if error is None else error[None],
         generator=call.generator,
+        exact=None if exact is None else exact[None],
+        distance=None if distance is None else distance[None],
+        layer=call.layer,
     )
     chosen = call.rule.select(tile)[0]
-    if call.observe is not None:
-        exact = scores.clone()
-        recompute(exact, query, keys, visible.expand(scores.shape), call.scaling)
+    if call.observe is not None and exact is not None:
         call.observe(Observation(sample, rows, seen.first, tile, chosen[None], exact[None]))
-    counts = chosen.sum(dim=-1)
-    if bool(counts.any()):
-        del tile, logits, slope, error, probabilities
+    if bool(chosen.any()):
+        del tile, logits, slope, error, probabilities, exact, distance
         recompute(scores, query, keys, chosen, call.scaling)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
-    return probabilities, visible, counts
+    return probabilities, visible, chosen
 
 
 def _apply(probabilities: Tensor, value: Tensor) -> Tensor:

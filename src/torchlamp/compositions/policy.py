@@ -13,6 +13,22 @@ SITES = ("scores", "values", "qkv", "attention_out", "mlp_up", "mlp_down", "norm
 
 # A rule's parameters may hold commas, so only a comma that starts the next `site=` separates two sites.
 _SITE_SEPARATOR = re.compile(r",(?=\s*[\w-]+\s*=)")
+#: What a site can show to a rule (`Rule.looks_through`) beside what every site shows, "any".
+SHOWS: dict[str, tuple[str, ...]] = {
+    "scores": ("softmax", "attention"),
+    "values": ("elementwise",),
+    "qkv": ("elementwise",),
+    "attention_out": ("elementwise",),
+    "mlp_up": ("elementwise",),
+    "mlp_down": ("elementwise",),
+    "norm": (),
+    "lm_head": ("softmax",),
+}
+_NEEDS = {
+    "softmax": "a softmax",
+    "attention": "a softmax over keys with values and places",
+    "elementwise": "a function of single sums with condition numbers",
+}
 _SPELLING = "write accumulator+rule, for example 'ps4+strict:0.1'"
 
 
@@ -66,7 +82,8 @@ class Policy:
     Raises
     ------
     ValueError
-        An unknown site, format or rule, or both spellings at once, or neither.
+        An unknown site, format or rule, a rule that can't see what it needs at its site, or both spellings at once,
+        or neither.
     TypeError
         A part that is neither a spelling nor the object itself.
     """
@@ -94,6 +111,8 @@ class Policy:
         for site in sites:
             _check_site(site)
         entries = tuple((site, SitePolicy.parse(sites[site])) for site in SITES if site in sites)
+        for site, policy in entries:
+            _check_rule(site, policy.rule)
         object.__setattr__(self, "entries", entries)
 
     @classmethod
@@ -151,3 +170,14 @@ def _check_site(site: str) -> None:
     near = difflib.get_close_matches(site.replace("-", "_"), SITES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown site {site!r}: the sites are {', '.join(SITES)}{hint}")
+
+
+def _check_rule(site: str, rule: Rule) -> None:
+    """Refuse a rule that needs what its site doesn't show."""
+    needed = rule.looks_through
+    if needed == "any" or needed in SHOWS[site]:
+        return
+    fitting = [s for s in SITES if needed in SHOWS[s]]
+    raise ValueError(
+        f"rule '{rule}' can't run at the site {site}: it looks through {_NEEDS[needed]}; it fits {', '.join(fitting)}"
+    )

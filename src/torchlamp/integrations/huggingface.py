@@ -6,7 +6,7 @@ sliding windows.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,28 +17,46 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from torchlamp.compositions.policy import Policy
 from torchlamp.compositions.statistics import Statistics
-from torchlamp.integrations.lamp_attention import Run, Seat, lamp_attention, place, place_of
+from torchlamp.integrations.install import IN_ATTENTION, build
+from torchlamp.integrations.lamp_attention import lamp_attention
+from torchlamp.integrations.runs import Run, Seat, place, place_of
+from torchlamp.integrations.site_forwards import Forward, beneath, set_forward
+from torchlamp.integrations.sites import Sites
 
 #: Name of the attention implementation, as in `model.set_attn_implementation("lamp")`.
 NAME = "lamp"
 
 
 @contextmanager
-def lookahead(model: nn.Module, policy: str | Policy, *, seed: int = 0) -> Iterator[Statistics]:
-    """Run a model's attention under a policy inside a `with` block.
+def lookahead(
+    model: nn.Module,
+    policy: str | Policy,
+    *,
+    seed: int = 0,
+    layers: Iterable[int] | None = None,
+    blocks: bool = False,
+) -> Iterator[Statistics]:
+    """Run a model under a policy inside a `with` block.
 
-    On exit, also after an exception, the model's attention implementation (its parts' too) and whatever was
-    attached before are put back. Blocks may be nested; the innermost policy runs. No gradient flows through
-    the attention: a backward pass raises.
+    The sites that the policy names run in low precision, everything else in float32. On exit, also after an exception,
+    the model's attention implementation (its parts' too), replaced forwards and whatever was attached before are put
+    back. Blocks may be nested; the innermost policy runs, alone. No gradient flows through what a policy runs: a
+    backward pass raises.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A float32 model whose class uses transformers' attention interface.
+        A float32 model. For the sites `scores` and `values` its class must use transformers' attention interface; for
+        all but `scores` its modules must bear the names of Llama's, Gemma's, Phi-3's or GPT-2's.
     policy : str or Policy
-        For example ``"ps4+strict:0.1"``; this version runs the site `scores`.
+        For example ``"ps4+strict:0.1"`` or ``"scores=ps4+strict:0.1, mlp_up=ps7+condition:4"``.
     seed : int
         Of the random baselines.
+    layers : iterable of int, optional
+        Numbers of the layers that run under the policy, from 0; the others run in float32 and count nothing. The LM
+        head, which belongs to no layer, runs whenever the policy names it; the final norm belongs to the last layer.
+    blocks : bool
+        Also count touched blocks of scores.
 
     Yields
     ------
@@ -48,69 +66,104 @@ def lookahead(model: nn.Module, policy: str | Policy, *, seed: int = 0) -> Itera
     Raises
     ------
     TypeError
-        Not a transformers model.
+        Not a transformers model, or weights of a named site that aren't float32.
     ValueError
-        A model without the attention interface, an unknown policy, or a site that this version doesn't run.
+        A model without the attention interface, an unknown policy, a site whose modules can't be found, a layer that
+        isn't there.
     """
-    run = _new_run(model, policy, seed)
+    run, forwards = _new_run(model, policy, seed, layers, blocks)
     implementations = [(config, config._attn_implementation) for config in _configs(model)]
-    seats = [(module, place_of(module)) for module in model.modules()]
+    before = [(module, place_of(module), vars(module).get("forward")) for module in model.modules()]
     try:
-        _seat(model, run)
-        model.set_attn_implementation(NAME)  # type: ignore[operator]
-        if implementations[0][0]._attn_implementation != NAME:
-            raise _no_interface(model)
+        _put_in_place(model, run, forwards)
+        if _in_attention(run):
+            model.set_attn_implementation(NAME)  # type: ignore[operator]
+            if implementations[0][0]._attn_implementation != NAME:
+                raise _no_interface(model)
         yield run.statistics
     finally:
         for config, implementation in implementations:
             config._attn_implementation = implementation
-        for module, seat in seats:
+        for module, seat, forward in before:
             place(module, seat)
+            set_forward(module, forward)
 
 
-def attach(model: nn.Module, policy: str | Policy, *, seed: int = 0) -> Statistics:
-    """Give a model a policy for its implementation "lamp", in place of any policy it has.
+def attach(
+    model: nn.Module,
+    policy: str | Policy,
+    *,
+    seed: int = 0,
+    layers: Iterable[int] | None = None,
+    blocks: bool = False,
+) -> Statistics:
+    """Give a model a policy, in place of any that it has, until `detach`.
 
-    The model runs as before until ``model.set_attn_implementation("lamp")`` is called.
+    The sites `scores` and `values` belong to the attention implementation "lamp": they run as before until
+    ``model.set_attn_implementation("lamp")`` is called. All other sites run in low precision at once.
 
     Parameters
     ----------
-    model, policy, seed
+    model, policy, seed, layers, blocks
         As for `lookahead`.
 
     Returns
     -------
     Statistics
-        Updated by every call of the model under "lamp".
+        Updated by every call of the model under the policy.
 
     Raises
     ------
     TypeError, ValueError
         As for `lookahead`.
     """
-    run = _new_run(model, policy, seed)
-    _seat(model, run)
+    run, forwards = _new_run(model, policy, seed, layers, blocks)
+    _put_in_place(model, run, forwards)
     return run.statistics
 
 
 def detach(model: nn.Module) -> None:
-    """Take the policy away from a model; set another attention implementation before calling it again."""
+    """Take the policy away from a model; if it runs "lamp", set another attention implementation before calling it."""
     for module in model.modules():
         place(module, None)
+        _clear(module)
 
 
-def _new_run(model: nn.Module, policy: str | Policy, seed: int) -> Run:
+def _new_run(
+    model: nn.Module, policy: str | Policy, seed: int, layers: Iterable[int] | None, blocks: bool
+) -> tuple[Run, list[Forward]]:
+    """A run and the forwards it replaces; nothing of the model is changed."""
     parsed = Policy.parse(policy)
-    other = [site for site in parsed.sites if site != "scores"]
-    if other:
-        raise ValueError(f"policy {str(parsed)!r} names {', '.join(other)}: this version runs 'scores' only")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel"
         )
-    if not any(_dispatches(type(module)) for module in model.modules()):
+    only = None if layers is None else frozenset(layers)
+    run = Run(parsed.sites, Statistics(seed=seed, blocks=blocks), only)
+    if _in_attention(run) and not any(_dispatches(type(module)) for module in model.modules()):
         raise _no_interface(model)
-    return Run(parsed.sites["scores"], Statistics(seed=seed))
+    return run, build(model, run)
+
+
+def _in_attention(run: Run) -> bool:
+    return any(site in run.policies for site in IN_ATTENTION)
+
+
+def _put_in_place(model: nn.Module, run: Run, forwards: list[Forward]) -> None:
+    for module in model.modules():
+        place(module, Seat(run))
+        _clear(module)
+    for number, layer in enumerate(Sites(model).layers):
+        for module in layer.modules():
+            place(module, Seat(run, number))
+    for forward in forwards:
+        set_forward(forward.module, forward)
+
+
+def _clear(module: nn.Module) -> None:
+    """Take our forward, but nobody else's, from a module."""
+    if isinstance(vars(module).get("forward"), Forward):
+        set_forward(module, beneath(module))
 
 
 def _dispatches(kind: type) -> bool:
@@ -138,11 +191,6 @@ def _configs(model: nn.Module) -> list[Any]:
             inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
             waiting += [part for part in inner if part is not None]
     return list(found.values())
-
-
-def _seat(model: nn.Module, run: Run) -> None:
-    for module in model.modules():
-        place(module, Seat(run))
 
 
 # It counts, and calls kernels that a compiler can't see into (transformers compiles static-cache decoding).

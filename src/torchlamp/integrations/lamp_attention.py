@@ -1,19 +1,20 @@
 """The attention function that transformers calls under the name "lamp"."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchlamp.compositions.attention import Observation, attention
+from torchlamp.compositions.attention import attention
 from torchlamp.compositions.policy import SitePolicy
-from torchlamp.compositions.statistics import Statistics
+from torchlamp.compositions.values import Values
 from torchlamp.compositions.visibility import visibility
+from torchlamp.integrations.forward_only import forward_only
+from torchlamp.integrations.runs import place_of
 
-_ATTRIBUTE = "_torchlamp"
+#: What scores run under where no policy names them: float32.
+_FLOAT32 = SitePolicy.parse("fp32+none")
 
 # Arguments that transformers hands to every attention function and that don't change its result: the window
 # arrives in the mask, and the positions are already in the rotated queries and keys.
@@ -34,45 +35,6 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-
-
-@dataclass
-class Run:
-    """One policy attached to one model."""
-
-    policy: SitePolicy
-    statistics: Statistics
-    layers: int = 0
-    #: Called with the layer and an observation of each of its attention tiles.
-    observe: Callable[[int, Observation], None] | None = None
-
-
-@dataclass
-class Seat:
-    """A module's place in a run; layers are numbered at their first call, so they count in running order."""
-
-    run: Run
-    layer: int | None = None
-
-    def number(self) -> int:
-        """The layer number, fixed by the first use."""
-        if self.layer is None:
-            self.layer = self.run.layers
-            self.run.layers += 1
-        return self.layer
-
-
-def place(module: nn.Module, seat: Seat | None) -> None:
-    """Give a module its place in a run, or take it away (None)."""
-    if seat is not None:
-        setattr(module, _ATTRIBUTE, seat)
-    elif hasattr(module, _ATTRIBUTE):
-        delattr(module, _ATTRIBUTE)
-
-
-def place_of(module: nn.Module) -> Seat | None:
-    """A module's place in a run, if it has one."""
-    return getattr(module, _ATTRIBUTE, None)
 
 
 def lamp_attention(
@@ -139,10 +101,18 @@ def lamp_attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     run, layer = seat.run, seat.number()
     position_ids = _positions(kwargs.get("position_ids"), query)
-    generator = None
-    if run.policy.rule.needs_generator:
-        step = key.shape[2] if position_ids is None else int(position_ids.max()) + 1
-        generator = run.statistics.generator(layer, step)
+    step = key.shape[2] if position_ids is None else int(position_ids.max()) + 1
+    scores, values = run.policy("scores", layer), run.policy("values", layer)
+    policy = scores or _FLOAT32
+    summed = None
+    if values is not None:
+        summed = Values(
+            values.accumulate,
+            values.rule,
+            run.value_norms.get(layer),
+            run.generator(values, "values", layer, step),
+            layer,
+        )
     with torch.no_grad():
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         seen = visibility(attention_mask, shape=shape, causal=bool(causal))
@@ -150,37 +120,25 @@ def lamp_attention(
             query,
             key,
             value,
-            accumulator=run.policy.accumulate,
-            rule=run.policy.rule,
+            accumulator=policy.accumulate,
+            rule=policy.rule,
             scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             mask=seen.mask,
             causal=seen.causal,
             bias=seen.bias,
             softcap=kwargs.get("softcap") or None,
             sinks=kwargs.get("s_aux"),
-            generator=generator,
+            generator=run.generator(scores, "scores", layer, step),
+            values=summed,
             observe=None if run.observe is None else partial(run.observe, layer),
         )
         positions = result.last_key if position_ids is None else position_ids
-        run.statistics.record(layer, result.eligible, result.selected, positions)
-    output = result.output
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
-        output = _ForwardOnly.apply(output, query, key, value)  # type: ignore[no-untyped-call]
-    return output, None
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Passes the output on and makes a backward pass fail, instead of giving a gradient without attention."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, *sources: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            "no gradient flows through look-ahead attention: use it for inference, under torch.no_grad()"
-        )
+        if scores is not None:
+            run.statistics.record(layer, result.eligible, result.selected, positions)
+        if result.values_selected is not None:
+            eligible = (result.eligible > 0).long() * value.shape[-1]
+            run.statistics.record(layer, eligible, result.values_selected, positions, "values")
+    return forward_only(result.output, query, key, value), None
 
 
 def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
