@@ -22,7 +22,7 @@ def test_bits_of_a_format(name, bits):
     assert format_bits(Format.parse(name)) == bits
 
 
-def counted(chosen, depth, unit, causal, model, narrow, operations, error):
+def counted(chosen, depth, unit, causal, model, narrow, operations, error, distance, norms):
     """Operations of low pass, look-ahead and recomputation, operands fetched, and eligible entries, by counting."""
     rows, columns = chosen.shape
     height, width = unit
@@ -36,7 +36,13 @@ def counted(chosen, depth, unit, causal, model, narrow, operations, error):
             for _ in range(depth):
                 low += narrow
                 look += error
+                look += distance  # a term of the provisional output
+                look += distance  # a term of the product of value and output
             look += operations * model.operation
+    if norms:
+        for _ in range(rows + columns):
+            for _ in range(depth):
+                look += 1
     for i in range(0, rows, height):
         for j in range(0, columns, width):
             units += 1
@@ -52,15 +58,26 @@ def counted(chosen, depth, unit, causal, model, narrow, operations, error):
 
 
 @pytest.mark.parametrize("granularity", list(GRANULARITIES))
-@pytest.mark.parametrize("spelling", ["running:0.1", "strict:0.1"])
+@pytest.mark.parametrize(
+    "spelling", ["running:0.1", "strict:0.1", "running-output:0.1", "bridge-residual:0.1"]
+)
 def test_costs_equal_counting(granularity, spelling):
     """Full rectangles of whole units, where the formulas are exact."""
     rows, columns, depth = 32, 48, 5
-    model = CostModel(low=0.25, error=0.5, operation=0.75, apply=3)
+    model = CostModel(low=0.25, error=0.5, distance=0.625, operation=0.75, apply=3)
     rule = Rule.parse(spelling)
     chosen = torch.rand(rows, columns, generator=torch.manual_seed(1)) < 0.003
     low, look, again, fetched, eligible, share = counted(
-        chosen, depth, GRANULARITIES[granularity], False, model, 0.25, rule.operations, 0.5 * rule.needs_error
+        chosen,
+        depth,
+        GRANULARITIES[granularity],
+        False,
+        model,
+        0.25,
+        rule.operations,
+        0.5 * rule.needs_error,
+        0.625 * bool(rule.needs_distance),
+        rule.needs_bridge,
     )
     full = rows * columns * depth
     rate = float(chosen.float().mean())
@@ -91,7 +108,9 @@ def test_the_steps_of_blocks_and_promotions():
     wide, narrow = 64, 64 // 16
     assert 64 * model.multiply_add(Accumulator.parse("ps4/block16")) == wide + narrow * 0.25
     assert CostModel().multiply_add(Accumulator.parse("ps4")) == 13 / 32
-    assert CostModel(error=None).error_step(Accumulator.parse("ps4")) == 13 / 32
+    shape, ps4 = Shape(64, 64, 16), Accumulator.parse("ps4")
+    wide, narrow = (CostModel(error=e).look_ahead(Rule.parse("running:0.1"), shape, ps4) for e in (1.0, None))
+    assert wide - narrow == pytest.approx(1 - 13 / 32)
 
 
 def test_independent_entries_touch_as_many_blocks_as_estimated():

@@ -5,7 +5,10 @@ multiply-add is one operation. f itself is left out on both sides: full precisio
 look-ahead, which only repeats it for what is recomputed. Relative to full precision, which takes E K operations,
 
     low pass    c_low, or 1 + c_low / B for /blockB, or c_low + 1 / B for /promoteB
-    look-ahead  (operations of the rule * c_op + K c_error [if the rule needs the running error]) / K
+    look-ahead  operations of the rule * c_op / K
+                + c_error         if it needs the running error: the sum of squares of the partial sums
+                + 2 c_distance    if it weighs by ||v_j - o||: the provisional output o, and the products of v_j and o
+                + (M + N) / E     if it estimates errors from norms (`bridge`): one norm a row and a column
     recompute   p (1 + a / K), p the share of the units (entries, 1 x 16 row blocks, 16 x 16 tiles) that are touched:
                 a touched unit is recomputed as a whole, a operations of f again for each of its entries
     total       the sum of the three; p* = (1 - low pass - look-ahead) / (1 + a / K) breaks even
@@ -79,6 +82,8 @@ class CostModel:
     #: c_error: one step of the running sum of squares that error estimates need; None: as c_low. The simulation
     #: carries it in float32.
     error: float | None = 1.0
+    #: c_distance: a multiply-add of what output-aware rules need (values as long as keys); None: as c_low.
+    distance: float | None = 1.0
     #: c_op: an elementary operation of a rule (a comparison, a product).
     operation: float = 1.0
     #: a: elementary operations of f to repeat for a recomputed entry: subtract, exponential, twice renormalise.
@@ -89,7 +94,7 @@ class CostModel:
     full_bytes: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("low", "error", "operation", "apply", "low_bytes", "full_bytes"):
+        for name in ("low", "error", "distance", "operation", "apply", "low_bytes", "full_bytes"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"cost {name}={value}: it can't be negative")
@@ -101,11 +106,19 @@ class CostModel:
             return 1 + narrow / accumulator.block
         return narrow + (1 / accumulator.promote if accumulator.promote else 0.0)
 
-    def error_step(self, accumulator: Accumulator) -> float:
-        """Cost of one step of the running sum of squares."""
-        if self.error is not None:
-            return self.error
-        return format_bits(accumulator.format) / 32 if self.low is None else self.low
+    def look_ahead(self, rule: Rule, shape: Shape, accumulator: Accumulator) -> float:
+        """Operations of the selection relative to full precision; none for a random control."""
+        if rule.name.startswith("random"):
+            return 0.0
+        narrow = format_bits(accumulator.format) / 32 if self.low is None else self.low
+        total = rule.operations * self.operation / shape.depth
+        if rule.needs_error:
+            total += narrow if self.error is None else self.error
+        if rule.needs_distance:
+            total += 2 * (narrow if self.distance is None else self.distance)
+        if rule.needs_bridge:
+            total += (shape.rows + shape.columns) / shape.entries
+        return total
 
 
 @dataclass(frozen=True)
@@ -206,10 +219,7 @@ def costs(
     accumulator, rule = Accumulator.parse(accumulator), Rule.parse(rule)
     k = shape.depth
     low = model.multiply_add(accumulator)
-    look = 0.0
-    if not rule.name.startswith("random"):
-        look = rule.operations * model.operation / k
-        look += model.error_step(accumulator) if rule.needs_error else 0.0
+    look = model.look_ahead(rule, shape, accumulator)
     again = 1 + model.apply / k
     result = {}
     for name, (touched, estimated) in touched_rates(rate, block_rates).items():
@@ -226,6 +236,6 @@ def costs(
             low_pass_bytes=model.low_bytes / model.full_bytes,
             recompute_bytes=min(vectors, operands) / operands,
             break_even=min(max((1 - low - look) / again, 0.0), 1.0),
-            realisable=not rule.needs_exact,
+            realisable=rule.realisable,
         )
     return result

@@ -78,7 +78,7 @@ def save(figure: Figure, folder: Path) -> list[Path]:
 
     paths = [folder / f"{figure.name}.{end}" for end in ("csv", "svg", "png")]
     figure.data.to_csv(paths[0], index=False)
-    settings = {
+    settings: dict[Any, Any] = {
         "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "grid.linewidth": 0.4, "grid.alpha": 0.5, "legend.frameon": False,
         "svg.hashsalt": "torchlamp", "lines.markersize": 4, "lines.linewidth": 1.2,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import torchlamp
+from torchlamp.study.cost import GRANULARITIES
 from torchlamp.study.figures import figures, save
 from torchlamp.study.figures_style import order, styles
 from torchlamp.study.output import check_writable, write_text
@@ -20,11 +21,12 @@ from torchlamp.study.report_data import Study, read_study
 from torchlamp.study.report_tables import equal_rate, summary
 
 #: What the page needs of a point.
-_POINT = (
-    "model text tokens site layers accumulate mu policy rule realisable kl kl_se kl_99 flip flip_se rate rms_delta_p "
-    "perplexity reference_perplexity log_ratio_se by_head by_position cost_estimated "
-    "cost_entry cost_entry_narrow cost_row_block_16 cost_row_block_16_narrow cost_tile_16x16 cost_tile_16x16_narrow"
-).split()
+_POINT = [
+    *("model", "text", "tokens", "site", "layers", "accumulate", "mu", "policy", "rule", "realisable"),
+    *("kl", "kl_se", "kl_99", "flip", "flip_se", "rate", "rms_delta_p"),
+    *("perplexity", "reference_perplexity", "log_ratio_se", "by_head", "by_position", "cost_estimated"),
+    *(f"cost_{name}{end}" for name in GRANULARITIES for end in ("", "_narrow")),
+]
 
 
 def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:

@@ -137,7 +137,7 @@ def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _layers(point: dict[str, Any]) -> str:
-    """ "all", or the numbers of the layers that ran under the policy."""
+    """The numbers of the layers that ran under the policy, or "all"."""
     layers = point.get("layers")
     return "all" if layers is None else ", ".join(str(layer) for layer in layers)
 
@@ -158,7 +158,7 @@ def _row(result: Result) -> dict[str, Any]:
         "policy": result.policy,
         "rule": " / ".join(dict.fromkeys(rule_label(part.rule) for part in parts)),
         "threshold": float(value) if value is not None and len(rules) == 1 else math.nan,
-        "realisable": not any(_is_oracle(part.rule) for part in parts),
+        "realisable": all(part.rule.realisable for part in parts),
         "windows": result.windows,
         "window_length": result.window_length,
         "seed": result.seed,
@@ -190,12 +190,8 @@ def rule_label(rule: Rule) -> str:
     return f"{rule.name} {followed.name}" if isinstance(followed, Rule) else rule.name
 
 
-def _is_oracle(rule: Rule) -> bool:
-    return rule.needs_exact and not rule.name.startswith("random")
-
-
 def _costs(result: Result, policy: Policy) -> dict[str, Any]:
-    """Relative operations: the error estimate in float32 (as simulated), and `_narrow`: in the accumulator's format."""
+    """Relative operations, with the look-ahead's sums in float32 (as simulated) and, `_narrow`, in the accumulator."""
     names = [f"cost_{name}{end}" for name in GRANULARITIES for end in ("", "_narrow")]
     found: dict[str, Any] = dict.fromkeys(names, math.nan) | {"cost_estimated": True}
     if len(policy.sites) > 1:
@@ -205,7 +201,7 @@ def _costs(result: Result, policy: Policy) -> dict[str, Any]:
     length = result.window_length
     depth = {"scores": head, "values": length, "mlp_down": inner}.get(site, width)
     shape = Shape(length, length, depth, causal=site == "scores")
-    for end, model in (("", CostModel()), ("_narrow", CostModel(error=None))):
+    for end, model in (("", CostModel()), ("_narrow", CostModel(error=None, distance=None))):
         by_name = costs(shape, part.accumulate, part.rule, result.recompute_rate, result.block_rates, model)
         for name, cost in by_name.items():
             found[f"cost_{name}{end}"] = cost.total

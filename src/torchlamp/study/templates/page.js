@@ -59,7 +59,7 @@ function logTicks(values, percent) {
   for (let e = low; e <= high; e++) for (const d of digits) {
     const v = d * 10 ** e;
     tickvals.push(v);
-    ticktext.push(percent ? percentText(v) : v >= 0.01 && v < 1000 ? String(Number(v.toPrecision(3))) :
+    ticktext.push(percent ? percentText(v) : v > 0.0009 && v < 1000 ? String(Number(v.toPrecision(3))) :
       (d === 1 ? "" : d + "·") + "10" + [...String(e)].map((c) => SUPER[c]).join(""));
   }
   return { type: "log", tickvals, ticktext };

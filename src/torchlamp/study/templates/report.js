@@ -19,7 +19,7 @@ const byMu = (a, b) => (a.mu ?? 99) - (b.mu ?? 99) || a.accumulate.localeCompare
 const accumulators = (points) => unique([...points].sort(byMu).map((p) => p.accumulate));
 const rules = (points) => DATA.rules.filter((r) => points.some((p) => p.rule === r));
 const selecting = (points) => points.filter((p) => p.rate > 0 && p.rate < 1);
-const label = (rule) => rule.startsWith("oracle") ? rule + " (not realisable)" : rule;
+const label = (rule) => rule === "none" ? "none (uniform precision)" : rule.startsWith("oracle") ? rule + " (not realisable)" : rule;
 
 // Later controls offer what the earlier ones leave.
 function updateControls() {
@@ -34,7 +34,7 @@ function updateControls() {
   const names = accumulators(selecting(points)).length ? accumulators(selecting(points)) : accumulators(points);
   const most = (n) => selecting(points).filter((p) => p.accumulate === n).length;
   const known = names.includes(el("accumulate").value) || el("accumulate").value === "";
-  const usual = [...names].sort((a, b) => most(b) - most(a))[0] || "";
+  const usual = [...names].sort((a, b) => most(b) - most(a) || (b === "ps4") - (a === "ps4"))[0] || "";
   const first = !el("accumulate").options.length;
   fill(el("accumulate"), [...names.map((v) => [v, v]), ...(names.length > 1 ? [["", "all"]] : [])], known && !first ? el("accumulate").value : usual);
   fill(el("metric"), [["kl", "KL"], ["flip", "flips"]]);
@@ -92,23 +92,24 @@ function drawPareto(s) {
     annotations.push({ x: 0, y: 1, yref: "paper", yanchor: "top", xanchor: "left", xshift: 3, text: "float32", showarrow: false, font: { size: 11, color: css("--muted") } });
   } else for (const p of plain) {
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: p[s.metric], y1: p[s.metric], line: { color: ink, width: 1, dash: "dot" }, opacity: 0.7 });
-    annotations.push({ xref: "paper", x: 1, xanchor: "right", y: Math.log10(p[s.metric]), yanchor: "bottom", text: p.accumulate + " uniform", showarrow: false, font: { size: 11, color: ink } });
+    annotations.push({ xref: "paper", x: 1, xanchor: "left", xshift: 2, y: Math.log10(p[s.metric]), yanchor: "middle", text: p.accumulate, showarrow: false, font: { size: 11, color: ink } });
   }
   const ys = [...traces.flatMap((t) => t.y), ...plain.map((p) => p[s.metric])], xs = [...traces.flatMap((t) => t.x), ...(cost ? [1] : [])];
   const range = (v, pad) => [Math.log10(Math.min(...v)) - pad, Math.log10(Math.max(...v)) + pad];
   const words = cost ? "operations / operations in float32" : "recompute rate";
   draw("pareto", traces, {
-    height: narrow() ? 420 : 520, annotations, shapes, margin: { l: 8, r: 12, t: 12, b: 8 },
+    height: narrow() ? 420 : 520, annotations, shapes, margin: { l: 8, r: cost ? 12 : 8 + 7 * Math.max(2, ...plain.map((p) => p.accumulate.length)), t: 12, b: 8 },
     xaxis: { ...logTicks(xs, !cost), words, ...(xs.length ? { range: range(xs, narrow() ? 0.12 : 0.06) } : {}) },
     yaxis: { ...logTicks(ys, s.metric === "flip"), words: METRICS[s.metric], ...(ys.length ? { range: range(ys, 0.12) } : {}) },
   });
   el("pareto-title").textContent = `${s.metric === "kl" ? "KL" : "Flips"} against ${cost ? "cost" : "recompute rate"}`;
   const estimated = cost && s.axis !== "cost_entry" && shown.some((p) => p.cost_estimated);
   el("pareto-note").textContent = "Lower left is better. Grey dashes: the same number of entries chosen at random. " +
-    (cost ? "Diamonds: uniform precision, nothing recomputed. Cost is relative to float32 and includes the look-ahead." : "Dotted levels: uniform precision, nothing recomputed.") +
+    (cost ? "Diamonds: uniform precision, nothing recomputed. Cost is relative to float32 and includes the look-ahead." : "Dotted levels: uniform precision, nothing recomputed, its accumulator on the right.") +
     (estimated ? " Blocks were not counted in this sweep: their share is estimated as if entries were independent, which is too high for rules that cluster." : "");
 }
 
+const fixed = (v) => v < 10 ? v.toFixed(2) : String(Number(v.toPrecision(3)));
 function drawEqual(s) {
   const rows = DATA.rates.filter((r) => r.model === s.model && r.text === s.text && r.tokens === s.tokens && r.site === s.site && r.layers === "all" && (s.accumulate === "" || r.accumulate === s.accumulate));
   el("equal-section").hidden = !rows.length;
@@ -125,7 +126,7 @@ function drawEqual(s) {
       const r = rows.find((x) => x.accumulate === accumulate && x.rule === rule && x.rate === rate);
       if (!r) return "<td>–</td>";
       const se = r[ratio + "_se"], isBest = r.realisable && r[ratio] === best[accumulate + "|" + rate];
-      const text = r[ratio] === null ? `<span class="se">${number(r[s.metric], 3)}</span>` : `${number(r[ratio], 3)}${se ? ` <span class="se">± ${number(se, 1)}</span>` : ""}`;
+      const text = r[ratio] === null ? `<span class="se">${number(r[s.metric], 3)}</span>` : `${fixed(r[ratio])}${se ? ` <span class="se">± ${fixed(se)}</span>` : ""}`;
       return `<td class="${isBest ? "best" : ""}" title="${s.metric} ${number(r[s.metric], 3)} ± ${number(r[s.metric + "_se"], 1)}">${text}</td>`;
     }).join("");
     return `<tr><td><span class="swatch" style="background:${style(rule).color}"></span>${s.accumulate === "" ? accumulate + " " : ""}${label(rule)}</td>${cells}</tr>`;
