@@ -234,8 +234,8 @@ def test_bad_models_policies_and_seeds(tiny, windows):
         evaluate(model, windows, POLICY)
     with pytest.raises(ValueError, match="strickt"):
         evaluate(model, windows, "ps4+strickt:1")
-    with pytest.raises(ValueError, match="values"):
-        evaluate(model, windows, "values=ps4+none")
+    with pytest.raises(ValueError, match="layers"):
+        evaluate(model, windows, POLICY, layers=[2])
     with pytest.raises(ValueError, match="seed -1"):
         evaluate(model, windows, POLICY, seed=-1)
     with pytest.raises(TypeError, match=r"seed 1\.5"):

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchlamp.compositions.policy import Policy
 from torchlamp.compositions.statistics import Statistics
 from torchlamp.integrations.huggingface import lookahead
 from torchlamp.study.aggregate import mean_and_error
@@ -116,11 +117,7 @@ class Loop:
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._references, self._runs, self._seed = references, runs, seed
-        self._options: dict[str, Any] = {}
-        if layers is not None:
-            self._options["layers"] = tuple(layers)
-        if blocks:
-            self._options["blocks"] = True
+        self._layers, self._blocks = layers, blocks
         self._progress, self._start = progress, time.perf_counter()
         self._passes = 0
         self._total = len(references.windows)
@@ -130,8 +127,12 @@ class Loop:
         """Raise what `lookahead` raises for a policy that can't run on this model, before any time is spent."""
         for run in self._runs:
             if run.policy is not None:
-                with lookahead(self._references.model, run.policy, seed=self._seed, **self._options):
+                with self._lookahead(run.policy, 0):
                     pass
+
+    def _lookahead(self, policy: Policy, index: int) -> AbstractContextManager[Statistics]:
+        model, seed = self._references.model, self._seed + index
+        return lookahead(model, policy, seed=seed, layers=self._layers, blocks=self._blocks)
 
     def run_all(self) -> None:
         """Every window, in order."""
@@ -162,7 +163,7 @@ class Loop:
             if run.policy is None:
                 metrics = _no_difference(reference)
             else:
-                with lookahead(model, run.policy, seed=self._seed + index, **self._options) as statistics:
+                with self._lookahead(run.policy, index) as statistics:
                     logits, seconds = timed_forward(model, tokens)
                 forward += seconds
                 metrics = self._references.comparer.compare(reference, logits)

@@ -1,7 +1,8 @@
 """`torchlamp sweep`: compute the points of a study that a folder doesn't hold yet, and write each one down at once."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,12 +45,14 @@ class Summary:
 
 
 class Engine(Protocol):
-    """Computes points in any order and yields each outcome as it comes; closed by the driver."""
+    """Computes points in any order and yields each outcome as it comes."""
 
     #: Points computed at the same time.
     workers: int
 
-    def run(self, points: Sequence[Point], found: Callable[[Point], str | None]) -> Iterator[Outcome]:
+    def run(
+        self, points: Sequence[Point], found: Callable[[Point], str | None]
+    ) -> Generator[Outcome, None, None]:
         """Compute the points; `found` gives the policy that an earlier calibration found, if there is one."""
         ...
 
@@ -62,7 +65,9 @@ class LocalEngine:
     def __init__(self, study: Study, threads: int | None = None) -> None:
         self._worker = Worker(study.reference_memory, threads or study.threads)
 
-    def run(self, points: Sequence[Point], found: Callable[[Point], str | None]) -> Iterator[Outcome]:
+    def run(
+        self, points: Sequence[Point], found: Callable[[Point], str | None]
+    ) -> Generator[Outcome, None, None]:
         """Compute the points in their order."""
         for point in points:
             yield self._worker.compute(point, found(point))
@@ -131,15 +136,18 @@ def sweep(
         return None if point.target_rate is None else folder.calibrations.get(calibration_key(point))
 
     report(None)
-    for outcome in engine.run(now, found):
-        folder.add(outcome)
-        del waiting[outcome.point]
-        done, failed = done + (outcome.error is None), failed + (outcome.error is not None)
-        if outcome.error is None:
-            estimate.add(outcome.point, outcome.seconds)
-        else:
-            last_error = f"{outcome.point}: {outcome.error}"
-        report(outcome)
+    # Closed at once when something is raised here: an engine's workers must not go on behind its back.
+    with contextlib.closing(engine.run(now, found)) as outcomes:
+        for outcome in outcomes:
+            folder.add(outcome)
+            del waiting[outcome.point]
+            if outcome.error is None:
+                done += 1
+                estimate.add(outcome.point, outcome.seconds)
+            else:
+                failed += 1
+                last_error = f"{outcome.point}: {outcome.error}"
+            report(outcome)
     return Summary(
         len(points), skipped, done, failed, len(todo) - done - failed, time.perf_counter() - start, last_error
     )

@@ -116,14 +116,13 @@ class Worker:
         )[about.start :]
         if point.tokens == SHUFFLED:
             windows = shuffled(windows, point.seed)
-        layers: dict[str, Any] = {} if point.layers is None else {"layers": point.layers}
-
         def rate(threshold: float) -> float:
             selected = eligible = 0
             with inference_in_eval_mode(model):
                 for index, tokens in enumerate(windows):
                     policy = _filled(point.policy, threshold)
-                    with lookahead(model, policy, seed=point.seed + index, **layers) as statistics:
+                    seed = point.seed + index
+                    with lookahead(model, policy, seed=seed, layers=point.layers) as statistics:
                         timed_forward(model, tokens.to(model.device))
                     selected, eligible = selected + statistics.selected, eligible + statistics.eligible
             return selected / max(eligible, 1)

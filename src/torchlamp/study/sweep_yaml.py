@@ -122,6 +122,9 @@ def read_yaml(path: Path) -> Node:
         return _tree(loader, root, name, 0)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        # A quote or bracket that is never closed: where it opens says more than the end of the file.
+        if error.context_mark and "end of stream" in str(error.problem):
+            mark = error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "line 1"
         said = ", ".join(filter(None, (error.context, error.problem)))
         raise ValueError(f"{name}, {where}: this is no YAML ({said})") from error
