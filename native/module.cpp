@@ -123,7 +123,8 @@ void recompute(const std::string& isa, Array<float, 3> scores, Floats<3> a, Floa
 }
 
 void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, Array<float, 4> out,
-               Array<std::int32_t, 3> selected, Array<std::int32_t, 3> visible, std::optional<Array<const std::uint8_t, 3>> mask,
+               Array<std::int32_t, 3> selected, Array<std::int32_t, 3> visible,
+               std::optional<Array<std::uint8_t, 4>> blocks, std::optional<Array<const std::uint8_t, 3>> mask,
                std::optional<Floats<1>> sinks, bool causal, float scaling, float softcap, int weight, double threshold,
                bool by_length, float error_scale, const How& how, int threads) {
   lamp::Attention p;
@@ -149,6 +150,13 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, Ar
   p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_row = q.stride(2);
   p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_row = k.stride(2);
   p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_row = v.stride(2);
+  if (blocks) {  // all zero
+    require(row_major(*blocks) && length(blocks->shape(0)) == p.B && length(blocks->shape(1)) == p.H &&
+                length(blocks->shape(2)) == p.Lq &&
+                length(blocks->shape(3)) == (p.Lk + lamp::kBlockKeys - 1) / lamp::kBlockKeys,
+            "blocks must be contiguous, of shape (B, H, Lq, ceil(Lk / 16))");
+    p.blocks = blocks->data();
+  }
   if (mask) {
     require(length(mask->shape(0)) == p.B && length(mask->shape(1)) == p.Lq && length(mask->shape(2)) == p.Lk &&
                 (p.Lk <= 1 || mask->stride(2) == 1) && !causal,
@@ -175,7 +183,8 @@ NB_MODULE(_native, m) {
   m.def("products", &products, "isa"_a, "a"_a, "b"_a, "out"_a, "squares"_a.none(), "how"_a, "scaling"_a.none(),
         "causal"_a.none(), "threads"_a);
   m.def("recompute", &recompute, "isa"_a, "scores"_a, "a"_a, "b"_a, "mask"_a, "scaling"_a.none(), "threads"_a);
-  m.def("attention", &attention, "isa"_a, "q"_a, "k"_a, "v"_a, "out"_a, "selected"_a, "visible"_a, "mask"_a.none(),
+  m.def("attention", &attention, "isa"_a, "q"_a, "k"_a, "v"_a, "out"_a, "selected"_a, "visible"_a,
+        "blocks"_a.none(), "mask"_a.none(),
         "sinks"_a.none(), "causal"_a, "scaling"_a, "softcap"_a, "weight"_a, "threshold"_a, "by_length"_a,
         "error_scale"_a, "how"_a, "threads"_a);
 }

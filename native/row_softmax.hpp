@@ -50,6 +50,7 @@ class RowSoftmax {
     scale_and_round(y, width, p_.scaling, p_.accumulation.result());
     softmax(y, row.head, width);
     const std::ptrdiff_t count = choose(y, squares, width, row.keys.count);
+    if (p_.blocks) note_blocks(row, batch, origin, width, count);
     if (count > 0) {
       recompute(row, batch, kv, y, origin, width, count);
       softmax(y, row.head, width);
@@ -99,14 +100,16 @@ class RowSoftmax {
   // The weight of the rule as torchlamp.rules.ThresholdForm states it, factor by factor in its order; `z` is the
   // probability, or e^(logit - largest) for `relaxed`.
   vf weigh(vf z, vf y, const float* squares) const {
+    const bool gained = p_.weight == lamp::Weight::strict || p_.weight == lamp::Weight::running;
     vf w = z;
-    if (p_.weight == lamp::Weight::strict || p_.weight == lamp::Weight::running) w = (set1(1.0f) - z) * z;
-    if (p_.weight == lamp::Weight::strict || p_.weight == lamp::Weight::relaxed) w = w * abs(y);
-    if (p_.weight == lamp::Weight::running) w = w * (sqrt(load(squares)) * set1(p_.error_scale));
+    if (gained) w = (set1(1.0f) - z) * z * set1(2.0f);
+    if (p_.weight == lamp::Weight::relaxed) w = w * abs(y);
     if (p_.softcap > 0.0f && p_.weight != lamp::Weight::topz) {
       const vf t = tanh(y / set1(p_.softcap));
       w = w * (set1(1.0f) - t * t);
     }
+    if (p_.weight == lamp::Weight::strict) w = w * abs(y);
+    if (p_.weight == lamp::Weight::running) w = w * (sqrt(load(squares)) * set1(p_.error_scale));
     return w;
   }
 
@@ -115,8 +118,7 @@ class RowSoftmax {
   std::ptrdiff_t choose(const float* y, const float* squares, std::ptrdiff_t width, std::ptrdiff_t visible) {
     if (p_.threshold == std::numeric_limits<double>::infinity()) return 0;
     const float* e = tile_.logits.data();
-    const bool halved = p_.weight == lamp::Weight::strict || p_.weight == lamp::Weight::running;
-    float threshold = static_cast<float>(halved ? p_.threshold / 2 : p_.threshold);
+    float threshold = static_cast<float>(p_.threshold);
     vf norm = set1(1.0f / sum_);
     if (p_.weight == lamp::Weight::relaxed) {
       norm = set1(1.0f);
@@ -140,6 +142,17 @@ class RowSoftmax {
       for (; chosen; chosen &= chosen - 1) tile_.chosen[at(count++)] = j + std::countr_zero(chosen);
     }
     return count;
+  }
+
+  // Which blocks of keys the row sees, and in which of them something is recomputed.
+  void note_blocks(const Row& row, std::ptrdiff_t batch, std::ptrdiff_t origin, std::ptrdiff_t width,
+                   std::ptrdiff_t count) {
+    const std::ptrdiff_t all = (p_.Lk + lamp::kBlockKeys - 1) / lamp::kBlockKeys;
+    std::uint8_t* blocks = p_.blocks + ((batch * p_.H + row.head) * p_.Lq + row.query) * all;
+    for (std::ptrdiff_t j = 0; j < width; ++j)
+      if (tile_.visible[at(j)]) blocks[(origin + j) / lamp::kBlockKeys] |= lamp::block_visible;
+    for (std::ptrdiff_t c = 0; c < count; ++c)
+      blocks[(origin + tile_.chosen[at(c)]) / lamp::kBlockKeys] |= lamp::block_touched;
   }
 
   void recompute(const Row& row, std::ptrdiff_t batch, std::ptrdiff_t kv, float* y, std::ptrdiff_t origin,

@@ -72,6 +72,10 @@ struct Recompute {
 // The weight that a threshold rule compares with its threshold (torchlamp.rules states each formula).
 enum class Weight : int { strict, relaxed, running, topz };
 
+// Keys of a block whose recomputation is counted, and what is noted of a row's block.
+constexpr std::ptrdiff_t kBlockKeys = 16;
+enum BlockBit : std::uint8_t { block_visible = 1, block_touched = 2 };
+
 // Attention under a threshold rule: q (B, H, Lq, D), k and v (B, Hkv, Lk, D or Dv), all with contiguous last dimension.
 struct Attention {
   const float* q = nullptr;
@@ -80,6 +84,7 @@ struct Attention {
   float* out = nullptr;               // (B, Lq, H, Dv), contiguous
   std::int32_t* selected = nullptr;   // (B, H, Lq), contiguous: recomputed entries of each row
   std::int32_t* visible = nullptr;    // (B, Lq, 2), contiguous: how many keys each query sees, and the last one or -1
+  std::uint8_t* blocks = nullptr;     // (B, H, Lq, ceil(Lk / kBlockKeys)), contiguous, or null: bits of BlockBit
   const std::uint8_t* mask = nullptr; // (B, Lq, Lk), key stride 1, or null
   const float* sinks = nullptr;       // (H), or null
   std::ptrdiff_t B = 0, H = 0, Hkv = 1, Lq = 0, Lk = 0, D = 0, Dv = 0;

@@ -27,7 +27,8 @@ def fused_attention(
     causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    blocks: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Attend with low-precision scores, recomputing in float32 those whose weight exceeds the threshold.
 
     Parameters
@@ -50,11 +51,14 @@ def fused_attention(
         c > 0: logits are c tanh(score / c).
     sinks
         float32 (H,): a logit per head that enters the normaliser but has no value.
+    blocks
+        Also note which blocks of 16 keys a row sees and touches.
 
     Returns
     -------
     Output float32 (B, Lq, H, Dv); recomputed entries int32 (B, H, Lq); int32 (B, Lq, 2): how many keys each query
-    sees, and the index of the last one (-1: none). Or None where the native kernel doesn't serve: no extension,
+    sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
+    visible key, plus 2 if one of them is recomputed. Or None where the native kernel doesn't serve: no extension,
     tensors that aren't float32 on the CPU, a mask for each head, or the weight `relaxed` with sinks.
     """
     served = (
@@ -78,4 +82,5 @@ def fused_attention(
         causal=causal,
         softcap=softcap,
         sinks=sinks,
+        blocks=blocks,
     )

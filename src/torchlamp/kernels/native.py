@@ -16,6 +16,9 @@ from torchlamp.kernels.specification import Accumulation
 #: Instruction sets, best first. `portable` is plain C++.
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
+#: Keys of a block whose recomputation is counted.
+BLOCK_KEYS = 16
+
 _OVERFLOW = {"inf": 0, "nan": 1, "saturate": 2}
 #: Lengths beyond any sum reach the kernels as the largest that they can take.
 _LONGEST = 2**31 - 1
@@ -164,19 +167,24 @@ def attention(
     causal: bool,
     softcap: float | None,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    blocks: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`torchlamp.kernels.attention.fused_attention` on CPU float32 tensors; see there."""
     module, _ = _load()
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, value.shape[-1])
     selected = torch.empty(batch, heads, length, dtype=torch.int32)
     visible = torch.empty(batch, length, 2, dtype=torch.int32)
+    noted = None
+    if blocks:
+        noted = torch.zeros(batch, heads, length, -(-key.shape[2] // BLOCK_KEYS), dtype=torch.uint8)
     module.attention(
         instruction_set(),
         *(t if t.stride(-1) == 1 else t.contiguous() for t in map(_plain, (query, key, value))),
         output,
         selected,
         visible,
+        noted,
         None if mask is None else _bytes(mask),
         None if sinks is None else _plain(sinks).contiguous(),
         causal,
@@ -189,7 +197,7 @@ def attention(
         _how(accumulation),
         torch.get_num_threads(),
     )
-    return output, selected, visible
+    return output, selected, visible, noted
 
 
 def _plain(tensor: Tensor) -> Tensor:

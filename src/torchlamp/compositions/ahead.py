@@ -1,0 +1,119 @@
+"""What lies behind the softmax: how far an error in a score moves the head's output, or the residual stream.
+
+To first order do = z_j (v_j - o) dy_j, so what counts of a key is the distance of its value from the output
+(docs/method.md 4.9).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """The linear map behind the heads' outputs, and what its result is measured against.
+
+    Attributes
+    ----------
+    factor : Tensor
+        float32 (heads, value size, value size): L_h with L_h L_h^T = W_h^T W_h, so that ||W_h x|| = ||L_h^T x||, W_h
+        the block of the output projection (times what follows it) that belongs to head h.
+    scale : callable
+        From the outputs float32 (heads, rows, value size) of some rows, the number of the sample and the rows to
+        float32 (rows,), > 0: the norm that changes are relative to.
+    """
+
+    factor: Tensor
+    scale: Callable[[Tensor, int, range], Tensor]
+
+
+def gram_factor(weight: Tensor, heads: int) -> Tensor:
+    """`Ahead.factor` of an output projection: a square root of each head's Gram matrix, formed in float64.
+
+    Parameters
+    ----------
+    weight : Tensor
+        (features, heads * value size): row i gives output i.
+    heads : int
+        Number of query heads.
+
+    Returns
+    -------
+    float32 (heads, value size, value size).
+    """
+    blocks = weight.detach().double().view(weight.shape[0], heads, -1).permute(1, 2, 0)
+    values, vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2))
+    return (vectors * values.clamp_min(0).sqrt()[:, None, :]).float()
+
+
+class Distances:
+    """||v_j - o|| / scale for the tiles of one sample; the values are projected once.
+
+    Parameters
+    ----------
+    value : Tensor
+        float32 (key heads, keys, value size).
+    heads : int
+        Number of query heads.
+    ahead : Ahead or None
+        None: no map, relative to the output itself.
+    """
+
+    def __init__(self, value: Tensor, heads: int, ahead: Ahead | None) -> None:
+        self._ahead = ahead
+        self._value = value
+        if ahead is not None:
+            self._value = torch.matmul(value.repeat_interleave(heads // value.shape[0], dim=0), ahead.factor)
+        self._squares = self._value.square().sum(dim=-1)
+
+    def of(self, outputs: Tensor, first: int, last: int, sample: int, rows: range) -> Tensor:
+        """Distances of the keys first to last.
+
+        Parameters
+        ----------
+        outputs : Tensor
+            float32 (heads, rows, value size): sums of the values under the low-precision probabilities.
+        first, last, sample, rows
+            The tile's keys, its sample and rows in the call.
+
+        Returns
+        -------
+        float32 (heads, rows, keys).
+        """
+        heads, count, _ = outputs.shape
+        mapped = outputs if self._ahead is None else torch.matmul(outputs, self._ahead.factor)
+        value, squares = self._value[:, first:last], self._squares[:, first:last]
+        stacked = mapped.reshape(value.shape[0], -1, mapped.shape[-1])
+        cross = torch.matmul(stacked, value.transpose(1, 2)).view(heads, count, -1)
+        own = mapped.square().sum(dim=-1, keepdim=True)
+        repeats = heads // value.shape[0]
+        # ||v||^2 - 2 v.o + ||o||^2 can come out a little below 0 where v is o.
+        distance = (
+            (squares.repeat_interleave(repeats, dim=0)[:, None] - 2 * cross + own).clamp_min_(0).sqrt_()
+        )
+        scale = own.sqrt() if self._ahead is None else self._ahead.scale(outputs, sample, rows).view(1, -1, 1)
+        return distance.div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def bridge_error(query: Tensor, keys: Tensor, scores: Tensor, scaling: float, unit_roundoff: float) -> Tensor:
+    """The error estimate of `torchlamp.rules.Bridge`, made of the scores and the norms of queries and keys.
+
+    Parameters
+    ----------
+    query, keys : Tensor
+        float32 (heads, rows, size) and (key heads, size, keys).
+    scores : Tensor
+        float32 (heads, rows, keys), scaled.
+    scaling, unit_roundoff : float
+        Of the scores and of the accumulator's format.
+
+    Returns
+    -------
+    float32 (heads, rows, keys).
+    """
+    size = query.shape[-1]
+    key_squares = keys.square().sum(dim=1).repeat_interleave(query.shape[0] // keys.shape[0], dim=0)
+    products = query.square().sum(dim=-1, keepdim=True) * key_squares[:, None] * (scaling * scaling / 6)
+    return (scores.square() * (size / 3) + products).sqrt_().mul_(unit_roundoff / 2)
