@@ -4,5 +4,6 @@
 # isort: off
 from torchlamp.cli.common import app, main
 from torchlamp.cli import measure, about
+from torchlamp.cli import sweep
 
-__all__ = ["about", "app", "main", "measure"]
+__all__ = ["about", "app", "main", "measure", "sweep"]
