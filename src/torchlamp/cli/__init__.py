@@ -5,5 +5,6 @@
 from torchlamp.cli.common import app, main
 from torchlamp.cli import measure, about
 from torchlamp.cli import sweep
+from torchlamp.cli import report
 
-__all__ = ["about", "app", "main", "measure", "sweep"]
+__all__ = ["about", "app", "main", "measure", "report", "sweep"]

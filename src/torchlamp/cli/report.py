@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from torchlamp.cli.common import app, one_line_errors
+from torchlamp.cli.common import ModelName, Threads, app, one_line_errors, set_threads
 
 
 def _need_study(*packages: str) -> None:
@@ -29,3 +29,36 @@ def report(
 
     page, *rest = write_report(folders, output)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) and {len(rest)} files in {page.parent / 'figures'}")
+
+
+@app.command()
+@one_line_errors
+def inspect(
+    model: ModelName,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="A short text, at most 256 tokens.")],
+    policy: Annotated[
+        str, typer.Option(help="Accumulator and rule, for example 'ps4+running:0.03'.")
+    ] = "ps4+running:0.03",
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")] = Path("inspect.html"),
+    threads: Threads = None,
+) -> None:
+    """Write an interactive page with the attention maps of a text and the scores that a policy recomputes."""
+    _need_study("plotly", "jinja2")
+    from torchlamp.compositions.policy import Policy
+    from torchlamp.study.output import check_writable, write_text
+
+    chosen = Policy.parse(policy)
+    check_writable(output)
+    set_threads(threads)
+
+    from torchlamp.study.inspect import inspect as run_inspection
+    from torchlamp.study.inspect_page import inspect_page
+    from torchlamp.study.models import load
+
+    language_model, tokenizer = load(model)
+    seen = run_inspection(language_model, tokenizer, text, chosen)
+    write_text(output, inspect_page(seen, model))
+    print(
+        f"{output} ({output.stat().st_size / 1e6:.1f} MB): {len(seen.tokens)} tokens under {seen.policy}, "
+        f"{seen.recompute_rate:.2%} of the scores recomputed"
+    )
