@@ -4,7 +4,8 @@
 # isort: off
 from torchlamp.cli.common import app, main
 from torchlamp.cli import measure, about
+from torchlamp.cli import tasks
 from torchlamp.cli import sweep
 from torchlamp.cli import report
 
-__all__ = ["about", "app", "main", "measure", "report", "sweep"]
+__all__ = ["about", "app", "main", "measure", "report", "sweep", "tasks"]

@@ -1,0 +1,30 @@
+"""``torchlamp lm-eval``."""
+
+import importlib.util
+from typing import Annotated
+
+import typer
+
+from torchlamp.cli.common import app, one_line_errors
+
+
+@app.command(
+    "lm-eval",
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+        "help_option_names": [],
+    },
+)
+@one_line_errors
+def lm_eval(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="ARGUMENTS ...", help="As for lm_eval itself.")
+    ] = None,
+) -> None:
+    """Run lm-evaluation-harness with the model 'lamp': torchlamp lm-eval --model lamp --tasks ..."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval needs lm-evaluation-harness: run pip install 'torchlamp[eval]'")
+    from torchlamp.integrations.lm_eval import main
+
+    main(arguments or ["--help"])
