@@ -14,7 +14,10 @@ from typing import Any
 from torchlamp.study.conversion import first_line
 from torchlamp.study.dataset_source import FORMATS, Source, check_source, loader_of
 from torchlamp.study.quiet import quiet_transformers
-from torchlamp.study.text import Text
+from torchlamp.study.text import Text, find_text
+
+#: Begins the name of a data set where other texts can be named, too: "dataset:gsm8k" in a sweep.
+PREFIX = "dataset:"
 
 #: Characters read at first for every token that is needed; twice as many when they don't suffice.
 _CHARACTERS = 8
@@ -60,6 +63,29 @@ def dataset_text(spec: str | Source, tokenizer: Any, tokens: int) -> Text:
         raise OSError(f"data set {str(source)!r} can't be read: {first_line(error)}") from error
     except Exception as error:  # each loader of `datasets` has its own
         raise ValueError(f"data set {str(source)!r} can't be read: {first_line(error)}") from error
+
+
+def check_text(name: str) -> None:
+    """Find out whether `text_by_name` will find a text; raises what `check_source` and `find_text` raise."""
+    if name.startswith(PREFIX):
+        check_source(name.removeprefix(PREFIX))
+    else:
+        find_text(name)
+
+
+def text_by_name(name: str, tokenizer: Any, tokens: int) -> Text:
+    """The text "prose", "code", or "dataset:" and a data set, or else a file.
+
+    Parameters
+    ----------
+    name : str
+        As in a sweep's `texts`.
+    tokenizer, tokens
+        As for `dataset_text`; other texts are read whole.
+    """
+    if name.startswith(PREFIX):
+        return dataset_text(name.removeprefix(PREFIX), tokenizer, tokens)
+    return find_text(name)
 
 
 class _ReadError(ValueError):

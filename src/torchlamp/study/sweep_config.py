@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchlamp.study.datasets import check_text
 from torchlamp.study.models import check_name, layer_count
 from torchlamp.study.sweep_points import REAL, SHUFFLED, Calibration, Point, digest, in_order
 from torchlamp.study.sweep_policies import candidates
 from torchlamp.study.sweep_yaml import Node, read_yaml
-from torchlamp.study.text import find_text
 
 #: Keys of a grid, which may also stand at the top as defaults of all grids.
 GRID_KEYS = (
@@ -149,7 +149,7 @@ def _model(node: Node) -> str:
 def _text(node: Node) -> str:
     name = node.string("text")
     try:
-        find_text(name)
+        check_text(name)
     except (OSError, ValueError) as error:
         raise node.error(str(error)) from error
     return name

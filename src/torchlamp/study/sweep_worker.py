@@ -11,13 +11,14 @@ from torch import Tensor
 from torchlamp.compositions.policy import Policy
 from torchlamp.integrations.huggingface import lookahead
 from torchlamp.study.calibration import find_threshold
+from torchlamp.study.datasets import text_by_name
 from torchlamp.study.evaluate import evaluate_against
 from torchlamp.study.loop import References, inference_in_eval_mode, timed_forward
 from torchlamp.study.models import load
 from torchlamp.study.sweep_folder import Outcome
 from torchlamp.study.sweep_points import HOLE, SHUFFLED, Group, Point, digest
 from torchlamp.study.sweep_policies import threshold_range, typical_threshold
-from torchlamp.study.text import check_context, cut_windows, find_text
+from torchlamp.study.text import check_context, cut_windows
 
 
 class Worker:
@@ -84,7 +85,8 @@ class Worker:
         self._references = None
         model, tokenizer = self._load(point.model)
         check_context(model, point.window_length)
-        windows = cut_windows(tokenizer, [find_text(point.text)], point.windows, point.window_length)
+        text = text_by_name(point.text, tokenizer, point.windows * point.window_length)
+        windows = cut_windows(tokenizer, [text], point.windows, point.window_length)
         if point.group.shuffle is not None:
             windows = shuffled(windows, point.group.shuffle)
         budget = self._memory if self._memory is not None else free_memory() // (2 * self._sharers)
@@ -111,11 +113,12 @@ class Worker:
         assert about is not None
         assert point.target_rate is not None
         model, tokenizer = self._load(point.model)
-        windows = cut_windows(
-            tokenizer, [find_text(about.text)], about.start + about.windows, point.window_length
-        )[about.start :]
+        count = about.start + about.windows
+        text = text_by_name(about.text, tokenizer, count * point.window_length)
+        windows = cut_windows(tokenizer, [text], count, point.window_length)[about.start :]
         if point.tokens == SHUFFLED:
             windows = shuffled(windows, point.seed)
+
         def rate(threshold: float) -> float:
             selected = eligible = 0
             with inference_in_eval_mode(model):
