@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from torchlamp.study.figures_style import Style, order, styles
 from torchlamp.study.report_data import GROUP, Study
@@ -73,9 +76,6 @@ def figures(study: Study) -> Iterator[Figure]:
 
 def save(figure: Figure, folder: Path) -> list[Path]:
     """Write a figure as CSV, SVG and PNG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as Canvas
-
     paths = [folder / f"{figure.name}.{end}" for end in ("csv", "svg", "png")]
     figure.data.to_csv(paths[0], index=False)
     settings: dict[Any, Any] = {
@@ -87,6 +87,9 @@ def save(figure: Figure, folder: Path) -> list[Path]:
         canvas = Canvas(figsize=(7, 4.2), layout="constrained")
         figure.draw(canvas, figure.data)
         canvas.suptitle(figure.title, fontsize=10)
+        # The layout is worked out once, not again for each file.
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")
         canvas.savefig(paths[1], metadata={"Date": None})
         canvas.savefig(paths[2], dpi=160)
     return paths
@@ -174,7 +177,9 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
                 if len(curve):
                     _line(panel, curve.sort_values(axis), axis, metric, look[rule], rule)
             _uniform(panel, data[data["rule"] == "none"], axis, metric)
-            panel.set(xscale="log", yscale="log", title=name)
+            panel.set_title(name)
+        _log_ticks(panels[0].xaxis, with_curves[axis], percent=axis == "rate")
+        _log_ticks(panels[0].yaxis, data[metric])
         for panel in panels[len(names) :]:
             panel.remove()
         words = "recompute rate" if axis == "rate" else "operations / operations in float32"
@@ -226,7 +231,8 @@ def _draw_mu(canvas: Any, data: pd.DataFrame) -> None:
             if len(curve):
                 label = {"none": "none (uniform)", "all": "all recomputed"}.get(rule, rule)
                 _line(panel, curve, "mu", "kl", look[rule], label)
-        panel.set(yscale="log", title=f"{100 * rate:g} % recomputed", xlabel="mantissa bits")
+        panel.set(title=f"{100 * rate:g} % recomputed", xlabel="mantissa bits")
+    _log_ticks(panels[0].yaxis, data["kl"])
     panels[0].set_ylabel(LABELS["kl"])
     _legend(canvas, panels)
 
@@ -256,7 +262,8 @@ def _draw_positions(canvas: Any, data: pd.DataFrame) -> None:
     look = styles(list(data["rule"].unique()))
     for (rule, policy), curve in data.groupby(["rule", "policy"], sort=False):
         _line(panel, curve, "position", "rate", look[rule], policy)
-    panel.set(xlabel="position of the query", ylabel="recompute rate", yscale="log")
+    _log_ticks(panel.yaxis, data["rate"], percent=True)
+    panel.set(xlabel="position of the query", ylabel="recompute rate")
     _legend(canvas, [panel])
 
 
@@ -265,7 +272,8 @@ def _draw_layers(canvas: Any, data: pd.DataFrame) -> None:
     look = styles(list(data["rule"].unique()))
     for (rule, site, policy), curve in data.groupby(["rule", "site", "policy"], sort=False):
         _line(panel, curve, "layer", "kl", look[rule], policy if "=" in policy else f"{site}: {policy}")
-    panel.set(xlabel="the only narrow layer", ylabel=LABELS["kl"], yscale="log")
+    _log_ticks(panel.yaxis, data["kl"])
+    panel.set(xlabel="the only narrow layer", ylabel=LABELS["kl"])
     _legend(canvas, [panel])
 
 
@@ -279,9 +287,36 @@ def _draw_sites(canvas: Any, data: pd.DataFrame) -> None:
             places, part["kl"], yerr=part["kl_se"].fillna(0), fmt=markers[i % len(markers)], label=accumulate,
             color=f"C{i}", capsize=1.5,
         )  # fmt: skip
-    panel.set(yscale="log", ylabel=LABELS["kl"], xlabel="the only narrow site")
+    _log_ticks(panel.yaxis, data["kl"])
+    panel.set(ylabel=LABELS["kl"], xlabel="the only narrow site")
     panel.set_xticks(range(len(names)), names)
     _legend(canvas, [panel])
+
+
+def _log_ticks(axis: Any, values: pd.Series, percent: bool = False) -> None:
+    """A log axis with few ticks in plain numbers; ticks of shared axes are shared."""
+    good = values[(values > 0) & values.map(math.isfinite)]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    if not len(good):
+        return
+    low, high = math.log10(good.min()), math.log10(good.max())
+    digits = (1, 1.5, 2, 3, 4, 5, 7) if high - low < 0.7 else (1, 2, 5) if high - low < 2.5 else (1,)
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [d * 10.0**e for e in decades for d in digits]
+    ticks = [t for t in ticks if low - 0.3 <= math.log10(t) <= high + 0.3]
+
+    def words(value: float, _: int | None = None) -> str:
+        if percent:
+            return f"{100 * value:.3g} %"
+        if 9e-4 <= value < 1e4:
+            return f"{value:g}"
+        digit, power = f"{value:.1e}".split("e")
+        times = "" if digit == "1.0" else f"{float(digit):g}\\cdot "
+        return f"${times}10^{{{int(power)}}}$"
+
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(words))
+    axis.set_minor_locator(NullLocator())
 
 
 def _legend(canvas: Any, panels: Any) -> None:

@@ -37,9 +37,7 @@ def inspect_page(inspection: Inspection, model: str) -> str:
         "policy": inspection.policy,
         "tokens": inspection.tokens,
         "kl": [float(f"{v:.4g}") if np.isfinite(v) else None for v in inspection.kl.tolist()],
-        "layers": [
-            _layer(number, layer, lower, with_scores) for number, layer in inspection.layers.items()
-        ],
+        "layers": [_layer(number, layer, lower, with_scores) for number, layer in inspection.layers.items()],
     }
     return render(
         "inspect",
@@ -47,7 +45,7 @@ def inspect_page(inspection: Inspection, model: str) -> str:
         model=model,
         policy=inspection.policy,
         length=length,
-        rate=f"{100 * inspection.recompute_rate:.2f} %",
+        rate=f"{100 * inspection.recompute_rate:.2f}\N{NO-BREAK SPACE}%",
         places=places(inspection),
         version=torchlamp.__version__,
     )
@@ -64,7 +62,7 @@ def places(inspection: Inspection) -> dict[str, str]:
         "on the query's own token": int(chosen.diagonal()[1:].sum()),
         "on the token before it": int(chosen.diagonal(-1)[1:].sum()),
     }
-    return {place: f"{100 * count / total:.0f} %" for place, count in shares.items()}
+    return {place: f"{100 * count / total:.0f}\N{NO-BREAK SPACE}%" for place, count in shares.items()}
 
 
 def _layer(number: int, layer: Layer, lower: Tensor, with_scores: bool) -> dict[str, Any]:
