@@ -51,7 +51,8 @@ class Weights:
     @cached_property
     def norms(self) -> Tensor:
         """||w_j||_2 of every output, float32 (outputs,)."""
-        return torch.linalg.vector_norm(self.matrix.detach(), dim=0)
+        norms: Tensor = torch.linalg.vector_norm(self.matrix.detach(), dim=0)
+        return norms
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _look_ahead(
         low = Low(
             y=_beside([p.y for p in pieces]),
             rows=rows,
-            error=_beside([p.error for p in pieces]) if needs(rule, "needs_error") else None,
+            error=_beside([p.error for p in pieces]) if _wants_error(rule) else None,
             exact=_beside([p.exact for p in pieces]) if needs(rule, "needs_exact") else None,
             numerator=(
                 _beside([p.numerator(innermost(rule).numerator) for p in pieces])
@@ -294,9 +295,12 @@ class _Sums:
 
     @property
     def error(self) -> Tensor:
-        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums)."""
-        assert self._squares is not None
-        return self._squares.sqrt().mul_(self._unit_roundoff / 2)
+        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums), or that sum as `Bridge` expects it."""
+        squares = self._squares
+        if squares is None:
+            spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
+            squares = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
+        return squares.sqrt().mul_(self._unit_roundoff / 2)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -337,6 +341,10 @@ def innermost(rule: Rule) -> Rule:
 def needs(rule: Rule, what: str) -> bool:
     """Whether a rule, or the one that it imitates, has a flag such as "needs_error"."""
     return bool(getattr(rule, what)) or bool(getattr(innermost(rule), what))
+
+
+def _wants_error(rule: Rule) -> bool:
+    return needs(rule, "needs_error") or needs(rule, "needs_bridge")
 
 
 def _check(x: Tensor, maps: Sequence[Weights]) -> None:
