@@ -5,6 +5,7 @@ Nothing here knows what the tasks are. Needs the extra ``ray``, which is importe
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -64,7 +65,7 @@ class ActorPool:
     ------
     ValueError
         Ray isn't installed, or the cluster has too few processors.
-    RuntimeError
+    OSError
         No actor could be started.
     """
 
@@ -94,7 +95,7 @@ class ActorPool:
             ray.get(self._actors[0].pid.remote())
         except ray.exceptions.RayError as error:
             self.close()
-            raise RuntimeError(f"no Ray worker could be started: {_first_line(error)}") from error
+            raise OSError(f"no Ray worker could be started: {_cause(error)}") from error
 
     def _start(self, workers: int | None, processors: int) -> None:
         options: dict[str, Any] = {
@@ -126,7 +127,7 @@ class ActorPool:
 
         Raises
         ------
-        RuntimeError
+        OSError
             Actors die one after the other without computing anything.
         """
         ray = self._ray
@@ -151,13 +152,13 @@ class ActorPool:
                 raise
             except ray.exceptions.RayError as error:
                 false_starts += 1
-                logger.warning("a Ray worker died and is replaced: %s", _first_line(error))
+                logger.warning("a Ray worker died and is replaced: %s", _cause(error))
                 ray.kill(self._actors[worker])
                 self._actors[worker] = self._kind.remote(self._make)
-                done = Done(task, None, _first_line(error))
+                done = Done(task, None, _cause(error))
             yield done
             if false_starts > _MOST_FALSE_STARTS * self.workers:
-                raise RuntimeError(f"Ray workers die one after the other: {done.death}")
+                raise OSError(f"Ray workers die one after the other: {done.death}")
 
     def close(self) -> None:
         """End the actors, and Ray if the pool started it."""
@@ -173,6 +174,9 @@ class ActorPool:
         self.close()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _cause(error: BaseException) -> str:
+    """One line of Ray's many: what stopped the actor."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    # An error in the making of what an actor holds ends with that error, after its traceback.
+    return lines[-1] if "creation task" in lines[0] else lines[0]

@@ -123,7 +123,7 @@ def read_yaml(path: Path) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         # A quote or bracket that is never closed: where it opens says more than the end of the file.
-        if error.context_mark and "end of stream" in str(error.problem):
+        if error.context_mark and any(end in str(error.problem) for end in ("end of stream", "stream end")):
             mark = error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "line 1"
         said = ", ".join(filter(None, (error.context, error.problem)))
