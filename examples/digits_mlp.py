@@ -214,6 +214,8 @@ def draw(table: Any, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams["svg.fonttype"] = "none"
+
     families = {
         "condition:": ("o", "-"), "condition-cheap:": ("s", "-."), "random-like:": ("x", ":"), "running:": ("^", "--")
     }  # fmt: skip
