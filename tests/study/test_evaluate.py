@@ -112,6 +112,32 @@ def test_figures_by_window_head_and_position(tiny, windows):
     assert mean == pytest.approx(result.recompute_rate, rel=1e-5)
 
 
+def test_sites_and_blocks(tiny, windows):
+    policy = "scores=ps2+strict:0.05, mlp_up=ps3+none"
+    result = evaluate(tiny[0], windows, policy, baselines=False, blocks=True)
+    selected = eligible = 0
+    for index, window in enumerate(windows):
+        with torch.inference_mode(), lookahead(tiny[0], policy, seed=index, blocks=True) as statistics:
+            tiny[0](window[None])
+        counts = statistics.block_counts
+        selected, eligible = selected + counts[:, 1], eligible + counts[:, 0]
+    rates = (selected / eligible).tolist()
+    assert result.block_rates["row_block_16"] == pytest.approx(rates[0], rel=1e-5)
+    assert result.block_rates["tile_16x16"] == pytest.approx(rates[1], rel=1e-5)
+    assert result.block_rates["entry"] == result.recompute_rate_by_site["scores"] > 0
+    assert result.recompute_rate_by_site.keys() == {"scores", "mlp_up"}
+    assert result.recompute_rate_by_site["mlp_up"] == 0
+    assert 0 < result.recompute_rate < result.recompute_rate_by_site["scores"]
+    assert evaluate(tiny[0], windows, policy, baselines=False).block_rates == {}
+
+
+def test_one_layer(tiny, windows):
+    result = evaluate(tiny[0], windows, POLICY, baselines=False, layers=[1])
+    assert result.recompute_rate_by_layer[0] == 0
+    assert result.recompute_rate == result.recompute_rate_by_layer[1] > 0
+    assert 0 < result.kl_mean < evaluate(tiny[0], windows, POLICY, baselines=False).kl_mean
+
+
 @pytest.mark.parametrize("budget", [0, 24 * 320 * 4, 24 * 320 * 4 * 3])
 def test_shared_references_change_nothing(tiny, windows, budget):
     references = References(tiny[0], windows, budget)
@@ -240,3 +266,14 @@ def test_bad_models_policies_and_seeds(tiny, windows):
         evaluate(model, windows, POLICY, seed=-1)
     with pytest.raises(TypeError, match=r"seed 1\.5"):
         evaluate(model, windows, POLICY, seed=1.5)
+
+
+def test_block_rates_are_those_of_the_counted_blocks(tiny) -> None:
+    model, _ = tiny
+    windows = torch.randint(3, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    result = evaluate(model, windows, "ps3+strict:0.1", baselines=False, blocks=True)
+    with lookahead(model, "ps3+strict:0.1", blocks=True) as statistics:
+        model(windows, use_cache=False)
+    assert result.block_rates == pytest.approx(statistics.block_rates)
+    assert set(result.block_rates) == {"entry", "row_block_16", "tile_16x16"}
+    assert evaluate(model, windows, "ps3+strict:0.1", baselines=False).block_rates == {}

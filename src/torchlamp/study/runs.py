@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import torch
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -26,6 +28,10 @@ class Run:
     layers: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: _NOTHING)
+    #: int64 (2, 2): eligible and touched blocks of 1 x 16 and of 16 x 16 scores.
+    blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
+    #: Eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros where they weren't counted.
+    blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -47,6 +53,8 @@ class Run:
             self.layers[layer] = _added(self.layers[layer], statistics.layer_counts(layer).table)
             self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
         self.positions = _added(self.positions, statistics.position_counts().table)
+        self.blocks = self.blocks + statistics.block_counts
+        self.blocks = self.blocks + statistics.block_counts
 
     @property
     def recompute_rate(self) -> float:
@@ -80,6 +88,22 @@ class Run:
         """Recompute rate of the queries at positions 0 to 15, 16 to 31, and so on."""
         padded = pad(self.positions, (0, -self.positions.shape[1] % POSITION_BIN))
         return _rates(padded.view(len(padded), -1, POSITION_BIN).sum(dim=2))
+
+    @property
+    def block_rates(self) -> dict[str, float]:
+        """Share of touched scores, row blocks and tiles; empty if blocks weren't counted."""
+        if "scores" not in self.sites or not int(self.blocks[0, 0]):
+            return {}
+        rows, tiles = (rate(int(touched), int(eligible)) for eligible, touched in self.blocks)
+        return {"entry": self.recompute_rate_by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+
+    @property
+    def block_rates(self) -> dict[str, float]:
+        """Share of scores, of 1 x 16 and of 16 x 16 blocks of them that are recomputed; empty without counts."""
+        if not int(self.blocks[0, 0]):
+            return {}
+        rows, tiles = (rounded(rate(int(touched), int(eligible))) for eligible, touched in self.blocks)
+        return {"entry": self.recompute_rate_by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
 
     def _total(self) -> Counts:
         total = Counts.zeros(1)
