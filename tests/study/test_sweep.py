@@ -42,6 +42,7 @@ def test_a_whole_sweep(study, tmp_path, tiny):
         point, result = Point.from_dict(record["point"]), Result.from_dict(record["result"])
         windows = real if point.tokens == "real" else shuffled(real, point.seed)
         policy = point.policy if point.target_rate is None else result.policy
+        assert result.block_rates["entry"] == result.recompute_rate_by_site["scores"]
         alone = evaluate(model, windows, policy, baselines=False, seed=point.seed, layers=point.layers)
         assert result.policy == policy
         assert (result.model, result.text) == (point.model, point.text)

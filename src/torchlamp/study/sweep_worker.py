@@ -71,7 +71,7 @@ class Worker:
                     found = str(calibration["policy"])
                 policy = found
             result = evaluate_against(
-                references, policy, seed=point.seed, layers=point.layers, blocks=False, model_name=point.model,
+                references, policy, seed=point.seed, layers=point.layers, blocks=True, model_name=point.model,
                 text=point.text,
             ).to_dict()  # fmt: skip
         except Exception as stop:
