@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -118,7 +118,8 @@ def typical_points(points: pd.DataFrame) -> pd.DataFrame:
     chosen = chosen[~chosen["rule"].str.startswith("random")]
     if not len(chosen):
         return chosen
-    chosen = chosen[chosen["accumulate"] == chosen["accumulate"].mode().iloc[0]]
+    most = list(chosen["accumulate"].mode())
+    chosen = chosen[chosen["accumulate"] == ("ps4" if "ps4" in most else most[0])]
     nearest = (chosen["rate"] / TYPICAL_RATE).map(lambda ratio: abs(math.log(ratio)))
     return chosen.loc[nearest.groupby(chosen["rule"]).idxmin()].sort_values(
         "rule", key=lambda r: r.map(order)
@@ -285,7 +286,7 @@ def _draw_sites(canvas: Any, data: pd.DataFrame) -> None:
         places = [names.index(site) for site in part["site"]]
         panel.errorbar(
             places, part["kl"], yerr=part["kl_se"].fillna(0), fmt=markers[i % len(markers)], label=accumulate,
-            color=f"C{i}", capsize=1.5,
+            color=colormaps["cividis"](i / max(1, data["accumulate"].nunique())), capsize=1.5,
         )  # fmt: skip
     _log_ticks(panel.yaxis, data["kl"])
     panel.set(ylabel=LABELS["kl"], xlabel="the only narrow site")
@@ -324,7 +325,7 @@ def _legend(canvas: Any, panels: Any) -> None:
     found: dict[str, Any] = {}
     for panel in panels:
         found |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    canvas.legend(found.values(), found.keys(), loc="outside right upper", fontsize=8)
+    canvas.legend(found.values(), found.keys(), loc="outside right center", fontsize=8)
 
 
 def _slug(*names: str) -> str:
