@@ -178,7 +178,6 @@ def _result(run: Run, shared: dict[str, Any]) -> Result:
         "rows_touched": run.rows_touched,
         "recompute_rate_by_site": run.recompute_rate_by_site,
         "recompute_rate_by_head": run.recompute_rate_by_head,
-        "block_rates": run.block_rates,
         "recompute_rate_by_position": run.recompute_rate_by_position,
         "block_rates": run.block_rates,
         "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],

@@ -28,8 +28,6 @@ class Run:
     layers: list[Tensor] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
     positions: Tensor = field(default_factory=lambda: _NOTHING)
-    #: int64 (2, 2): eligible and touched blocks of 1 x 16 and of 16 x 16 scores.
-    blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
     #: Eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros where they weren't counted.
     blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
     seconds: float = 0.0
@@ -53,7 +51,6 @@ class Run:
             self.layers[layer] = _added(self.layers[layer], statistics.layer_counts(layer).table)
             self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
         self.positions = _added(self.positions, statistics.position_counts().table)
-        self.blocks = self.blocks + statistics.block_counts
         self.blocks = self.blocks + statistics.block_counts
 
     @property
@@ -88,14 +85,6 @@ class Run:
         """Recompute rate of the queries at positions 0 to 15, 16 to 31, and so on."""
         padded = pad(self.positions, (0, -self.positions.shape[1] % POSITION_BIN))
         return _rates(padded.view(len(padded), -1, POSITION_BIN).sum(dim=2))
-
-    @property
-    def block_rates(self) -> dict[str, float]:
-        """Share of touched scores, row blocks and tiles; empty if blocks weren't counted."""
-        if "scores" not in self.sites or not int(self.blocks[0, 0]):
-            return {}
-        rows, tiles = (rate(int(touched), int(eligible)) for eligible, touched in self.blocks)
-        return {"entry": self.recompute_rate_by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
 
     @property
     def block_rates(self) -> dict[str, float]:
