@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator, round_to
 from torchlamp.compositions import attention
+from torchlamp.compositions.ahead import Ahead
 from torchlamp.compositions.attention import Observation
 from torchlamp.kernels import native
 from torchlamp.rules import RULES, Rule, Tile
@@ -22,8 +23,11 @@ def kernels(request, monkeypatch):
     monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
 
 
-HEADS, KEY_HEADS, SIZE = 4, 2, 8
+HEADS, KEY_HEADS, SIZE, VALUE_SIZE = 4, 2, 8, 5
 SCALING = 0.4
+
+FACTOR = torch.randn(HEADS, VALUE_SIZE, VALUE_SIZE, generator=torch.Generator().manual_seed(11))
+AHEAD = Ahead(FACTOR, lambda outputs, sample, rows: torch.arange(rows.start, rows.stop) / 10 + 1.0)
 
 
 @dataclass
@@ -65,17 +69,29 @@ def plain_attention(
         return torch.cat([masked, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
     logits = capped(low) + bias
+    exact = (query.double() @ key.double().transpose(2, 3) * SCALING).float()
+    probabilities = softmax(logits).masked_fill(~visible, 0.0)
+    error = unit / 2 * squares.sqrt() * SCALING
+    if rule.needs_bridge:
+        lengths = query.norm(dim=-1)[..., None] * key.norm(dim=-1)[:, :, None]
+        error = unit / 2 * SCALING * ((low / SCALING) ** 2 * SIZE / 3 + lengths**2 / 6).sqrt()
+    away = value[:, :, None] - (probabilities @ value)[:, :, :, None]
+    distance = away.norm(dim=-1) / (probabilities @ value).norm(dim=-1, keepdim=True)
+    if rule.needs_distance == "residual":
+        scale = torch.arange(query.shape[2]) / 10 + 1.0
+        distance = (away @ FACTOR[None, :, None]).norm(dim=-1) / scale[:, None]
     tile = Tile(
         scores=low,
         logits=logits,
-        probabilities=softmax(logits).masked_fill(~visible, 0.0),
+        probabilities=probabilities,
         visible=visible,
         slope=None if softcap is None else 1 - (capped(low) / softcap) ** 2,
-        error=unit / 2 * squares.sqrt() * SCALING,
+        error=error,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
+        exact=exact,
+        distance=distance,
     )
     selected = rule.select(tile)
-    exact = (query.double() @ key.double().transpose(2, 3) * SCALING).float()
     scores = torch.where(selected, exact, low)
     output = (softmax(capped(scores) + bias) @ value).transpose(1, 2)
     return Plain(output, visible, selected)
@@ -86,7 +102,7 @@ def operands(batch=2, queries=20, keys=20, seed=0, spread=1.5):
     shape = {"query": (batch, HEADS, queries, SIZE), "key": (batch, KEY_HEADS, keys, SIZE)}
     query = torch.randn(shape["query"], generator=generator) * spread
     key = torch.randn(shape["key"], generator=generator)
-    return query, key, torch.randn(batch, KEY_HEADS, keys, 5, generator=generator)
+    return query, key, torch.randn(batch, KEY_HEADS, keys, VALUE_SIZE, generator=generator)
 
 
 def masks(batch, queries, keys):
@@ -131,6 +147,7 @@ def test_every_rule_under_every_mask(kind, spelling):
         accumulator=Accumulator.parse("ps4/unfused"),
         rule=rule,
         scaling=SCALING,
+        ahead=AHEAD,
         mask=mask,
         generator=torch.Generator().manual_seed(5),
     )
@@ -158,6 +175,7 @@ def test_many_tiles_and_chunks(spelling, queries):
         accumulator=Accumulator.parse("ps3/unfused"),
         rule=Rule.parse(spelling),
         scaling=SCALING,
+        ahead=AHEAD,
         mask=mask,
     )
     check(result, plain_attention(query, key, value, "ps3", Rule.parse(spelling), mask))
@@ -182,6 +200,7 @@ def test_softcap_sinks_and_bias(spelling, softcap, with_sinks, with_bias):
         accumulator=Accumulator.parse("ps4/unfused"),
         rule=rule,
         scaling=SCALING,
+        ahead=AHEAD,
         mask=mask,
         bias=bias,
         softcap=softcap,
@@ -210,7 +229,12 @@ def test_strict_selects_what_its_formula_says():
 @pytest.mark.parametrize(("queries", "keys"), [(150, 150), (66, 66), (2, 2), (10, 16), (1, 7)])
 def test_causal_flag_equals_a_mask_aligned_at_the_first_key(spelling, queries, keys):
     query, key, value = operands(queries=queries, keys=keys)
-    settings_ = {"accumulator": Accumulator.parse("ps4"), "rule": Rule.parse(spelling), "scaling": SCALING}
+    settings_ = {
+        "accumulator": Accumulator.parse("ps4"),
+        "rule": Rule.parse(spelling),
+        "scaling": SCALING,
+        "ahead": AHEAD,
+    }
     mask = torch.ones(queries, keys, dtype=torch.bool).tril()[None, None]
     flagged = attention(
         query, key, value, causal=True, generator=torch.Generator().manual_seed(0), **settings_
@@ -226,7 +250,12 @@ def test_causal_flag_equals_a_mask_aligned_at_the_first_key(spelling, queries, k
 def test_a_sample_does_not_depend_on_its_batch(spelling, kind):
     query, key, value = operands(batch=3, queries=70, keys=70)
     mask = masks(3, 70, 70)[kind]
-    settings_ = {"accumulator": Accumulator.parse("ps4"), "rule": Rule.parse(spelling), "scaling": SCALING}
+    settings_ = {
+        "accumulator": Accumulator.parse("ps4"),
+        "rule": Rule.parse(spelling),
+        "scaling": SCALING,
+        "ahead": AHEAD,
+    }
     together = attention(
         query, key, value, mask=mask, generator=torch.Generator().manual_seed(2), **settings_
     )
@@ -242,7 +271,12 @@ def test_rows_that_see_nothing():
     query, key, value = operands(queries=3, keys=9)
     mask = torch.ones(2, 1, 3, 9, dtype=torch.bool)
     mask[0, 0, 1] = False
-    settings_ = {"accumulator": Accumulator.parse("ps4"), "rule": Rule.parse("all"), "scaling": SCALING}
+    settings_ = {
+        "accumulator": Accumulator.parse("ps4"),
+        "rule": Rule.parse("all"),
+        "scaling": SCALING,
+        "ahead": AHEAD,
+    }
     result = attention(query, key, value, mask=mask, **settings_)
     uniform = value[0].mean(dim=1).repeat_interleave(2, dim=0)
     torch.testing.assert_close(result.output[0, 1], uniform)
@@ -265,6 +299,7 @@ def test_a_large_sink_takes_all_the_weight_without_overflow():
         accumulator=Accumulator.parse("ps4/unfused"),
         rule=rule,
         scaling=SCALING,
+        ahead=AHEAD,
         mask=mask,
         sinks=sinks,
     )
@@ -362,6 +397,7 @@ def test_all_equals_float32_attention(batch, queries, keys, seed, density):
         accumulator=Accumulator.parse("ps2"),
         rule=Rule.parse("all"),
         scaling=SCALING,
+        ahead=AHEAD,
         mask=mask,
     )
     additive = torch.where(mask, 0.0, torch.finfo(torch.float32).min)

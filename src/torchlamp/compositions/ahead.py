@@ -66,15 +66,19 @@ class Distances:
         self._value = value
         if ahead is not None:
             self._value = torch.matmul(value.repeat_interleave(heads // value.shape[0], dim=0), ahead.factor)
-        self._squares = self._value.square().sum(dim=-1)
+        repeats = heads // self._value.shape[0]
+        self._squares = self._value.square().sum(dim=-1).repeat_interleave(repeats, dim=0)
 
-    def of(self, outputs: Tensor, first: int, last: int, sample: int, rows: range) -> Tensor:
+    def of(
+        self, probabilities: Tensor, outputs: Tensor, first: int, last: int, sample: int, rows: range
+    ) -> Tensor:
         """Distances of the keys first to last.
 
         Parameters
         ----------
-        outputs : Tensor
-            float32 (heads, rows, value size): sums of the values under the low-precision probabilities.
+        probabilities, outputs : Tensor
+            float32 (heads, rows, keys) and (heads, rows, value size): from the low pass, and the sums of the values
+            under them.
         first, last, sample, rows
             The tile's keys, its sample and rows in the call.
 
@@ -84,17 +88,19 @@ class Distances:
         """
         heads, count, _ = outputs.shape
         mapped = outputs if self._ahead is None else torch.matmul(outputs, self._ahead.factor)
-        value, squares = self._value[:, first:last], self._squares[:, first:last]
+        value, squares = self._value[:, first:last], self._squares[:, None, first:last]
         stacked = mapped.reshape(value.shape[0], -1, mapped.shape[-1])
         cross = torch.matmul(stacked, value.transpose(1, 2)).view(heads, count, -1)
         own = mapped.square().sum(dim=-1, keepdim=True)
-        repeats = heads // value.shape[0]
-        # ||v||^2 - 2 v.o + ||o||^2 can come out a little below 0 where v is o.
-        distance = (
-            (squares.repeat_interleave(repeats, dim=0)[:, None] - 2 * cross + own).clamp_min_(0).sqrt_()
-        )
+        distance = (squares - 2 * cross + own).clamp_min_(0).sqrt_()
+        # ||v||^2 - 2 v.o + ||o||^2 is all rounding error where one key has nearly all the weight and so v is nearly o.
+        # But v_j - o = (1 - z_j) v_j - sum of the other z_k v_k, whose norm is at most what the norms add up to.
+        norms = squares.sqrt()
+        shares = probabilities * norms
+        others = (shares.sum(dim=-1, keepdim=True) - shares).clamp_min_(0)
+        distance = torch.minimum(distance, torch.addcmul(others, 1 - probabilities, norms))
         scale = own.sqrt() if self._ahead is None else self._ahead.scale(outputs, sample, rows).view(1, -1, 1)
-        return distance.div_(scale.clamp_min(torch.finfo(torch.float32).tiny))
+        return distance / (scale.clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def bridge_error(query: Tensor, keys: Tensor, scores: Tensor, scaling: float, unit_roundoff: float) -> Tensor:

@@ -303,7 +303,7 @@ def _tile(
         exact, _ = products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)
     if distances is not None:
         outputs = _apply(probabilities, value[:, seen.first : seen.last])
-        distance = distances.of(outputs, seen.first, seen.last, sample, rows)
+        distance = distances.of(probabilities, outputs, seen.first, seen.last, sample, rows)
     tile = Tile(
         scores=scores[None],
         logits=logits[None],

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchlamp.compositions.blocks import count_blocks
 from torchlamp.compositions.policy import SITES
 
 
@@ -68,6 +69,7 @@ class Statistics:
     blocks: bool = False
     _heads: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
     _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    _blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64), repr=False)
 
     def record(
         self, layer: int, eligible: Tensor, selected: Tensor, positions: Tensor, site: str = "scores"
@@ -102,6 +104,10 @@ class Statistics:
             by_position.make_room(int(places.max()) + 1)
             by_position.table.index_add_(1, places, by_query[:, counted])
 
+    def record_blocks(self, marks: Tensor) -> None:
+        """Add the blocks of one call at the site scores, marked as by `torchlamp.compositions.blocks`."""
+        self._blocks += count_blocks(marks).cpu()
+
     def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
         """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site.
 
@@ -116,6 +122,7 @@ class Statistics:
         """Forget all counts; the seed stays."""
         self._heads.clear()
         self._positions.clear()
+        self._blocks.zero_()
 
     @property
     def eligible(self) -> int:
@@ -174,6 +181,23 @@ class Statistics:
         """Recompute rate of the queries at each position, over all sites, layers and heads."""
         counts = self.position_counts()
         return _rates(counts.selected, counts.eligible)
+
+    @property
+    def block_rates(self) -> dict[str, float]:
+        """Share of scores recomputed as single entries, and of blocks that hold at least one of them.
+
+        Keys: "entry"; "row_block_16", 16 keys of one query; "tile_16x16", 16 keys of 16 queries. Empty unless `blocks`
+        is set and scores ran in low precision.
+        """
+        if not self.blocks or not int(self._blocks[0, 0]):
+            return {}
+        rows, tiles = (rate(int(touched), int(eligible)) for eligible, touched in self._blocks)
+        return {"entry": self.by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+
+    @property
+    def block_counts(self) -> Tensor:
+        """int64 (2, 2): eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros unless `blocks` is set."""
+        return self._blocks.clone()
 
     def site_counts(self, site: str) -> Counts:
         """The counts of one site over all layers and heads, int64 (1,); zeros if it didn't run."""

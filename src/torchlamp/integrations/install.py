@@ -16,6 +16,7 @@ from torchlamp.integrations.site_forwards import (
     group_forwards,
 )
 from torchlamp.integrations.sites import Sites
+from torchlamp.integrations.stream import residual_ahead
 
 #: Sites that run in the attention function; all others in replaced forwards.
 IN_ATTENTION = ("scores", "values")
@@ -36,6 +37,12 @@ def build(model: nn.Module, run: Run) -> list[Forward]:
     named = [site for site in run.policies if site != "scores"]
     if not sites.layers:
         inner = [site for site in named if site != "lm_head"]
+        rule = run.policies["scores"].rule if "scores" in run.policies else None
+        if rule is not None and rule.needs_distance == "residual":
+            raise ValueError(
+                f"{type(model).__name__}: no list of decoder layers found, so rule {str(rule)!r} can't look as far as "
+                "the residual stream; running looks through the softmax alone"
+            )
         if inner:
             raise ValueError(
                 f"{type(model).__name__}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} "
@@ -69,7 +76,8 @@ def _layer(sites: Sites, run: Run, number: int, layer: nn.Module) -> list[Forwar
         look = gated if is_gated else activated
         group.look = look(sites.activation(layer), rows.detach().norm(dim=1))
         forwards += _install(sites, group, modules)
-    if "norm" in policies or any(site in policies for site in _RESIDUAL):
+    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
         forwards += _residual_stream(sites, run, number, layer, policies)
     return forwards
 
@@ -84,13 +92,16 @@ def _residual_stream(
     forwards: list[Forward] = []
     streams = {"attention_out": Residual(), "mlp_down": Residual()}
     norm_policy = policies.get("norm")
+    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    if far:
+        run.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
     own = (
         ("attention_out", norms.attention[1], norms.after_attention),
         ("mlp_down", norms.mlp[1], norms.after_mlp),
     )
     for site, reads, after in own:
         # A norm behind the sublayer reads the sublayer's output alone.
-        wants_stream = site in policies and after is None
+        wants_stream = (site in policies and after is None) or (far and site == "attention_out")
         if norm_policy is not None or wants_stream:
             stream = streams[site] if wants_stream else None
             forwards.append(NormForward(reads, run, number, sites.norm(reads, size), norm_policy, stream))

@@ -131,10 +131,15 @@ def lamp_attention(
             generator=run.generator(scores, "scores", layer, step),
             values=summed,
             observe=None if run.observe is None else partial(run.observe, layer),
+            ahead=run.aheads.get(layer),
+            layer=layer,
+            blocks=run.statistics.blocks and scores is not None,
         )
         positions = result.last_key if position_ids is None else position_ids
         if scores is not None:
             run.statistics.record(layer, result.eligible, result.selected, positions)
+        if result.blocks is not None:
+            run.statistics.record_blocks(result.blocks)
         if result.values_selected is not None:
             eligible = (result.eligible > 0).long() * value.shape[-1]
             run.statistics.record(layer, eligible, result.values_selected, positions, "values")

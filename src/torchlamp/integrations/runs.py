@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from torchlamp.compositions.ahead import Ahead
 from torchlamp.compositions.attention import Observation
 from torchlamp.compositions.policy import SitePolicy
 from torchlamp.compositions.statistics import Statistics
@@ -27,6 +28,8 @@ class Run:
     positions: Tensor | None = None
     #: Column norms (heads, value size) of each layer's output projection, for the site `values`.
     value_norms: dict[int, Tensor] = field(default_factory=dict)
+    #: What lies behind the heads of each layer, for rules at the site `scores` that look that far.
+    aheads: dict[int, Ahead] = field(default_factory=dict)
     #: Called with the layer and an observation of each of its attention tiles.
     observe: Callable[[int, Observation], None] | None = None
 

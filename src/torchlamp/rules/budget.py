@@ -27,7 +27,7 @@ class Budget(NumberRule):
 
     budget: float
     name = "budget"
-    examples = ("budget:0.1", "budget:0.01")
+    examples = ("budget:0.02", "budget:0.001")
     allowed = (0.0, 1.0)
     operations = 4.0
 

@@ -70,7 +70,14 @@ class RandomLike(Rule):
             raise TypeError(f"rule random-like: expected a Rule to imitate, got {self.rule!r}")
         if isinstance(self.rule, RandomLike):
             raise ValueError(f"rule '{self}': random-like can't imitate random-like; write '{self.rule}'")
-        needs = ("looks_through", "needs_error", "needs_exact", "needs_distance", "needs_condition", "numerator")
+        needs = (
+            "looks_through",
+            "needs_error",
+            "needs_exact",
+            "needs_distance",
+            "needs_condition",
+            "numerator",
+        )
         for name in needs:
             object.__setattr__(self, name, getattr(self.rule, name))
 
