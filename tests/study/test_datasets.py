@@ -192,6 +192,41 @@ class TestSpelling:
         assert Source.parse(str(path)) == Source(str(path))
 
 
+class TestHub:
+    """The calls to `datasets`; the hub itself is not there when tests run."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        import datasets
+
+        made = []
+
+        def load_dataset(*arguments, **options):
+            made.append((*arguments, options))
+            if "scripted" in arguments[0] and "revision" not in options:
+                raise RuntimeError("Dataset scripts are no longer supported, but found scripted.py")
+            if "broken" in arguments[0]:
+                raise RuntimeError("something else\nand more")
+            return {"train": [{"text": "the fox "}, {"text": "sleeps"}]}
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(dataset_source, "hub_answers", lambda: True)
+        return made
+
+    def test_streamed(self, calls, tiny):
+        assert words(tiny[1], "owner/plain:main") == "the fox sleeps"
+        assert calls == [("owner/plain", "main", {"streaming": True})]
+
+    def test_a_data_set_that_is_a_script_comes_from_its_conversion(self, calls, tiny):
+        assert words(tiny[1], "owner/scripted:main") == "the fox sleeps"
+        parquet = {"data_dir": "main", "revision": "refs/convert/parquet", "streaming": True}
+        assert calls[1:] == [("owner/scripted", parquet)]
+
+    def test_other_errors_in_one_line(self, calls, tiny):
+        with pytest.raises(ValueError, match=r"'owner/broken' can't be read: something else$"):
+            words(tiny[1], "owner/broken")
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("spec", "said"),

@@ -19,6 +19,8 @@ from torchlamp.study.text import Text, find_text
 #: Begins the name of a data set where other texts can be named, too: "dataset:gsm8k" in a sweep.
 PREFIX = "dataset:"
 
+#: The branch of a data set on the hub that holds its conversion to Parquet.
+_PARQUET = "refs/convert/parquet"
 #: Characters read at first for every token that is needed; twice as many when they don't suffice.
 _CHARACTERS = 8
 #: Tokens read beyond those needed. The text may stop inside a word, and its last tokens are then not those that the
@@ -181,13 +183,29 @@ def _rows(source: Source) -> Iterable[dict[str, Any]]:
     raise _ReadError(f"say which split, as in split=NAME; the splits are {named}")
 
 
+def _from_hub(source: Source) -> Any:
+    """From the hub, or from the hub's own conversion to Parquet where the data set is a script.
+
+    Releases of `datasets` from 4.0 on run no scripts, and some data sets (openwebtext among them) were never moved
+    to files. The hub keeps a Parquet copy of most, with a folder for each configuration.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(source.path, source.config, streaming=True)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    return datasets.load_dataset(source.path, data_dir=source.config, revision=_PARQUET, streaming=True)
+
+
 def _open(source: Source) -> Any:
     """What `datasets` gives: a mapping of splits to iterables of rows, or one iterable."""
     import datasets
 
     path = Path(source.path).expanduser()
     if not source.local:
-        return datasets.load_dataset(source.path, source.config, streaming=True)
+        return _from_hub(source)
     if path.is_file():
         if (loader := loader_of(path)) is None:
             raise _ReadError(f"files must end in {', '.join(FORMATS)}, which also may be compressed")
