@@ -182,6 +182,9 @@ BAD = {
     "target of no number": (START + "accumulate: ps4\nrules:\n- {name: all, target_rates: 0.1}", 4, "no single number"),
     "hole without a list": (START + 'policies: "ps4+strict:{}"', 2, "give thresholds or target_rates beside it"),
     "hole in no rule": (START + 'policies: {policy: "ps{}+none", target_rates: 0.1}', 2, "must follow a rule's name"),
+    "rule at a site that doesn't show what it needs": (
+        START + "accumulate: ps4\nsites: mlp_up\nrules:\n- mass:0.5", 5, "can't run at the site mlp_up"
+    ),
     "no hole": (START + "policies: {policy: ps4+none, thresholds: 1}", 2, "write {} in the place"),
     "layers": (START + POLICY + "layers: [2]", 3, "numbers from 0 to 1, the last layer"),
     "layer word": (START + POLICY + "layers: every", 3, "give null (all), each, or numbers"),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from torchlamp.study.sweep import SweepProgress
 from torchlamp.study.sweep_folder import Outcome
@@ -16,45 +17,44 @@ from torchlamp.study.sweep_folder import Outcome
 def sweep_reporter(console: Console) -> Iterator[Callable[[SweepProgress], None]]:
     """Give the callback for `sweep`'s parameter `progress`; it writes to `console`.
 
-    Failed points are always named in a line of their own.
+    Every point gets a line with its KL or its error. Below them a terminal shows a bar, the time left and the point
+    being computed; elsewhere the time left stands at the end of each line.
     """
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     if not console.is_terminal:
-        yield lambda p: _print_line(console, p)
+        yield lambda p: say("; ".join(filter(None, (_line(p), left(p.remaining)))))
         return
+    # The point is the last column: what doesn't fit into the terminal is cut off there.
     columns = (
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn("{task.description}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
+        TextColumn("{task.description}", style="dim", markup=False, table_column=Column(no_wrap=True)),
     )
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("points", total=None, left="")
+        task = bar.add_task("", total=None, left="")
 
         def show(p: SweepProgress) -> None:
-            failed = f"{p.failed} failed, " if p.failed else ""
-            description = f"points, {failed}last {_figures(p.last)}" if p.last else "points"
-            bar.update(task, total=p.total, completed=p.done, description=description, left=left(p.remaining))
-            if p.last is not None and p.last.error is not None:
-                bar.print(_failure(p.last), highlight=False, markup=False, soft_wrap=True)
-            if p.current is not None:
-                bar.print(f"computing {p.current}", highlight=False, markup=False, style="dim")
+            if p.last is not None:
+                say(_line(p))
+            now = "" if p.current is None else str(p.current)
+            bar.update(task, total=p.total, completed=p.done, description=now, left=left(p.remaining))
 
         yield show
 
 
-def _print_line(console: Console, p: SweepProgress) -> None:
-    """One line a point."""
-    failed = f", {p.failed} failed" if p.failed else ""
+def _line(p: SweepProgress) -> str:
+    """What a step of the sweep gave."""
     if p.last is None:
-        line = f"{p.done} of {p.total} points are done; next: {p.current}" if p.current else ""
-    elif p.last.error is not None:
-        line = f"{p.done}/{p.total}{failed}: {_failure(p.last)}"
-    else:
-        line = f"{p.done}/{p.total}{failed}: {p.last.point}: {_figures(p.last)}, {p.last.seconds:.1f} s"
-    if line:
-        ahead = left(p.remaining)
-        console.print(line + (f"; {ahead}" if ahead else ""), highlight=False, markup=False, soft_wrap=True)
+        following = f"; next: {p.current}" if p.current else ""
+        return f"{p.done} of {p.total} points are done{following}"
+    failed = f", {p.failed} failed" if p.failed else ""
+    said = f"FAILED: {p.last.error}" if p.last.error else f"{_figures(p.last)}, {p.last.seconds:.1f} s"
+    return f"{p.done}/{p.total}{failed}: {p.last.point}: {said}"
 
 
 def _figures(outcome: Outcome) -> str:
@@ -67,10 +67,6 @@ def _figures(outcome: Outcome) -> str:
         else "KL not finite"
     )
     return f"{shown}, {100 * rate:.2f} % recomputed"
-
-
-def _failure(outcome: Outcome) -> str:
-    return f"FAILED {outcome.point}: {outcome.error}"
 
 
 def left(seconds: float | None) -> str:

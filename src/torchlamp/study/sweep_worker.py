@@ -1,7 +1,6 @@
 """What computes the points of a sweep, in this process or in a Ray actor: it keeps a model and its references."""
 
 import gc
-import os
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchlamp.study.calibration import find_threshold
 from torchlamp.study.datasets import text_by_name
 from torchlamp.study.evaluate import evaluate_against
 from torchlamp.study.loop import References, inference_in_eval_mode, timed_forward
+from torchlamp.study.memory import free_memory
 from torchlamp.study.models import load
 from torchlamp.study.sweep_folder import Outcome
 from torchlamp.study.sweep_points import HOLE, SHUFFLED, Group, Point, digest
@@ -161,21 +161,6 @@ def shuffled(windows: Tensor, seed: int) -> Tensor:
     """All tokens of all windows in an order drawn with the seed: the same for every policy."""
     order = torch.randperm(windows.numel(), generator=torch.Generator().manual_seed(seed))
     return windows.flatten()[order].view(windows.shape)
-
-
-def free_memory() -> int:
-    """Bytes of memory that the system could give now; 2 GB where it doesn't tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2 * 10**9
 
 
 def one_line(error: BaseException) -> str:
