@@ -139,7 +139,8 @@ def _lm_head(sites: Sites, run: Run) -> list[Forward]:
 
 
 def _install(sites: Sites, group: LinearGroup, modules: list[nn.Module]) -> list[Forward]:
-    group.maps = [sites.weights(module) for module in modules]
+    for module in modules:
+        sites.weights(module)  # refuses what can't run
     return group_forwards(modules, group)
 
 

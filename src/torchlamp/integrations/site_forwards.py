@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from torchlamp.compositions.linear import LookAhead, Weights, linears
 from torchlamp.compositions.norms import Norm, Normed, norm_input
@@ -130,12 +131,24 @@ class LinearGroup:
 
     def __init__(self, run: Run, site: str, layer: int, policy: SitePolicy) -> None:
         self.run, self.site, self.layer, self.policy = run, site, layer, policy
-        self.maps: list[Weights] = []
+        self.modules: list[nn.Module] = []
         #: What follows the layers, or for a norm of the residual stream the norm and the stream.
         self.look: LookAhead | None = None
         self.norm: Norm | None = None
         self.residual: Residual | None = None
+        self._maps: list[Weights] = []
         self._waiting: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a deep copy takes over: not the views of the weights, which the copy's modules have copies of."""
+        return {**vars(self), "_maps": [], "_waiting": None}
+
+    @property
+    def maps(self) -> list[Weights]:
+        """The modules' linear maps, whose column norms are computed once."""
+        if not self._maps:
+            self._maps = [linear_map(module) for module in self.modules]
+        return self._maps
 
     def output(self, module: nn.Module, index: int, x: Tensor) -> Tensor:
         """The output of one of the layers. The first that is called computes all."""
@@ -182,6 +195,12 @@ class LinearForward(Forward):
         return forward_only(self.group.output(self.module, self.index, x), x, weight)
 
 
+def linear_map(module: nn.Module) -> Weights:
+    """The linear map of a `torch.nn.Linear` or a `Conv1D`, whose weight is (inputs, outputs)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return Weights(weight if isinstance(module, Conv1D) else weight.T, module.bias)  # type: ignore[arg-type]
+
+
 def record(run: Run, site: str, layer: int, eligible: int, selected: Tensor, places: Tensor) -> None:
     """Count one call of a site without heads: `selected` is int64 (..., length)."""
     rows = selected.reshape(-1, 1, selected.shape[-1])
@@ -199,5 +218,6 @@ def check_float32(module: nn.Module, x: Tensor) -> None:
 
 
 def group_forwards(modules: Sequence[nn.Module], group: LinearGroup) -> list[Forward]:
-    """The forwards of a group's modules, in the order of its maps."""
+    """Put modules into a group; their forwards."""
+    group.modules = list(modules)
     return [LinearForward(module, group, index) for index, module in enumerate(modules)]

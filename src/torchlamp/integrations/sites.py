@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from torchlamp.compositions.linear import Weights
 from torchlamp.compositions.norms import Norm
-from torchlamp.integrations.site_forwards import plain
+from torchlamp.integrations.site_forwards import linear_map, plain
 
 _LAYERS = ("layers", "h")
 _ATTENTION = ("self_attn", "attn")
@@ -143,7 +143,7 @@ class Sites:
                 f"{self._path(module)} has weights of {weight.dtype}: rounding is simulated from float32; load the "
                 "model with dtype=torch.float32"
             )
-        return Weights(weight if kind is Conv1D else weight.T, module.bias)  # type: ignore[arg-type]
+        return linear_map(module)
 
     @torch.no_grad()
     def norm(self, module: nn.Module, size: int) -> Norm:
