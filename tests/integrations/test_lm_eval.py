@@ -1,5 +1,6 @@
 """The harness's model "lamp" on two small local tasks, beside its own model "hf"."""
 
+import importlib.util
 import json
 import logging
 from functools import partial
@@ -126,6 +127,14 @@ def test_the_recompute_rate_is_in_the_results(evaluate):
     assert lamp(evaluate("accumulate=ps1,rule=none"))["recompute_rate"] == 0
 
 
+def test_several_sites(evaluate):
+    found = lamp(evaluate("policy=scores=ps3+strict:0.1;mlp_up=ps3+condition:4"))
+    assert found["policy"] == "scores=ps3+strict:0.1, mlp_up=ps3+condition:4"
+    assert found["recompute_rate_by_site"].keys() == {"scores", "mlp_up"}
+    low, high = sorted(found["recompute_rate_by_site"].values())
+    assert 0 < low < found["recompute_rate"] < high < 1
+
+
 def test_counts_are_of_the_tokens_that_the_tasks_need(evaluate, tiny):
     """The choice task alone, counted by hand: layers x heads x n (n + 1) / 2 over the different inputs."""
     model, tokenizer = tiny
@@ -248,6 +257,15 @@ class TestCommand:
         )  # fmt: skip
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith("torchlamp: error: unknown rule 'strikt'")
+
+    def test_without_the_extra(self, command, monkeypatch):
+        found = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name)
+        )
+        result = command("--model", "lamp")
+        assert result.exit_code == 2
+        assert "pip install 'torchlamp[eval]'" in result.stderr
 
     def test_help_is_the_harness_s(self, command):
         assert "Language Model Evaluation Harness" in command("--help").stdout
