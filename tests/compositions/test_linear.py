@@ -194,7 +194,7 @@ def test_zero_rows_and_numbers_that_are_none():
 class TestRefused:
     def test_dtype(self):
         x, weight, b = layer()
-        with pytest.raises(TypeError, match="takes float32 input, weight and bias, got torch.float64"):
+        with pytest.raises(TypeError, match=r"takes float32 input, weight and bias, got torch.float64"):
             linear(x.double(), weight, b, accumulator="ps4", rule="none")
 
     def test_shapes(self):
@@ -208,5 +208,5 @@ class TestRefused:
 
     def test_random_without_a_generator(self):
         x, weight, b = layer()
-        with pytest.raises(ValueError, match="'random:0.5' draws random numbers: pass a generator"):
+        with pytest.raises(ValueError, match=r"'random:0.5' draws random numbers: pass a generator"):
             linear(x, weight, b, accumulator="ps4", rule="random:0.5")

@@ -96,5 +96,5 @@ def test_every_rule_that_looks_through_anything(spelling):
 
 
 def test_float64_is_refused():
-    with pytest.raises(TypeError, match="norm_input takes float32 input, got torch.float64"):
+    with pytest.raises(TypeError, match=r"norm_input takes float32 input, got torch.float64"):
         norm_input(vectors().double(), a_norm("rms"), accumulator="ps3", rule="none")

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchlamp.compositions import Statistics
+from torchlamp.compositions import SITES, Statistics
 
 LAYERS, HEADS = 3, 2
 
@@ -108,3 +108,32 @@ def test_generators_differ_by_seed_layer_and_step_and_repeat():
     drawn = {tuple(draw(*place)) for place in places}
     assert len(drawn) == len(places)
     assert draw(0, 1, 2) == draw(0, 1, 2)
+
+
+def test_sites_are_counted_apart_and_together():
+    stats = Statistics()
+    one = torch.ones(1, 2, 3, dtype=torch.int64)
+    stats.record(0, 4 * one, one, torch.arange(3)[None])
+    stats.record(1, 10 * one[:, :1], 5 * one[:, :1], torch.arange(3)[None], "mlp_up")
+    stats.record(-1, 100 * one[:, :1], 0 * one[:, :1], torch.arange(3)[None], "lm_head")
+    assert stats.sites == ["scores", "mlp_up", "lm_head"]
+    assert stats.by_site == {"scores": 0.25, "mlp_up": 0.5, "lm_head": 0.0}
+    assert stats.site_counts("mlp_up").table.tolist() == [[30], [15], [3], [3]]
+    assert stats.site_counts("qkv").table.tolist() == [[0]] * 4
+    # The LM head belongs to no layer, but to the whole.
+    assert (stats.layers, stats.by_layer) == (2, [0.25, 0.5])
+    assert (stats.eligible, stats.selected, stats.rows) == (24 + 30 + 300, 6 + 15, 6 + 3 + 3)
+    assert stats.recompute_rate == 21 / 354
+    assert stats.rows_touched == 9 / 12
+    assert stats.by_head == [[0.25, 0.25], [0.0, 0.0]]
+    assert stats.position_counts(site="mlp_up").eligible.tolist() == [10, 10, 10]
+    assert stats.position_counts().eligible.tolist() == [118, 118, 118]
+    assert stats.layer_counts(-1).eligible.tolist() == [300]
+    stats.reset()
+    assert (stats.by_site, stats.by_layer, stats.recompute_rate) == ({}, [], 0.0)
+
+
+def test_generators_of_sites_differ_and_repeat():
+    draws = {site: torch.rand(1, generator=Statistics(seed=3).generator(1, 5, site)).item() for site in SITES}
+    assert len(set(draws.values())) == len(SITES)
+    assert draws["scores"] == torch.rand(1, generator=Statistics(seed=3).generator(1, 5)).item()

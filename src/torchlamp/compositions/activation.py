@@ -25,6 +25,7 @@ Activation = Callable[[Tensor], Tensor]
 
 def derivative(phi: Activation, x: Tensor) -> Tensor:
     """phi'(x), elementwise, by automatic differentiation; the shape of x. Works in inference mode, too."""
+    slope: Tensor
     with torch.inference_mode(False), torch.enable_grad():
         at = x.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(phi(at).sum(), at)
@@ -77,10 +78,9 @@ class _Gated:
 
 def _gain(change: Tensor, h: Tensor, next_norms: Tensor | None) -> Tensor:
     """Relative change of the next output: `change` of h_j per unit of error, times c_j / ||o||."""
-    if next_norms is None:
-        return change / h.norm(dim=-1, keepdim=True).clamp_min(TINY)
-    size = (h * next_norms).norm(dim=-1, keepdim=True).clamp_min(TINY)
-    return change * next_norms / size
+    columns = torch.ones_like(h[:1]) if next_norms is None else next_norms
+    size: Tensor = torch.linalg.vector_norm(h * columns, dim=-1, keepdim=True)
+    return change * columns / size.clamp_min(TINY)
 
 
 def _sensitivity(slope: Tensor, value: Tensor) -> Tensor:

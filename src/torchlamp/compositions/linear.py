@@ -311,7 +311,8 @@ class _Sums:
     def numerator(self, kind: str) -> Tensor:
         """|w_j|^T |x| + |b_j|, or with kind "cheap" ||w_j|| ||x|| + |b_j|."""
         if kind == "cheap":
-            sums = self.x.norm(dim=-1, keepdim=True) * self.weights.norms
+            lengths: Tensor = torch.linalg.vector_norm(self.x, dim=-1, keepdim=True)
+            sums = lengths * self.weights.norms
         else:
             sums = products(self.x.abs()[None], self.weights.matrix.detach().abs()[None], _FLOAT32)[0][0]
         return sums if self.weights.bias is None else sums + self.weights.bias.detach().abs()

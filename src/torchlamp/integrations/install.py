@@ -1,5 +1,6 @@
 """From a policy to replaced forwards: built and checked before anything of the model is changed."""
 
+import torch
 from torch import Tensor, nn
 
 from torchlamp.compositions.activation import activated, gated
@@ -147,4 +148,5 @@ def _install(sites: Sites, group: LinearGroup, modules: list[nn.Module]) -> list
 def _value_norms(sites: Sites, layer: nn.Module) -> Tensor:
     """||W e|| of every number of every head's output, float32 (heads, value size)."""
     rows = sites.weights(sites.attention_out(layer)).matrix.detach()
-    return rows.norm(dim=1).view(-1, sites.head_size(layer))
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.view(-1, sites.head_size(layer))

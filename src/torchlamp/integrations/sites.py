@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from torchlamp.compositions.linear import Weights
@@ -200,7 +201,7 @@ class Sites:
 
 def _decoder(model: nn.Module) -> nn.Module:
     """The part of a model that holds the text decoder's layers."""
-    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = model.get_decoder() if isinstance(model, PreTrainedModel) else None
     return found if isinstance(found, nn.Module) else model
 
 

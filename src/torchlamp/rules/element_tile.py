@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,5 +61,5 @@ class ElementTile:
     def to(self, device: torch.device | str) -> ElementTile:
         """Return the tile with its tensors on another device; the generator stays on the CPU."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
         return replace(self, **moved)
