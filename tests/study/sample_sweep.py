@@ -10,13 +10,14 @@ import torch
 from torchlamp.study.evaluate import evaluate
 
 RULES = ("strict", "running", "random")
-THRESHOLDS = {"strict": (0.5, 0.2, 0.05), "running": (0.05, 0.02, 0.005), "random": (0.005, 0.02, 0.2)}
+THRESHOLDS = {"strict": (10, 4, 1), "running": (0.5, 0.2, 0.05), "random": (0.005, 0.02, 0.2)}
 
 
 def policies() -> list[tuple[str, list[int] | None]]:
     """Curves of three rules at two accumulators, uniform precision, single layers."""
     found: list[tuple[str, list[int] | None]] = [(f"ps{mu}+none", None) for mu in (2, 3, 4, 7)]
     found += [(f"ps{mu}+{rule}:{t}", None) for mu in (2, 3) for rule in RULES for t in THRESHOLDS[rule]]
+    found += [(f"mlp_up=ps{mu}+none", None) for mu in (3, 7)]
     return found + [("ps3+none", [layer]) for layer in (0, 1)]
 
 
@@ -42,11 +43,14 @@ def point_of(policy: str, **changes: Any) -> dict[str, Any]:
     return point | changes
 
 
-def write_sweep(model: Any, folder: Path) -> Path:
-    """Real and shuffled tokens of two texts, one failed point."""
+ALL_GROUPS = (("prose", "real", 0), ("prose", "shuffled", 1), ("code", "real", 2))
+
+
+def write_sweep(model: Any, folder: Path, groups: Any = ALL_GROUPS) -> Path:
+    """The points of each (text, tokens, seed of the tokens), and one that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for text, tokens, seed in (("prose", "real", 0), ("prose", "shuffled", 1), ("code", "real", 2)):
+    for text, tokens, seed in groups:
         windows = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(seed))
         for policy, layers in policies():
             result = evaluate(
