@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -207,3 +208,16 @@ def test_bad_configurations_name_the_line(read, case):
     assert f"s.yaml, line {line}: " in message
     assert said in message
     assert len(message.splitlines()) == 1
+
+
+def test_the_example_of_the_documentation(read):
+    page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    study = read(example.replace("smollm2-135m, gemma3-270m", "MODEL").replace("smollm2-135m", "MODEL"))
+    assert [(g.name, len(g.points)) for g in study.grids] == [
+        ("rules", 2 * 2 * 7),
+        ("order", 2 * (1 + 1) + 2 * 3 * 2),
+        ("sites", 2 * 4 * 2),
+        ("layers", 2 * 2),
+        ("mixed", 2 * 3),
+    ]
