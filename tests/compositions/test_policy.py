@@ -78,7 +78,10 @@ def test_several_sites_in_the_order_of_the_forward_pass():
         ("ps4+condition:4", "rule 'condition:4' can't run at the site scores: .* it fits values, qkv"),
         ("norm=ps4+output:4", "rule 'output:4' can't run at the site norm"),
         ("mlp_up=ps4+mass:0.5", "rule 'mass:0.5' can't run at the site mlp_up: .* it fits scores, lm_head"),
-        ("lm_head=ps4+random-like:condition:3", "rule 'random-like:condition:3' can't run at the site lm_head"),
+        (
+            "lm_head=ps4+random-like:condition:3",
+            "rule 'random-like:condition:3' can't run at the site lm_head",
+        ),
     ],
 )
 def test_bad_spellings(text, words):
