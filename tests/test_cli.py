@@ -100,7 +100,7 @@ BAD_ARGUMENTS = {
     "rule": ("--rule strikt:1", "unknown rule 'strikt'"),
     "parameter": ("--rule strict:-1", "strict:-1"),
     "site": ("--policy heads=ps4+none", "unknown site 'heads'"),
-    "site not run": ("--policy values=ps4+none", "values"),
+    "rule at a site": ("--policy mlp_up=ps4+mass:0.5", "can't run at the site mlp_up"),
     "both spellings": ("--policy ps4+none --rule none", "leave out --accumulate and --rule"),
     "no file": ("--text missing.txt", "No such file"),
     "no text": ("--text prosa", "did you mean 'prose'?"),

@@ -84,7 +84,9 @@ def sweep(
         f"result, {summary.failed} failed, {summary.left} left; results in {output}"
     )
     if summary.failed:
-        print(f"torchlamp: {summary.failed} points failed, the last one: {summary.last_error}", file=sys.stderr)
+        print(
+            f"torchlamp: {summary.failed} points failed, the last one: {summary.last_error}", file=sys.stderr
+        )
         raise typer.Exit(SOME_FAILED)
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 import torch
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
