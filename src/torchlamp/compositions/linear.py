@@ -295,7 +295,7 @@ class _Sums:
 
     @property
     def error(self) -> Tensor:
-        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums), or that sum as `Bridge` expects it."""
+        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums), or what `Bridge` expects of it."""
         squares = self._squares
         if squares is None:
             spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()

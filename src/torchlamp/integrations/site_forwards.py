@@ -119,7 +119,7 @@ class NormForward(Forward):
             self.norm,
             accumulator=self.policy.accumulate,
             rule=self.policy.rule,
-            generator=self.run.generator(self.policy, "norm", self.layer, int(places.max()) + 1),
+            generator=self.run.generator(self.policy, "norm", self.layer, last_step(places)),
             layer=self.layer,
         )
         record(self.run, "norm", self.layer, read.eligible, read.selected, places)
@@ -165,7 +165,7 @@ class LinearGroup:
             accumulator=self.policy.accumulate,
             rule=self.policy.rule,
             look=self._ahead(),
-            generator=self.run.generator(self.policy, self.site, self.layer, int(places.max()) + 1),
+            generator=self.run.generator(self.policy, self.site, self.layer, last_step(places)),
             layer=self.layer,
         )
         record(self.run, self.site, self.layer, result.eligible, result.selected, places)
@@ -199,6 +199,11 @@ def linear_map(module: nn.Module) -> Weights:
     """The linear map of a `torch.nn.Linear` or a `Conv1D`, whose weight is (inputs, outputs)."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     return Weights(weight if isinstance(module, Conv1D) else weight.T, module.bias)  # type: ignore[arg-type]
+
+
+def last_step(places: Tensor) -> int:
+    """One more than the last position: what sets apart the calls of a layer."""
+    return int(places.max()) + 1 if places.numel() else 0
 
 
 def record(run: Run, site: str, layer: int, eligible: int, selected: Tensor, places: Tensor) -> None:
