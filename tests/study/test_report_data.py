@@ -127,6 +127,7 @@ def test_nothing_finished(tmp_path):
         ),
         ({"schema": None}, "schema None"),
         ({"status": "maybe"}, "status 'maybe'"),
+        ({"point": {"model": "tiny"}}, "lacks text, tokens, policy"),
     ],
 )
 def test_other_versions_are_refused(results, tmp_path, change, message):

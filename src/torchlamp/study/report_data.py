@@ -129,6 +129,7 @@ def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
                 "repeat the sweep with this version, or report with the one that wrote it"
             )
         missing = [name for name in ("key", "point", "status", "result") if name not in record]
+        missing += [name for name in (*GROUP, "policy") if name not in (record.get("point") or ())]
         if missing or record["status"] not in ("done", "failed"):
             what = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
             raise ValueError(f"line {number} of {str(path)!r} {what}: it is no point of a sweep")

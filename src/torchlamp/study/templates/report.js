@@ -166,7 +166,7 @@ function drawPosition(s) {
   el("position-section").hidden = !curves.length;
   const traces = curves.map((p) => { const look = style(p.rule); return { x: p.by_position.map((_, i) => 16 * i + 8), y: p.by_position.map((v) => v > 0 ? v : null), name: p.policy, mode: "lines",
     line: { color: look.color, dash: look.dash, width: 2 }, hovertemplate: `${p.policy}<br>position %{x}: %{y:.2%}<extra></extra>` }; });
-  if (curves.length) draw("position", traces, { height: 360, xaxis: { words: "position of the query", rangemode: "tozero" }, yaxis: { ...logTicks(traces.flatMap((t) => t.y), true), words: "recompute rate" } });
+  if (curves.length) draw("position", traces, { height: 360, xaxis: { words: "position of the token", rangemode: "tozero" }, yaxis: { ...logTicks(traces.flatMap((t) => t.y), true), words: "recompute rate" } });
 }
 
 function drawHeads(s) {
@@ -213,7 +213,7 @@ function drawSites(s) {
 
 function drawPoints(s) {
   const points = ofGroup(s).filter((p) => p.site === s.site && (s.accumulate === "" || p.accumulate === s.accumulate || p.rule === "none"));
-  points.sort((a, b) => (a.layers !== "all") - (b.layers !== "all") || byMu(a, b) || DATA.rules.indexOf(a.rule) - DATA.rules.indexOf(b.rule) ||
+  points.sort((a, b) => (a.layers !== "all") - (b.layers !== "all") || byMu(a, b) || (a.rule !== "none") - (b.rule !== "none") || DATA.rules.indexOf(a.rule) - DATA.rules.indexOf(b.rule) ||
     a.rate - b.rate || a.layers.localeCompare(b.layers, "en", { numeric: true }));
   const layered = points.some((p) => p.layers !== "all");
   const head = ["Policy", ...(layered ? ["layers"] : []), "PPL", "ΔPPL", "KLD", "99 % KLD", "RMS Δp", "same top", "recomputed"];
