@@ -6,7 +6,14 @@ import pandas as pd
 import pytest
 
 from torchlamp.rules import RULES
-from torchlamp.study.figures import head_data, layer_data, mu_data, position_data, site_data, typical_points
+from torchlamp.study.figures_data import (
+    head_data,
+    layer_data,
+    mu_data,
+    position_data,
+    site_data,
+    typical_points,
+)
 from torchlamp.study.figures_style import STYLES, order, styles
 
 
