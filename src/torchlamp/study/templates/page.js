@@ -8,7 +8,8 @@ const narrow = () => window.innerWidth < 640;
 const systemDark = window.matchMedia("(prefers-color-scheme: dark)");
 const THEMES = ["system", "light", "dark"];
 let chosenTheme = "system";
-try { chosenTheme = localStorage.getItem("torchlamp-theme") || "system"; } catch (e) { /* a file: page may have no storage */ }
+try { chosenTheme = localStorage.getItem("torchlamp-theme") ||
+  "system"; } catch (e) { /* a file: page may have no storage */ }
 if (!THEMES.includes(chosenTheme)) chosenTheme = "system";
 const dark = () => chosenTheme === "dark" || (chosenTheme === "system" && systemDark.matches);
 function applyTheme() {
@@ -39,7 +40,8 @@ function layout(extra) {
     { title: { text: (own && own.words) || "", font: { color: muted, size: 13 }, standoff: 8 } });
   const { xaxis, yaxis, ...rest } = extra;
   return Object.assign(
-    { paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"), font: { family: getComputedStyle(document.body).fontFamily, color: ink, size: 13 },
+    { paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
+      font: { family: getComputedStyle(document.body).fontFamily, color: ink, size: 13 },
       margin: { l: 8, r: narrow() ? 12 : 24, t: 12, b: 8 }, showlegend: false, dragmode: narrow() ? false : "zoom",
       hoverlabel: { bgcolor: css("--raised"), bordercolor: line, font: { color: ink, size: 12 }, align: "left" },
       xaxis: axis(xaxis), yaxis: axis(yaxis) }, rest);
@@ -47,7 +49,8 @@ function layout(extra) {
 function draw(id, traces, extra) {
   return Plotly.react(id, traces, layout(extra), Object.assign({ displayModeBar: narrow() ? false : "hover" }, CONFIG));
 }
-const SUPER = { "-": "\u207b", 0: "\u2070", 1: "\u00b9", 2: "\u00b2", 3: "\u00b3", 4: "\u2074", 5: "\u2075", 6: "\u2076", 7: "\u2077", 8: "\u2078", 9: "\u2079" };
+const SUPER = { "-": "\u207b", 0: "\u2070", 1: "\u00b9", 2: "\u00b2", 3: "\u00b3", 4: "\u2074", 5: "\u2075",
+  6: "\u2076", 7: "\u2077", 8: "\u2078", 9: "\u2079" };
 // Ticks of a log axis over values, at powers of ten and, where these are few, at 2 and 5 times them.
 function logTicks(values, percent) {
   const good = values.filter((v) => v > 0 && isFinite(v));
@@ -65,8 +68,6 @@ function logTicks(values, percent) {
   return { type: "log", tickvals, ticktext };
 }
 const percentText = (v) => Number((100 * v).toPrecision(3)) + " %";
-// An error as large as the value has no lower end on a log axis: it is drawn one decade down.
-const lower = (value, error) => Math.min(error || 0, 0.9 * value);
 function fill(select, options, keep) {
   const before = keep === undefined ? select.value : keep;
   select.replaceChildren(...options.map(([value, text]) => new Option(text, value)));
@@ -79,4 +80,5 @@ function unpack(text, Kind) {
 }
 const unique = (values) => [...new Set(values)];
 const number = (v, digits) => v === null || v === undefined || !isFinite(v) ? "–" :
-  v === 0 ? "0" : Math.abs(v) < 1e-3 || Math.abs(v) >= 1e5 ? v.toExponential(digits - 1) : String(Number(v.toPrecision(digits)));
+  v === 0 ? "0" : Math.abs(v) < 1e-3 ||
+    Math.abs(v) >= 1e5 ? v.toExponential(digits - 1) : String(Number(v.toPrecision(digits)));
