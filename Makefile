@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*)
 CROSS ?= aarch64-linux-gnu
 
-.PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 bench clean
+.PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 bench study study-small clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
 	$(BIN)/torchlamp evaluate smollm2-135m --accumulate ps4 --rule running:0.03
@@ -45,6 +45,15 @@ bench: $(VENV)/installed  ## the figures of docs/performance.md
 	$(BIN)/torchlamp bench scores
 	$(BIN)/torchlamp bench forward
 	$(BIN)/torchlamp bench evaluate
+
+# What docs/study reports, computed anew: hours. Stopped at any point, it goes on where it was.
+study: $(VENV)/installed
+	$(BIN)/torchlamp sweep docs/study/study.yaml --output build/study
+	$(BIN)/torchlamp report build/study
+
+study-small: $(VENV)/installed  ## the same in three minutes
+	$(BIN)/torchlamp sweep docs/study/study-small.yaml --output build/study-small
+	$(BIN)/torchlamp report build/study-small
 
 clean:
 	rm -rf $(VENV) build

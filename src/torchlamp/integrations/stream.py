@@ -10,11 +10,11 @@ from torchlamp.integrations.sites import Sites
 
 @torch.no_grad()
 def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
-    """The output projection of a layer's attention, measured against the stream that its result is added to.
+    """The output projection of a layer's attention, measured as the norm behind the addition measures it.
 
-    Pre-norm layers (Llama, GPT-2): a change dx of the stream x counts as ||dx|| / ||x||; where a LayerNorm reads the
-    stream, both without their mean. Layers with a norm behind the attention (Gemma): x takes gamma W o / rms(W o), so
-    gamma enters the map and rms(W o), formed at the low-precision o, the scale.
+    A change dx of the residual stream x counts as ||g dx|| / ||g x||, g the weight of the norm that reads the stream
+    next; if that is a LayerNorm, dx and x without their means. In layers with a norm behind the attention (Gemma), x
+    takes w W o / rms(W o): that norm's weight w enters the map, and rms(W o), formed at the low-precision o, the scale.
 
     Parameters
     ----------
@@ -32,14 +32,13 @@ def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
     weight = projection.matrix.detach().T
     heads = weight.shape[1] // sites.head_size(layer)
     norms = sites.norms(layer)
-    mean_free = sites.norm(norms.mlp[1], weight.shape[0]).kind == "layer"
+    reads = sites.norm(norms.mlp[1], weight.shape[0])
+    mean_free = reads.kind == "layer"
     if mean_free:
         weight = weight - weight.mean(dim=0)
-    size: Tensor | None = None
+    after: Tensor | None = None
     if norms.after_attention is not None:
-        after = sites.norm(norms.after_attention[1], weight.shape[0])
-        # rms(W o) joins all heads, so it needs W itself.
-        size, weight = weight, weight * after.weight[:, None]
+        after, weight = weight, weight * sites.norm(norms.after_attention[1], weight.shape[0]).weight[:, None]
 
     def scale(outputs: Tensor, sample: int, rows: range) -> Tensor:
         if stream.x is None:
@@ -49,11 +48,11 @@ def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
         x = stream.x[sample, rows.start : rows.stop]
         if mean_free:
             x = x - x.mean(dim=-1, keepdim=True)
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
-        if size is None:
-            return norm
-        joined = outputs.transpose(0, 1).reshape(len(rows), -1)
-        added = torch.nn.functional.linear(joined, size, projection.bias)
-        return norm * added.square().mean(dim=-1).sqrt()
+        size: Tensor = torch.linalg.vector_norm(x * reads.weight, dim=-1)
+        if after is None:
+            return size
+        # rms(W o) joins all heads, so it needs W itself.
+        added = torch.nn.functional.linear(outputs.transpose(0, 1).flatten(1), after, projection.bias)
+        return size * added.square().mean(dim=-1).sqrt()
 
-    return Ahead(gram_factor(weight, heads), scale)
+    return Ahead(gram_factor(weight * reads.weight[:, None], heads), scale)

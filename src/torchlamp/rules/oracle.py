@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from torchlamp.rules.tile import Tile
-from torchlamp.rules.value_aware import through_values
+from torchlamp.rules.value_aware import move
 from torchlamp.rules.weighted import WeightRule
 
 
@@ -48,15 +48,15 @@ class OracleResidual(WeightRule):
     name = "oracle-residual"
     examples = ("oracle-residual:0.001",)
     looks_through = "attention"
-    operations = 6.0
+    operations = 12.0
     needs_exact = True
     needs_distance = "residual"
     realisable = False
 
     def weight(self, tile: Tile) -> Tensor:
-        """Change of the residual stream per unit of error, times the true error."""
+        """Change of the residual stream if y_j alone became exact."""
         exact = self._need(tile.exact, "the exact scores: give the tile `exact`")
         distance = self._need(
             tile.distance, "how far the values are from the output: give the tile `distance`"
         )
-        return through_values(tile, distance).mul_((tile.scores - exact).abs())
+        return move(tile, exact - tile.scores) * distance

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchlamp.rules.tile import Tile
 from torchlamp.rules.weighted import WeightRule
 
+#: Beyond it e^d overflows in float32, and the output has long arrived at v_j.
+_LARGEST = 80.0
 _DISTANCE = "how far the values are from the output: give the tile `distance`"
 
 
@@ -34,33 +37,37 @@ class RunningOutput(WeightRule):
     def weight(self, tile: Tile) -> Tensor:
         """Change of the output per unit of error, times the expected rounding error."""
         error = self._need(tile.error, "the running error: give the tile `error`")
-        return through_values(tile, self._need(tile.distance, _DISTANCE)).mul_(error)
+        weight = tile.probabilities * self._need(tile.distance, _DISTANCE) * error
+        return weight if tile.slope is None else weight * tile.slope
 
 
 @dataclass(frozen=True)
 class RunningResidual(WeightRule):
-    """`running-residual:T`: recompute j iff z_j s_j ||W_h (v_j - o)|| / ||x|| r_j > T.
+    """`running-residual:T`: recompute j iff m_j ||G W_h (v_j - o)|| / ||G x|| > T, m_j from z_j and r_j.
 
     One step further than `running-output`: W_h is the block of the output projection that belongs to the head, x
-    the residual stream that its result is added to. So heads and layers that change the stream little get little,
-    and one T shares the budget between all of them. Where a norm stands between projection and stream (Gemma), its
-    factor is part of the weight (docs/method.md). T >= 0 is a relative error of the residual stream.
+    the residual stream that its result is added to, G the weight of the norm that reads the stream next. So heads and
+    layers that change the stream little get little, and one T shares the budget between all of them. Where a norm
+    stands between projection and stream (Gemma), its factor is part of the weight (docs/method.md 4.9). And errors need
+    not be small: m_j is the exact mean response of the output to y_j + r_j and y_j - r_j (`response`), not z_j r_j.
 
-    Source: derived, docs/method.md.
+    T >= 0 is a relative error of what is read of the residual stream.
+
+    Source: derived, docs/method.md 4.9.
     """
 
     threshold: float
     name = "running-residual"
     examples = ("running-residual:0.001", "running-residual:0.0001")
     looks_through = "attention"
-    operations = 8.0
+    operations = 17.0
     needs_error = True
     needs_distance = "residual"
 
     def weight(self, tile: Tile) -> Tensor:
-        """Change of the residual stream per unit of error, times the expected rounding error."""
+        """Change of the residual stream by an error of the expected size."""
         error = self._need(tile.error, "the running error: give the tile `error`")
-        return through_values(tile, self._need(tile.distance, _DISTANCE)).mul_(error)
+        return response(tile, error) * self._need(tile.distance, _DISTANCE)
 
 
 @dataclass(frozen=True)
@@ -76,17 +83,33 @@ class BridgeResidual(WeightRule):
     name = "bridge-residual"
     examples = ("bridge-residual:0.001",)
     looks_through = "attention"
-    operations = 11.0
+    operations = 20.0
     needs_bridge = True
     needs_distance = "residual"
 
     def weight(self, tile: Tile) -> Tensor:
-        """Change of the residual stream per unit of error, times the estimate of the rounding error."""
+        """Change of the residual stream by an error of the estimated size."""
         error = self._need(tile.error, "an error estimate: give the tile `error`")
-        return through_values(tile, self._need(tile.distance, _DISTANCE)).mul_(error)
+        return response(tile, error) * self._need(tile.distance, _DISTANCE)
 
 
-def through_values(tile: Tile, distance: Tensor) -> Tensor:
-    """z_j s_j distance_j, a new tensor: what an absolute error in y_j does to what `distance` is measured in."""
-    weight = tile.probabilities * distance
-    return weight if tile.slope is None else weight.mul_(tile.slope)
+def response(tile: Tile, error: Tensor) -> Tensor:
+    """How far the output moves towards v_j if y_j errs by +-error_j: the mean of both signs, a new tensor.
+
+    If only l_j changes, by d, then exactly z_j' = z_j e^d / (1 + z_j (e^d - 1)) and o' = o + m (v_j - o) with
+    m = (z_j' - z_j) / (1 - z_j) = z_j (e^d - 1) / (1 + z_j (e^d - 1)). For small d that is z_j d. The softcap enters
+    by its slope, d = s_j error_j.
+    """
+    change = (error if tile.slope is None else error * tile.slope).clamp_max(_LARGEST)
+    return (_move(tile.probabilities, change) - _move(tile.probabilities, -change)).mul_(0.5)
+
+
+def move(tile: Tile, error: Tensor) -> Tensor:
+    """The same for an error whose sign is known; at least 0."""
+    change = (error if tile.slope is None else error * tile.slope).clamp_max(_LARGEST)
+    return _move(tile.probabilities, change).abs()
+
+
+def _move(z: Tensor, change: Tensor) -> Tensor:
+    grown = torch.expm1(change).mul_(z)
+    return grown / (1 + grown)
