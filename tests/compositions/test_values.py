@@ -31,6 +31,17 @@ def test_low_sums_are_those_of_matmul(accumulator):
     assert not counts.any()
 
 
+def test_negligible_probabilities_count_as_zero():
+    z, value, _ = operands()
+    z[..., 0] = 2.0**-46
+    z[..., 1] = 2.0**-46 * (1 - 2.0**-24)
+    value[:, 2:] = 0.0
+    value[:, 1] = 1.0
+    out, _ = weighted_sums(z, value, how("ps4", "none"))
+    expected = torchlamp.round_to(2.0**-46 * value[:, 0], "ps4").repeat_interleave(2, dim=0)
+    assert torch.equal(out, expected[:, None].expand(out.shape))
+
+
 def test_gain_is_the_column_norm_of_the_projection():
     """||W d o|| / ||W o|| for a change of one number, with sqrt(sum o^2 c^2) for ||W o||."""
     z, value, _ = operands()
