@@ -169,7 +169,9 @@ class TestRefused:
 
     @pytest.mark.parametrize("start", [lookahead, torchlamp.attach])
     def test_rule_at_a_site_that_does_not_fit(self, llama, start):
-        with pytest.raises(ValueError, match=r"'topz:0.1' can't run at the site mlp_up: it looks through a softmax"):
+        with pytest.raises(
+            ValueError, match=r"'topz:0.1' can't run at the site mlp_up: it looks through a softmax"
+        ):
             start(llama, "scores=ps4+none, mlp_up=ps7+topz:0.1").__enter__()
         assert not attached(llama)
 

@@ -45,7 +45,8 @@ def gram_factor(weight: Tensor, heads: int) -> Tensor:
     """
     blocks = weight.detach().double().view(weight.shape[0], heads, -1).permute(1, 2, 0)
     values, vectors = torch.linalg.eigh(blocks @ blocks.transpose(1, 2))
-    return (vectors * values.clamp_min(0).sqrt()[:, None, :]).float()
+    root: Tensor = vectors * values.clamp_min(0).sqrt()[:, None, :]
+    return root.float()
 
 
 class Distances:

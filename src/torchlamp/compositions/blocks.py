@@ -31,7 +31,7 @@ def mark_blocks(visible: Tensor, chosen: Tensor, first_key: int, keys: int) -> T
 
     def any_in_block(mask: Tensor) -> Tensor:
         whole = pad(mask, (first_key, blocks * BLOCK_KEYS - first_key - mask.shape[-1]))
-        return whole.unflatten(-1, (blocks, BLOCK_KEYS)).any(dim=-1).to(torch.uint8)
+        return whole.reshape(*whole.shape[:-1], blocks, BLOCK_KEYS).any(dim=-1).to(torch.uint8)
 
     return any_in_block(visible) * VISIBLE + any_in_block(chosen) * TOUCHED
 
@@ -45,8 +45,9 @@ def count_blocks(marks: Tensor) -> Tensor:
         uint8 (batch, heads, queries, blocks). The 16 queries of a tile are those whose number in the call starts
         with the same multiple of 16.
     """
-    queries = marks.shape[2]
-    tall = pad(marks, (0, 0, 0, -queries % BLOCK_KEYS)).unflatten(2, (-1, BLOCK_KEYS))
+    batch, heads, queries, blocks = marks.shape
+    missing = -queries % BLOCK_KEYS
+    tall = pad(marks, (0, 0, 0, missing)).reshape(batch, heads, -1, BLOCK_KEYS, blocks)
     counts = []
     for bit in (VISIBLE, TOUCHED):
         has = (tall & bit) != 0

@@ -64,7 +64,8 @@ def choose_heads(model: Any, windows: Tensor, accumulate: str | Accumulator, rat
         for window in windows:
             model(input_ids=window[None].to(model.device), use_cache=False)
     order = sorted(harm, key=lambda at: harm[at] / max(scores[at], 1), reverse=True)
-    allowed, chosen = rate * sum(scores.values()), []
+    allowed = rate * sum(scores.values())
+    chosen: list[tuple[int, int]] = []
     for at in order:
         allowed -= scores[at]
         if allowed < 0 and chosen:
