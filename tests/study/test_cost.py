@@ -36,8 +36,9 @@ def counted(chosen, depth, unit, causal, model, narrow, operations, error, dista
             for _ in range(depth):
                 low += narrow
                 look += error
-                look += distance  # a term of the provisional output
-                look += distance  # a term of the product of value and output
+                if chosen[i, j]:
+                    look += distance  # a term of the correction of the output
+                    look += model.candidates * distance  # terms of products of values and output
             look += operations * model.operation
     if norms:
         for _ in range(rows + columns):
@@ -64,7 +65,7 @@ def counted(chosen, depth, unit, causal, model, narrow, operations, error, dista
 def test_costs_equal_counting(granularity, spelling):
     """Full rectangles of whole units, where the formulas are exact."""
     rows, columns, depth = 32, 48, 5
-    model = CostModel(low=0.25, error=0.5, distance=0.625, operation=0.75, apply=3)
+    model = CostModel(low=0.25, error=0.5, distance=0.625, candidates=2.5, operation=0.75, apply=3)
     rule = Rule.parse(spelling)
     chosen = torch.rand(rows, columns, generator=torch.manual_seed(1)) < 0.003
     low, look, again, fetched, eligible, share = counted(
@@ -109,7 +110,9 @@ def test_the_steps_of_blocks_and_promotions():
     assert 64 * model.multiply_add(Accumulator.parse("ps4/block16")) == wide + narrow * 0.25
     assert CostModel().multiply_add(Accumulator.parse("ps4")) == 13 / 32
     shape, ps4 = Shape(64, 64, 16), Accumulator.parse("ps4")
-    wide, narrow = (CostModel(error=e).look_ahead(Rule.parse("running:0.1"), shape, ps4) for e in (1.0, None))
+    wide, narrow = (
+        CostModel(error=e).look_ahead(Rule.parse("running:0.1"), shape, ps4, 0.01) for e in (1.0, None)
+    )
     assert wide - narrow == pytest.approx(1 - 13 / 32)
 
 

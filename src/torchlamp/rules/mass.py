@@ -36,6 +36,7 @@ class Mass(NumberRule):
     name = "mass"
     examples = ("mass:0.9", "mass:0.5", "mass:1")
     allowed = (0.0, 1.0)
+    operations = 10.0
 
     def select(self, tile: Tile) -> Tensor:
         """Entries of the smallest prefix that holds the mass."""

@@ -37,6 +37,7 @@ class Relaxed(NumberRule):
     name = "relaxed"
     examples = ("relaxed:0.03", "relaxed:0.3")
     allowed = (0.0, 1.0)
+    operations = 5.0
 
     def select(self, tile: Tile) -> Tensor:
         """Entries whose weight exceeds T times the largest of their row."""
@@ -66,6 +67,7 @@ class RelaxedLength(NumberRule):
     name = "relaxed-length"
     examples = ("relaxed-length:0.03", "relaxed-length:0.3")
     allowed = (0.0, 1.0)
+    operations = 5.0
 
     def select(self, tile: Tile) -> Tensor:
         """Entries whose weight exceeds T_i times the largest of their row."""

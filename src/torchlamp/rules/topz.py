@@ -25,6 +25,7 @@ class TopZ(NumberRule):
     name = "topz"
     examples = ("topz:0.05", "topz:0.5")
     allowed = (0.0, 1.0)
+    operations = 1.0
 
     def select(self, tile: Tile) -> Tensor:
         """Entries whose probability exceeds T."""

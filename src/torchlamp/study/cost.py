@@ -7,7 +7,10 @@ look-ahead, which only repeats it for what is recomputed. Relative to full preci
     low pass    c_low, or 1 + c_low / B for /blockB, or c_low + 1 / B for /promoteB
     look-ahead  operations of the rule * c_op / K
                 + c_error         if it needs the running error: the sum of squares of the partial sums
-                + 2 c_distance    if it weighs by ||v_j - o||: the provisional output o, and the products of v_j and o
+                + r (1 + a') c_distance   if it weighs by ||v_j - o||: values as long as keys, r the entry rate; for
+                                  every recomputed entry its correction of the output o, which the low pass has formed
+                                  in the place of f's, and a' products v_j.o, for entries that the bound on the
+                                  distance doesn't settle (docs/method.md 4.9)
                 + (M + N) / E     if it estimates errors from norms (`bridge`): one norm a row and a column
     recompute   p (1 + a / K), p the share of the units (entries, 1 x 16 row blocks, 16 x 16 tiles) that are touched:
                 a touched unit is recomputed as a whole, a operations of f again for each of its entries
@@ -84,6 +87,9 @@ class CostModel:
     error: float | None = 1.0
     #: c_distance: a multiply-add of what output-aware rules need (values as long as keys); None: as c_low.
     distance: float | None = 1.0
+    #: a': entries whose distance must be formed, for each entry recomputed: 1.5 to 2.7 were counted, the more the lower
+    #: the rate (docs/study).
+    candidates: float = 2.7
     #: c_op: an elementary operation of a rule (a comparison, a product).
     operation: float = 1.0
     #: a: elementary operations of f to repeat for a recomputed entry: subtract, exponential, twice renormalise.
@@ -94,7 +100,16 @@ class CostModel:
     full_bytes: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("low", "error", "distance", "operation", "apply", "low_bytes", "full_bytes"):
+        for name in (
+            "low",
+            "error",
+            "distance",
+            "candidates",
+            "operation",
+            "apply",
+            "low_bytes",
+            "full_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"cost {name}={value}: it can't be negative")
@@ -106,8 +121,8 @@ class CostModel:
             return 1 + narrow / accumulator.block
         return narrow + (1 / accumulator.promote if accumulator.promote else 0.0)
 
-    def look_ahead(self, rule: Rule, shape: Shape, accumulator: Accumulator) -> float:
-        """Operations of the selection relative to full precision; none for a random control."""
+    def look_ahead(self, rule: Rule, shape: Shape, accumulator: Accumulator, rate: float) -> float:
+        """Operations of the selection at an entry rate, relative to full precision; none for a random control."""
         if rule.name.startswith("random"):
             return 0.0
         narrow = format_bits(accumulator.format) / 32 if self.low is None else self.low
@@ -115,7 +130,7 @@ class CostModel:
         if rule.needs_error:
             total += narrow if self.error is None else self.error
         if rule.needs_distance:
-            total += 2 * (narrow if self.distance is None else self.distance)
+            total += rate * (1 + self.candidates) * (narrow if self.distance is None else self.distance)
         if rule.needs_bridge:
             total += (shape.rows + shape.columns) / shape.entries
         return total
@@ -219,7 +234,7 @@ def costs(
     accumulator, rule = Accumulator.parse(accumulator), Rule.parse(rule)
     k = shape.depth
     low = model.multiply_add(accumulator)
-    look = model.look_ahead(rule, shape, accumulator)
+    look = model.look_ahead(rule, shape, accumulator, rate)
     again = 1 + model.apply / k
     result = {}
     for name, (touched, estimated) in touched_rates(rate, block_rates).items():
