@@ -14,7 +14,7 @@ BASE = {
 }  # fmt: skip
 
 
-def curve(rule, values, rates=(0.001, 0.01, 0.1), **changes):
+def curve(rule, values, rates=(0.004, 0.016, 0.064), **changes):
     """Points whose windows' KL are given, one list a point."""
     points = []
     for rate, windows in zip(rates, values, strict=True):
@@ -25,9 +25,9 @@ def curve(rule, values, rates=(0.001, 0.01, 0.1), **changes):
 
 
 def test_a_power_law_is_met_exactly():
-    rates = [0.001, 0.02, 0.3]
-    found = at_rates(rates, [3 * r**-1.5 for r in rates], [0.001, 0.005, 0.1, 0.3])
-    assert found == pytest.approx([3 * r**-1.5 for r in (0.001, 0.005, 0.1, 0.3)])
+    rates = [0.01, 0.02, 0.08]
+    found = at_rates(rates, [3 * r**-1.5 for r in rates], [0.01, 0.015, 0.05, 0.08])
+    assert found == pytest.approx([3 * r**-1.5 for r in (0.01, 0.015, 0.05, 0.08)])
 
 
 def test_nothing_is_extrapolated_and_zeros_are_left_out():
@@ -36,6 +36,11 @@ def test_nothing_is_extrapolated_and_zeros_are_left_out():
     assert found[1] == pytest.approx(math.sqrt(2))
     assert math.isnan(found[2])
     assert np.isnan(at_rates([0.0, math.nan], [1.0, 1.0], [0.01])).all()
+
+
+def test_nothing_is_read_off_between_points_far_apart():
+    found = at_rates([0.01, 0.05, 0.1], [1.0, 0.1, 0.01], [0.01, 0.02, 0.05, 0.07])
+    assert np.isfinite(found).tolist() == [True, False, True, True]
 
 
 def test_points_at_one_rate_count_as_their_mean():
@@ -52,7 +57,7 @@ def test_ratio_and_paired_error_equal_the_jackknife_done_by_hand():
 
     def value(values, windows):
         ys = [math.log(np.mean(v[windows])) for v in values[1:]]
-        part = math.log(0.04 / 0.01) / math.log(10)
+        part = math.log(0.04 / 0.016) / math.log(4)
         return math.exp(ys[0] * (1 - part) + ys[1] * part)
 
     everything = [0, 1, 2, 3]

@@ -11,6 +11,8 @@ from torchlamp.study.report_data import GROUP
 
 #: Recompute rates at which rules are compared.
 RATES = (0.005, 0.01, 0.02, 0.04, 0.06)
+#: Neighbours farther apart than this factor in rate don't tell what lies between them.
+WIDEST_GAP = 4.0
 #: The rule that others are measured against.
 BASE = "strict"
 #: The columns that a curve shares: one experiment, one place, one accumulator.
@@ -20,7 +22,7 @@ PLACE = [*GROUP, "site", "layers", "accumulate"]
 def at_rates(rates: Sequence[float], values: Any, wanted: Sequence[float]) -> np.ndarray:
     """Values of curves at wanted rates: linear in log rate and log value between neighbours, NaN outside.
 
-    Points at which the rate or a value is not positive and finite have no logarithm and are left out; of points at
+    NaN too where the neighbours' rates differ by more than a factor of `WIDEST_GAP`: curves bend. Points at which the rate or a value is not positive and finite have no logarithm and are left out; of points at
     one rate the mean of the logarithms counts.
 
     Parameters
@@ -49,6 +51,10 @@ def at_rates(rates: Sequence[float], values: Any, wanted: Sequence[float]) -> np
         targets = np.log(np.asarray(wanted, dtype=float))
         # A rate that a bisection hit to the last digit but one is on the curve.
         inside = (targets >= logs[0] - 1e-9) & (targets <= logs[-1] + 1e-9)
+        right = np.clip(np.searchsorted(logs, targets - 1e-9), 1, max(len(logs) - 1, 1))
+        if len(logs) > 1:
+            met = np.abs(logs[:, None] - targets).min(axis=0) < 1e-6
+            inside &= met | (logs[right] - logs[right - 1] <= np.log(WIDEST_GAP) + 1e-9)
         for curve in range(table.shape[1]):
             found[inside, curve] = np.exp(np.interp(targets[inside], logs, means[:, curve]))
     return found[:, 0] if y.ndim == 1 else found
