@@ -44,6 +44,20 @@ def test_round_trip(sites):
     assert eval(repr(policy)) == policy
 
 
+@pytest.mark.parametrize("rule", ["sink-recent:1,2", "random-like:sink-recent:1,2"])
+def test_commas_of_a_rule_separate_no_sites(rule):
+    both = Policy(sites={"scores": f"ps4+{rule}", "mlp_up": "ps7+running:0.1", "lm_head": "ps7+none"})
+    assert str(both) == f"scores=ps4+{rule}, mlp_up=ps7+running:0.1, lm_head=ps7+none"
+    for text in (
+        str(both),
+        str(both).replace(", ", ","),
+        f"lm_head=ps7+none, mlp_up=ps7+running:0.1, scores=ps4+{rule}",
+    ):
+        assert Policy.parse(text) == both
+    alone = Policy("ps4", rule)
+    assert Policy.parse(str(alone)) == Policy.parse(f"scores=ps4+{rule}") == alone
+
+
 def test_short_form_is_the_site_scores():
     policy = Policy(accumulate="ps4", rule="strict:0.1")
     assert str(policy) == "ps4+strict:0.1"

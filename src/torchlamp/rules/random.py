@@ -73,10 +73,12 @@ class RandomLike(Rule):
         needs = (
             "looks_through",
             "needs_error",
+            "needs_bridge",
             "needs_exact",
             "needs_distance",
             "needs_condition",
             "numerator",
+            "realisable",
         )
         for name in needs:
             object.__setattr__(self, name, getattr(self.rule, name))
