@@ -45,10 +45,13 @@ class MassWindow(NumberRule):
         z, order = tile.probabilities.masked_fill(~tile.visible, 4.0).sort(dim=-1, stable=True)
         sums = torch.nn.functional.pad(z.to(torch.float64).cumsum(dim=-1), (1, 0))
         limit = sums[..., :-1] + (1 - self.mass) + 2 * z.to(torch.float64)
-        # Without the slack a window whose sum equals its limit could be lost to rounding.
-        ends = torch.searchsorted(sums, limit + 1e-12, right=True) - 1
+        count = tile.visible.sum(dim=-1, keepdim=True)
+        # Without the slack a window whose sum equals its limit could be lost to rounding: that of the sums here, and
+        # that of the softmax, whose probabilities may add up to more than 1.
+        slack = (sums.gather(-1, count) - 1).clamp_(min=0.0) + 1e-12
+        ends = torch.searchsorted(sums, limit + slack, right=True) - 1
         place = torch.arange(z.shape[-1], device=z.device)
-        lengths = ends.clamp_max(tile.visible.sum(dim=-1, keepdim=True)) - place
+        lengths = ends.clamp_max(count) - place
         length, start = lengths.max(dim=-1, keepdim=True)
         inside = (place >= start) & (place < start + length)
         stays = torch.zeros_like(inside).scatter_(-1, order, inside)
