@@ -21,6 +21,11 @@ class Heads(Rule):
     If the entries that matter cluster in a few heads, a choice made once on a calibration text does as well as
     looking ahead, without a second pass; `torchlamp.study.heads.choose_heads` makes that choice.
 
+    Raises
+    ------
+    ValueError
+        If there is no head, or a number is no whole number from 0 to 999999.
+
     Source: derived (static per-head precision).
     """
 
@@ -30,7 +35,12 @@ class Heads(Rule):
     looks_through = "attention"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "heads", frozenset(self.heads))
+        heads = frozenset(self.heads)
+        if not heads or not all(type(n) is int and 0 <= n < 10**6 for head in heads for n in head):
+            raise ValueError(
+                f"rule heads: give at least one (layer, head), both from 0 to 999999, got {self.heads!r}"
+            )
+        object.__setattr__(self, "heads", heads)
 
     @property
     def parameter(self) -> str:

@@ -24,7 +24,7 @@ class SinkRecent(Rule):
     Raises
     ------
     ValueError
-        If S or R is negative.
+        If S or R is no whole number from 0 to 999999999.
 
     Source: derived; the pattern is known from attention sinks in caches (StreamingLLM, arXiv 2309.17453).
     """
@@ -35,8 +35,10 @@ class SinkRecent(Rule):
     looks_through = "attention"
 
     def __post_init__(self) -> None:
-        if len(self.keys) != 2 or not all(isinstance(n, int) and n >= 0 for n in self.keys):
-            raise ValueError(f"rule sink-recent: keys must be two whole numbers >= 0, got {self.keys!r}")
+        if len(self.keys) != 2 or not all(type(n) is int and 0 <= n < 10**9 for n in self.keys):
+            raise ValueError(
+                f"rule sink-recent: keys must be two whole numbers from 0 to 999999999, got {self.keys!r}"
+            )
 
     @property
     def parameter(self) -> str:
