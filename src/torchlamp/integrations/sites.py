@@ -25,6 +25,10 @@ _UNGATED = (("c_fc",), ("fc1",))
 _DOWN = ("down_proj", "c_proj", "fc2")
 _ACTIVATION = ("act_fn", "activation_fn", "act")
 _FINAL_NORM = ("norm", "ln_f", "final_layernorm")
+#: Beside `input_layernorm`, of layers with a norm behind each sublayer.
+_FOUR_NORMS = frozenset(
+    {"pre_feedforward_layernorm", "post_feedforward_layernorm", "post_attention_layernorm"}
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ class Sites:
         def named(name: str) -> tuple[str, nn.Module]:
             return name, getattr(layer, name)
 
-        if {"pre_feedforward_layernorm", "post_feedforward_layernorm", "post_attention_layernorm"} <= names:
+        if names >= _FOUR_NORMS:
+            self._check_other_norms(layer, {"input_layernorm", *_FOUR_NORMS})
             return Norms(
                 named("input_layernorm"),
                 named("pre_feedforward_layernorm"),
@@ -108,6 +113,7 @@ class Sites:
         for first, second in (("input_layernorm", "post_attention_layernorm"), ("ln_1", "ln_2")):
             if {first, second} <= names:
                 self._check_residual()
+                self._check_other_norms(layer, {first, second})
                 return Norms(named(first), named(second))
         wanted = ["input_layernorm and post_attention_layernorm", "ln_1 and ln_2"]
         raise self._missing(layer, wanted, "norms of the residual stream")
@@ -174,6 +180,19 @@ class Sites:
             raise ValueError(
                 f"{type(self._model).__name__} scales what it adds to the residual stream (residual_multiplier), "
                 "which the look-ahead doesn't know: leave out the sites attention_out and mlp_down"
+            )
+
+    def _check_other_norms(self, layer: nn.Module, known: set[str]) -> None:
+        """Refuse layers with norms in other places (GLM 4's behind its sublayers), which change what an error does."""
+        others = [
+            name
+            for name, child in layer.named_children()
+            if name not in known and ("norm" in type(child).__name__.lower() or "norm" in name)
+        ]
+        if others:
+            raise ValueError(
+                f"{self._path(layer)} ({type(layer).__name__}) has norms that the look-ahead doesn't know: "
+                f"{', '.join(others)}; sites and rules that don't read the residual stream can run"
             )
 
     def _group(self, parent: nn.Module, choices: Iterable[tuple[str, ...]], what: str) -> list[nn.Module]:
