@@ -15,7 +15,7 @@ from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
 
 _FLOAT32 = Accumulation(Grid())
-#: Smaller probabilities count as 0: all keys together lose less than 1e-10 of the mass, and no product comes near the
+#: Smaller probabilities count as 0: 7000 keys together lose less than 1e-10 of the mass, and no product comes near the
 #: subnormal numbers, where the native kernel would take a path that is hundreds of times slower.
 SMALLEST_PROBABILITY = 2.0**-46
 
