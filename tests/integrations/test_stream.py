@@ -248,3 +248,18 @@ def test_norms_in_other_places_are_refused():
     model.model.layers[0].extra = nn.Identity()  # what is no norm is no obstacle
     with lookahead(model, "qkv=ps4+none"):
         model(torch.tensor([[1, 2]]))
+
+
+def test_a_norm_in_front_of_the_last_projection_is_refused(build):
+    model = build("llama")
+    model.model.layers[0].self_attn.attn_sub_norm = nn.LayerNorm(4)
+    with pytest.raises(ValueError, match=r"attn_sub_norm: a norm in front of the last projection"):
+        lookahead(model, "ps4+running-residual:0.001").__enter__()
+    with lookahead(model, "ps4+running:0.001"):
+        pass
+
+
+@pytest.mark.parametrize("layers", [1, "0", ["0"], [True]])
+def test_layers_must_be_numbers(families, layers):
+    with pytest.raises(TypeError, match="give layer numbers in a list"):
+        lookahead(families["llama"], "ps4+none", layers=layers).__enter__()

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,3 +69,10 @@ def test_huge_errors_are_no_nan(spelling):
     weight = Rule.parse(spelling).weight(wild)
     assert not weight[tile.visible].isnan().any()
     assert math.isfinite(float(weight[tile.visible].max()))
+
+
+@pytest.mark.parametrize("rule", [RunningResidual(1e-6), OracleResidual(1e-6)])
+def test_a_row_with_one_key_needs_nothing_however_large_its_error(rule):
+    tile = Tile.from_scores(torch.tensor([[3.0]]), error=torch.tensor([[40.0]]))
+    tile = replace(tile, exact=torch.tensor([[-40.0]]), distance=torch.zeros(1, 1))
+    assert not rule.select(tile).any()

@@ -138,11 +138,19 @@ def _new_run(
         raise TypeError(
             f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel"
         )
-    only = None if layers is None else frozenset(layers)
+    only = None if layers is None else _numbers(layers)
     run = Run(parsed.sites, Statistics(seed=seed, blocks=blocks), only)
     if _in_attention(run) and not any(_dispatches(type(module)) for module in model.modules()):
         raise _no_interface(model)
     return run, build(model, run)
+
+
+def _numbers(layers: Iterable[int]) -> frozenset[int]:
+    given: list[Any] = [] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    fits = all(isinstance(n, int) and not isinstance(n, bool) for n in given)
+    if not fits or isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers={layers!r}: give layer numbers in a list, for example layers=[0, 3]")
+    return frozenset(given)
 
 
 def _in_attention(run: Run) -> bool:

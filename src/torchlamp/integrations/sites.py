@@ -79,7 +79,7 @@ class Sites:
 
     def attention_out(self, layer: nn.Module) -> nn.Module:
         """The output projection of the attention."""
-        return self._child(self.attention(layer), _ATTENTION_OUT, "output projection")
+        return self._child(self._direct(self.attention(layer)), _ATTENTION_OUT, "output projection")
 
     def mlp_up(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
         """What feeds the activation, and whether it is a GLU (the gate comes first, or both halves are one module)."""
@@ -93,7 +93,7 @@ class Sites:
 
     def mlp_down(self, layer: nn.Module) -> nn.Module:
         """The down projection of the MLP."""
-        return self._child(self._child(layer, ("mlp",), "MLP"), _DOWN, "down projection")
+        return self._child(self._direct(self._child(layer, ("mlp",), "MLP")), _DOWN, "down projection")
 
     def norms(self, layer: nn.Module) -> Norms:
         """The norms of a layer; refuses layers whose sublayers don't follow one after the other, each added at once."""
@@ -200,6 +200,16 @@ class Sites:
             if all(isinstance(getattr(parent, name, None), nn.Module) for name in names):
                 return [getattr(parent, name) for name in names]
         raise self._missing(parent, [" + ".join(names) for names in choices], what)
+
+    def _direct(self, sublayer: nn.Module) -> nn.Module:
+        """Refuses a sublayer with a norm of its own in front of its last projection (BitNet)."""
+        for name, _ in sublayer.named_children():
+            if name.endswith("sub_norm"):
+                raise ValueError(
+                    f"{self._path(sublayer)}.{name}: a norm in front of the last projection, which the look-ahead "
+                    "doesn't know; the rules strict and running at the site scores don't need it"
+                )
+        return sublayer
 
     def _child(self, parent: nn.Module, names: Iterable[str], what: str) -> nn.Module:
         for name in names:

@@ -111,5 +111,5 @@ def move(tile: Tile, error: Tensor) -> Tensor:
 
 
 def _move(z: Tensor, change: Tensor) -> Tensor:
-    grown = torch.expm1(change).mul_(z)
-    return grown / (1 + grown)
+    # As (1 - z) + z e^d the denominator stays above 0 where z is 1 and e^d small: 1 + z (e^d - 1) would not.
+    return torch.expm1(change).mul_(z) / ((1 - z) + z * torch.exp(change))

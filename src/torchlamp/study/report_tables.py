@@ -22,7 +22,9 @@ PLACE = [*GROUP, "site", "layers", "accumulate"]
 def at_rates(rates: Sequence[float], values: Any, wanted: Sequence[float]) -> np.ndarray:
     """Values of curves at wanted rates: linear in log rate and log value between neighbours, NaN outside.
 
-    NaN too where the neighbours' rates differ by more than a factor of `WIDEST_GAP`: curves bend. Points at which the rate or a value is not positive and finite have no logarithm and are left out; of points at
+    NaN too where the neighbours' rates differ by more than a factor of `WIDEST_GAP`: curves bend.
+
+    Points at which the rate or a value is not positive and finite have no logarithm and are left out; of points at
     one rate the mean of the logarithms counts.
 
     Parameters
