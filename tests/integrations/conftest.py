@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import transformers
+from site_models import FAMILIES
 from torch import Tensor
 
 VOCABULARY = 61
@@ -146,3 +147,32 @@ def padded() -> dict[str, dict[str, Tensor]]:
         "left": {"input_ids": _tokens(3, 17), "attention_mask": left},
         "right": {"input_ids": _tokens(3, 17), "attention_mask": left.flip(1)},
     }
+
+
+@pytest.fixture(scope="module")
+def families(build):
+    built = {name: build(name) for name in FAMILIES if name != "phi3"}
+    torch.manual_seed(7)
+    config = transformers.Phi3Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+        pad_token_id=0,
+    )
+    built["phi3"] = transformers.Phi3ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    return built
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, families):
+    return families[request.param]
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
