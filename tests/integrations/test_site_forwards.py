@@ -108,7 +108,8 @@ class TestNothingIsLeftBehind:
         assert torch.equal(model(ids).logits, expected)
         assert state(model) == before
 
-    def test_state_dict_and_pickle(self, llama):
+    def test_state_dict_and_pickle(self, build):
+        llama = build("llama")
         keys = list(llama.state_dict())
         with lookahead(llama, MIXED):
             assert list(llama.state_dict()) == keys

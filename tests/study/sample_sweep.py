@@ -10,7 +10,7 @@ import torch
 from torchlamp.study.evaluate import evaluate
 
 RULES = ("strict", "running", "random")
-THRESHOLDS = {"strict": (10, 4, 1), "running": (0.5, 0.2, 0.05), "random": (0.005, 0.02, 0.2)}
+THRESHOLDS = {"strict": (10, 4, 1), "running": (0.5, 0.2, 0.05), "random": (0.005, 0.02, 0.07)}
 
 
 def policies() -> list[tuple[str, list[int] | None]]:
