@@ -30,28 +30,35 @@ class Style:
 STYLES: dict[str, Style] = {
     "strict": Style("#0072b2", "#56a8e0"),
     "running": Style("#d55e00", "#f0883e", "s", "square"),
+    "running-residual": Style("#c23b4e", "#f08a94", "X", "x"),
     "running-output": Style("#009e73", "#3cc79a", "D", "diamond"),
+    "bridge": Style("#6a6f2a", "#b9bf62", "H", "hexagon2"),
+    "bridge-residual": Style("#2b7f86", "#6cc5cc", "8", "octagon"),
     "budget": Style("#b0508f", "#df9cc4", "^", "triangle-up"),
+    "running-budget": Style("#b0508f", "#df9cc4", "2", "y-up-open"),
     "relaxed": Style("#3a95c9", "#8fcdf0", "v", "triangle-down"),
     "relaxed-length": Style("#5e7fb8", "#a3b8e6", "<", "triangle-left"),
     "mass": Style("#b07d00", "#e6b422", ">", "triangle-right"),
+    "mass-window": Style("#b07d00", "#e6b422", "4", "y-right-open"),
     "topz": Style("#8a6d1f", "#c9b458", "p", "pentagon"),
     "condition": Style("#009e73", "#3cc79a", "D", "diamond"),
     "sink-recent": Style("#7a4f9a", "#b898dd", "h", "hexagon"),
+    "heads": Style("#8f4a2e", "#d79a7d", "1", "y-down-open"),
     "random": Style("#767676", "#9a9a9a", "x", "x-thin-open", "--", "dash"),
     "random-like": Style("#767676", "#9a9a9a", "+", "cross-thin-open", "--", "dash"),
     "oracle": Style("#222222", "#e8e8e8", "*", "star-open", ":", "dot"),
+    "oracle-residual": Style("#222222", "#e8e8e8", "P", "cross-open", ":", "dot"),
     "none": Style("#767676", "#9a9a9a", "d", "diamond-tall", "-", "solid"),
     "all": Style("#444444", "#c0c0c0", "P", "cross"),
 }
 
 #: Rules that came later take these, in the order in which they are met.
 _MORE = (
-    Style("#c23b4e", "#f08a94", "X", "x"),
-    Style("#2b7f86", "#6cc5cc", "8", "octagon"),
-    Style("#6a6f2a", "#b9bf62", "H", "hexagon2"),
-    Style("#8f4a2e", "#d79a7d", "1", "y-down-open"),
-    Style("#4d5dc4", "#9aa5f2", "2", "y-up-open"),
+    Style("#4d5dc4", "#9aa5f2", "3", "y-left-open"),
+    Style("#b3661f", "#eba35c", "o", "circle-open"),
+    Style("#3f7d3a", "#8ccf85", "s", "square-open"),
+    Style("#8a5a83", "#cfa3c9", "D", "diamond-open"),
+    Style("#5f6f7a", "#aebfca", "^", "triangle-up-open"),
 )
 
 
@@ -74,5 +81,5 @@ def order(label: str) -> tuple[int, int, str]:
     """Rules in the order of `STYLES`, those that came later before the controls."""
     names = list(STYLES)
     name = _name(label)
-    last = name in ("random", "random-like", "oracle", "none", "all")
+    last = name in ("random", "random-like", "oracle", "oracle-residual", "none", "all")
     return (int(last), names.index(name) if name in names else len(names), label)
