@@ -201,7 +201,7 @@ def show(table: Any) -> None:
                 rate, price = f"{row['rate', 'mean']:.1%}", f"{row['cost', 'mean']:.2f}"
                 printed.add_row(*group, rule, rate, price, *errors, recognised)
         printed.add_section()
-    console = Console()
+    console = Console(emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print(printed)

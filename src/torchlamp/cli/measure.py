@@ -90,12 +90,12 @@ def evaluate(
 
         texts += [dataset_text(spec, tokenizer, windows * window_length) for spec in dataset]
     tokens = cut_windows(tokenizer, texts, windows, window_length)
-    with reporter(Console(stderr=True)) as progress:
+    with reporter(Console(stderr=True, emoji=False)) as progress:
         result = run_evaluation(
             language_model, tokens, chosen, baselines=baselines, seed=seed, progress=progress,
             model_name=model, text=", ".join(t.name for t in texts),
         )  # fmt: skip
-    console = Console(stderr=to_stdout)
+    console = Console(stderr=to_stdout, emoji=False)
     if not console.is_terminal:
         console.width = max(console.width, 110)
     # Neither a full disk nor a reader that has gone takes the other copy of the result along.

@@ -64,7 +64,7 @@ def sweep(
     from torchlamp.study.sweep_folder import open_folder
     from torchlamp.study.sweep_reporter import duration, sweep_reporter
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     with open_folder(output, fresh=fresh) as folder:
         try:
             with sweep_reporter(console) as progress:

@@ -126,7 +126,7 @@ def _print(found: Bench, where: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(emoji=False)
     table = Table(title=found.title, title_justify="left")
     for column in ("", "median ms", "fastest", "slowest", "G rounded FMA/s"):
         table.add_column(column, justify="right" if column else "left")
