@@ -25,7 +25,7 @@ class Bridge(WeightRule):
 
     T >= 0 is an l1 error of a row of probabilities, as for `running`.
 
-    Source: derived, docs/method.md.
+    Source: derived, docs/method.md 4.8.
     """
 
     threshold: float
@@ -36,4 +36,4 @@ class Bridge(WeightRule):
 
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the estimate."""
-        return tile.gain * self._need(tile.error, "an error estimate: give the tile `error`")
+        return tile.gain * self._error(tile)

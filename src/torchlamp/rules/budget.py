@@ -22,7 +22,7 @@ class Budget(NumberRule):
     T in [0, 1]. 1 recomputes nothing: sum z (1 - z) < 1. Equal weights are left low in the order of their keys.
     NaN and infinite scores are selected. Sums are formed in float64.
 
-    Source: arXiv 2609.39361, second stage; the optimality derived.
+    Source: arXiv 2609.39361, second stage; the optimality derived, docs/method.md 4.7.
     """
 
     budget: float
@@ -43,7 +43,7 @@ class RunningBudget(NumberRule):
     `budget` with the running error of each score, so that T >= 0 is an expected bound of the l1 error of the row,
     absolute as for `running`. At other sites the tile's own gain stands in the place of 2 z (1 - z) s.
 
-    Source: derived, docs/method.md.
+    Source: derived, docs/method.md 4.7.
     """
 
     budget: float

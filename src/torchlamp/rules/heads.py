@@ -26,7 +26,7 @@ class Heads(Rule):
     ValueError
         If there is no head, or a number is no whole number from 0 to 999999.
 
-    Source: derived (static per-head precision).
+    Source: derived (static per-head precision), docs/method.md 4.10.
     """
 
     heads: frozenset[tuple[int, int]]

@@ -18,7 +18,7 @@ class Oracle(WeightRule):
     The running-error rule with the true rounding error in the place of its estimate. At other sites the tile's
     own gain stands in the place of 2 z (1 - z) s. T >= 0 is an l1 error of a row of probabilities.
 
-    Source: derived, docs/method.md.
+    Source: derived, docs/method.md 4.11.
     """
 
     threshold: float
@@ -31,8 +31,7 @@ class Oracle(WeightRule):
 
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the true error."""
-        exact = self._need(tile.exact, "the exact scores: give the tile `exact`")
-        return tile.gain * (tile.scores - exact).abs()
+        return tile.gain * (tile.scores - self._exact(tile)).abs()
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class OracleResidual(WeightRule):
 
     T >= 0 is a change of the residual stream relative to it.
 
-    Source: derived, docs/method.md.
+    Source: derived, docs/method.md 4.11.
     """
 
     threshold: float
@@ -55,8 +54,4 @@ class OracleResidual(WeightRule):
 
     def weight(self, tile: Tile) -> Tensor:
         """Change of the residual stream if y_j alone became exact."""
-        exact = self._need(tile.exact, "the exact scores: give the tile `exact`")
-        distance = self._need(
-            tile.distance, "how far the values are from the output: give the tile `distance`"
-        )
-        return move(tile, exact - tile.scores) * distance
+        return move(tile, self._exact(tile) - tile.scores) * self._distance(tile)

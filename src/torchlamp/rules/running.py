@@ -30,7 +30,7 @@ class Running(WeightRule):
     T >= 0 is an l1 error of a row of probabilities, absolute: one T means the same at every format, head and
     layer. NaN and infinite scores are selected.
 
-    Source: derived (Wilkinson's running error analysis in a probabilistic form), docs/method.md.
+    Source: derived (Wilkinson's running error analysis in a probabilistic form), docs/method.md 4.5.
     """
 
     threshold: float
@@ -42,7 +42,7 @@ class Running(WeightRule):
 
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the expected rounding error."""
-        return tile.gain * self._need(tile.error, "the running error: give the tile `error`")
+        return tile.gain * self._error(tile)
 
     def threshold_form(self) -> ThresholdForm:
         """Weight "running"."""

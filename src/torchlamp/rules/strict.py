@@ -24,7 +24,7 @@ class Strict(WeightRule):
     T >= 0 is that norm; the published grid runs from 1e-3 to 50. Flat and saturated rows may get nothing.
     NaN and infinite scores are selected.
 
-    Source: arXiv 2601.21623 v2 (the rule as published); optimality, slope and sink derived, docs/method.md.
+    Source: arXiv 2601.21623 v2 (the rule as published); optimality, slope and sink derived, docs/method.md 4.1.
     """
 
     threshold: float

@@ -12,7 +12,6 @@ from torchlamp.rules.weighted import WeightRule
 
 #: Beyond it e^d overflows in float32, and the output has long arrived at v_j.
 _LARGEST = 80.0
-_DISTANCE = "how far the values are from the output: give the tile `distance`"
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class RunningOutput(WeightRule):
     output needs no accuracy, whatever its probability. r_j is the running error of `running`. T >= 0 is a relative
     error of one head's output.
 
-    Source: derived, docs/method.md.
+    Source: derived, docs/method.md 4.9.
     """
 
     threshold: float
@@ -36,8 +35,7 @@ class RunningOutput(WeightRule):
 
     def weight(self, tile: Tile) -> Tensor:
         """Change of the output per unit of error, times the expected rounding error."""
-        error = self._need(tile.error, "the running error: give the tile `error`")
-        weight = tile.probabilities * self._need(tile.distance, _DISTANCE) * error
+        weight = tile.probabilities * self._distance(tile) * self._error(tile)
         return weight if tile.slope is None else weight * tile.slope
 
 
@@ -66,31 +64,23 @@ class RunningResidual(WeightRule):
 
     def weight(self, tile: Tile) -> Tensor:
         """Change of the residual stream by an error of the expected size."""
-        error = self._need(tile.error, "the running error: give the tile `error`")
-        return response(tile, error) * self._need(tile.distance, _DISTANCE)
+        return response(tile, self._error(tile)) * self._distance(tile)
 
 
 @dataclass(frozen=True)
-class BridgeResidual(WeightRule):
+class BridgeResidual(RunningResidual):
     """`bridge-residual:T`: `running-residual` with the error estimate of `bridge`.
 
-    It needs no by-product of the accumulation. T >= 0 is a relative error of the residual stream.
+    It needs no by-product of the accumulation. T >= 0 is a relative error of what is read of the residual stream.
 
-    Source: derived, docs/method.md.
+    Source: derived, docs/method.md 4.8 and 4.9.
     """
 
-    threshold: float
     name = "bridge-residual"
-    examples = ("bridge-residual:0.001",)
-    looks_through = "attention"
+    examples = ("bridge-residual:0.001", "bridge-residual:0.0001")
     operations = 20.0
+    needs_error = False
     needs_bridge = True
-    needs_distance = "residual"
-
-    def weight(self, tile: Tile) -> Tensor:
-        """Change of the residual stream by an error of the estimated size."""
-        error = self._need(tile.error, "an error estimate: give the tile `error`")
-        return response(tile, error) * self._need(tile.distance, _DISTANCE)
 
 
 def response(tile: Tile, error: Tensor) -> Tensor:
