@@ -1,11 +1,13 @@
 // The kernels compiled for avx2; the flags are in CMakeLists.txt.
 #define LAMP_ISA avx2
 #include "drive_attention.hpp"
+#include "lowbit_kernels.hpp"
 
 namespace lamp {
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels{"avx2", avx2::products, avx2::recompute, avx2::attention};
+  static const Kernels kernels{"avx2", avx2::products, avx2::recompute, avx2::attention,
+                               avx2::lowbit_kernels()};
   return kernels;
 }
 

@@ -1,11 +1,13 @@
 // The kernels compiled for avx512; the flags are in CMakeLists.txt.
 #define LAMP_ISA avx512
 #include "drive_attention.hpp"
+#include "lowbit_kernels.hpp"
 
 namespace lamp {
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels{"avx512", avx512::products, avx512::recompute, avx512::attention};
+  static const Kernels kernels{"avx512", avx512::products, avx512::recompute, avx512::attention,
+                               avx512::lowbit_kernels()};
   return kernels;
 }
 

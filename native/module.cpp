@@ -1,30 +1,13 @@
 // The Python face of the kernels: checks shapes, turns DLPack tensors into plain pointers, drops the GIL, calls.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
+#include "module.hpp"
 
-#include <optional>
-#include <stdexcept>
-#include <string>
-
-#include "spec.hpp"
-
-namespace nb = nanobind;
-using namespace nb::literals;
-
-namespace {
-
-template <class T, int Dimensions>
-using Array = nb::ndarray<T, nb::ndim<Dimensions>, nb::device::cpu>;
-template <int Dimensions>
-using Floats = Array<const float, Dimensions>;
+namespace lamp {
 
 bool supports(const std::string& isa) {
 #if defined(LAMP_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == "avx2") return avx2;
   if (isa == "avx512")
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -42,6 +25,16 @@ const lamp::Kernels& kernels(const std::string& isa) {
   return lamp::portable_kernels();
 }
 
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace lamp
+
+namespace {
+
+using namespace lamp::python;
+
 // (mantissa_bits, min_exponent, max_exponent, top_codes_lost, overflow, subnormals, signed, negative_zero,
 //  fused, block, promote)
 using How = std::tuple<int, int, int, int, int, bool, bool, bool, bool, int, int>;
@@ -55,21 +48,6 @@ lamp::Accumulation accumulation(const How& h) {
     throw std::invalid_argument("accumulation out of range");
   return a;
 }
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-template <class A>
-bool row_major(const A& x) {
-  if (x.size() == 0) return true;
-  std::int64_t stride = 1;
-  for (std::size_t d = x.ndim(); d-- > 0; stride *= static_cast<std::int64_t>(x.shape(d)))
-    if (x.shape(d) > 1 && x.stride(d) != stride) return false;
-  return true;
-}
-
-std::ptrdiff_t length(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
 
 // The operands that products and recompute share.
 template <class P>
@@ -179,7 +157,7 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, Ar
 
 NB_MODULE(_native, m) {
   m.doc() = "Native kernels of torchlamp; torchlamp.kernels is their documented face.";
-  m.def("supports", &supports, "isa"_a);
+  m.def("supports", &lamp::supports, "isa"_a);
   m.def("products", &products, "isa"_a, "a"_a, "b"_a, "out"_a, "squares"_a.none(), "how"_a, "scaling"_a.none(),
         "causal"_a.none(), "threads"_a);
   m.def("recompute", &recompute, "isa"_a, "scores"_a, "a"_a, "b"_a, "mask"_a, "scaling"_a.none(), "threads"_a);
@@ -187,4 +165,5 @@ NB_MODULE(_native, m) {
         "blocks"_a.none(), "mask"_a.none(),
         "sinks"_a.none(), "causal"_a, "scaling"_a, "softcap"_a, "weight"_a, "threshold"_a, "by_length"_a,
         "error_scale"_a, "how"_a, "threads"_a);
+  lamp::python::bind_lowbit(m);
 }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "lowbit_spec.hpp"
+
 namespace lamp {
 
 enum class Overflow : int { inf, nan, saturate };
@@ -109,6 +111,7 @@ struct Kernels {
   void (*products)(const Products&);
   void (*recompute)(const Recompute&);
   void (*attention)(const Attention&);
+  LowBitKernels lowbit;
 };
 
 const Kernels& portable_kernels();
