@@ -1,10 +1,11 @@
 // The low-bit kernels of one spelling.
 #pragma once
 
-#include "lowbit_linear.hpp"
+#include "lowbit_head.hpp"
+#include "lowbit_mlp.hpp"
 
 namespace LAMP_ISA {
 
-inline lamp::LowBitKernels lowbit_kernels() { return {pack_blocks, pack_lines, lowbit_products}; }
+inline lamp::LowBitKernels lowbit_kernels() { return {pack_blocks, pack_lines, lowbit_products, mlp, head}; }
 
 }  // namespace LAMP_ISA

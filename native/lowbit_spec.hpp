@@ -60,10 +60,46 @@ struct LowBitProducts {
   int threads = 1;
 };
 
+enum class Activation : int { silu, gelu_tanh };
+
+// y[v] = down * (phi(gate x[v]) o (up x[v])), look-ahead through the activation and the down projection. Neuron j owns
+// row j of gate and up and, the down projection being kept transposed, row j of down.
+struct LowBitMlp {
+  Blocks gate, up;
+  Lines down;
+  Full gate_full, up_full, down_full;
+  const float* down_norms = nullptr;   // 2-norm of down's row j
+  const float* down_errors = nullptr;  // 2-norm of what its low-bit copy leaves out
+  std::ptrdiff_t neurons = 0, columns = 0, outputs = 0, vectors = 0;
+  Activation activation = Activation::silu;
+  float up_threshold = 0.0f, down_threshold = 0.0f;  // relative to the output's norm; below 0: all, infinite: none
+  const float* x = nullptr;
+  float* y = nullptr;
+  std::int64_t* selected = nullptr;  // 2: neurons recomputed, rows of down read in full precision
+  int threads = 1;
+};
+
+// logits[v] = head * x[v]: low-bit ones, and full-precision ones for every token that could be among the `top` largest
+// and for every token whose weight under the softmax exceeds the threshold.
+struct LowBitHead {
+  Blocks head;
+  Full full;
+  std::ptrdiff_t tokens = 0, columns = 0, vectors = 0, top = 1;
+  float largest_norm = 0.0f;   // largest 2-norm of a row
+  float largest_error = 0.0f;  // largest of head.errors
+  float threshold = 0.0f;     // of 2 z (1 - z) r; below 0: all, infinite: none
+  const float* x = nullptr;
+  float* logits = nullptr;
+  std::int64_t* selected = nullptr;  // 2: recomputed for the top, recomputed in all
+  int threads = 1;
+};
+
 struct LowBitKernels {
   void (*pack_blocks)(const Blocks&, const Rows&, int threads);
   void (*pack_lines)(const Lines&, const Rows&, int threads);
   void (*products)(const LowBitProducts&);
+  void (*mlp)(const LowBitMlp&);
+  void (*head)(const LowBitHead&);
 };
 
 }  // namespace lamp

@@ -50,6 +50,10 @@ class BlockMatrix {
     kernels_.lowbit.products(p);
   }
 
+  const Blocks& blocks() const { return blocks_; }
+  std::ptrdiff_t rows() const { return rows_; }
+  std::ptrdiff_t columns() const { return columns_; }
+
  private:
   const Kernels& kernels_;
   Bytes codes_;
@@ -73,6 +77,90 @@ void pack_lines(const std::string& isa, Floats<2> x, Bytes codes, Halves scales,
   k.lowbit.pack_lines(lines, from, threads);
 }
 
+using Table = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+
+// A full-precision matrix (rows, columns), float32 or float16.
+Full full(const Table& x, std::ptrdiff_t rows, std::ptrdiff_t columns) {
+  const auto type = x.dtype();
+  const bool half = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 16;
+  require(half || x.dtype() == nb::dtype<float>(), "a full copy must be float32 or float16");
+  require(length(x.shape(0)) == rows && length(x.shape(1)) == columns && (columns <= 1 || x.stride(1) == 1),
+          "a full copy must have the shape of its low-bit copy and a contiguous last dimension");
+  return {x.data(), half, x.stride(0)};
+}
+
+// A gated MLP.
+class Mlp {
+ public:
+  Mlp(std::string isa, const BlockMatrix& gate, const BlockMatrix& up, Bytes codes, Halves scales, int bits,
+      Table gate_full, Table up_full, Table down_full, Vector down_norms, Vector down_errors, int activation)
+      : kernels_(kernels(isa)), kept_{gate_full, up_full, down_full}, codes_(codes), scales_(scales),
+        norms_(down_norms), errors_(down_errors) {
+    require_bits(bits, false);
+    require(activation == 0 || activation == 1, "unknown activation");
+    call_.gate = gate.blocks(), call_.up = up.blocks();
+    call_.neurons = gate.rows(), call_.columns = gate.columns(), call_.outputs = length(down_full.shape(1));
+    require(up.rows() == gate.rows() && up.columns() == gate.columns(), "gate and up must be of the same size");
+    call_.gate_full = full(gate_full, call_.neurons, call_.columns);
+    call_.up_full = full(up_full, call_.neurons, call_.columns);
+    call_.down_full = full(down_full, call_.neurons, call_.outputs);
+    call_.down = {codes.data(), scales.data(), bits, (call_.outputs + kPackGroup - 1) / kPackGroup};
+    const std::ptrdiff_t padded = (call_.neurons + kPackRows - 1) / kPackRows * kPackRows;
+    require(row_major(codes) && row_major(scales) &&
+                length(codes.size()) == call_.neurons * call_.down.groups * group_bytes(bits) &&
+                length(scales.size()) == call_.neurons * call_.down.groups && row_major(down_norms) &&
+                row_major(down_errors) && length(down_norms.size()) == padded && length(down_errors.size()) == padded,
+            "down's codes, scales, norms and errors must be contiguous and of the matrix's size");
+    call_.down_norms = down_norms.data(), call_.down_errors = down_errors.data();
+    call_.activation = static_cast<Activation>(activation);
+  }
+
+  std::tuple<std::int64_t, std::int64_t> run(Floats<2> x, Array<float, 2> y, float up_threshold, float down_threshold,
+                                             int threads) const {
+    require(row_major(x) && length(x.shape(1)) == call_.columns, "x must be contiguous, of shape (vectors, columns)");
+    require(row_major(y) && y.shape(0) == x.shape(0) && length(y.shape(1)) == call_.outputs,
+            "y must be contiguous, of shape (vectors, outputs)");
+    LowBitMlp p = call_;
+    std::int64_t selected[2];
+    p.vectors = length(x.shape(0)), p.x = x.data(), p.y = y.data(), p.selected = selected, p.threads = threads;
+    p.up_threshold = up_threshold, p.down_threshold = down_threshold;
+    {
+      const nb::gil_scoped_release release;
+      kernels_.lowbit.mlp(p);
+    }
+    return {selected[0], selected[1]};
+  }
+
+ private:
+  const Kernels& kernels_;
+  Table kept_[3];
+  Bytes codes_;
+  Halves scales_;
+  Vector norms_, errors_;
+  LowBitMlp call_;
+};
+
+std::tuple<std::int64_t, std::int64_t> head(const std::string& isa, const BlockMatrix& matrix, Table rows, Floats<2> x,
+                                            Array<float, 2> logits, float largest_norm, float largest_error,
+                                            std::ptrdiff_t top, float threshold, int threads) {
+  LowBitHead p;
+  p.head = matrix.blocks(), p.tokens = matrix.rows(), p.columns = matrix.columns();
+  p.full = full(rows, p.tokens, p.columns);
+  require(row_major(x) && length(x.shape(1)) == p.columns, "x must be contiguous, of shape (vectors, columns)");
+  require(row_major(logits) && logits.shape(0) == x.shape(0) && length(logits.shape(1)) == p.tokens,
+          "logits must be contiguous, of shape (vectors, tokens)");
+  require(top >= 1, "top must be at least 1");
+  std::int64_t selected[2];
+  p.vectors = length(x.shape(0)), p.top = top, p.largest_norm = largest_norm, p.largest_error = largest_error;
+  p.threshold = threshold, p.x = x.data(), p.logits = logits.data(), p.selected = selected, p.threads = threads;
+  const Kernels& k = kernels(isa);
+  {
+    const nb::gil_scoped_release release;
+    k.lowbit.head(p);
+  }
+  return {selected[0], selected[1]};
+}
+
 }  // namespace
 
 void bind_lowbit(nb::module_& m) {
@@ -81,6 +169,15 @@ void bind_lowbit(nb::module_& m) {
            "scales"_a, "errors"_a, "bits"_a, "rows"_a, "columns"_a)
       .def("pack", &BlockMatrix::pack, "x"_a, "threads"_a)
       .def("products", &BlockMatrix::products, "x"_a, "y"_a, "threads"_a);
+  nb::class_<Mlp>(m, "Mlp")
+      .def(nb::init<std::string, const BlockMatrix&, const BlockMatrix&, Bytes, Halves, int, Table, Table, Table, Vector,
+                    Vector, int>(),
+           "isa"_a, "gate"_a.noconvert(), "up"_a, "codes"_a, "scales"_a, "bits"_a, "gate_full"_a, "up_full"_a,
+           "down_full"_a, "down_norms"_a, "down_errors"_a, "activation"_a, nb::keep_alive<1, 3>(),
+           nb::keep_alive<1, 4>())
+      .def("run", &Mlp::run, "x"_a, "y"_a, "up_threshold"_a, "down_threshold"_a, "threads"_a);
+  m.def("head", &head, "isa"_a, "matrix"_a, "rows"_a, "x"_a, "logits"_a, "largest_norm"_a, "largest_error"_a, "top"_a,
+        "threshold"_a, "threads"_a);
   m.def("pack_lines", &pack_lines, "isa"_a, "x"_a, "codes"_a, "scales"_a, "bits"_a, "threads"_a);
 }
 

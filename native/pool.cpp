@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -10,6 +11,9 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
 #endif
 
 namespace lamp {
@@ -21,6 +25,24 @@ long process_id() {
 #else
   return 0;
 #endif
+}
+
+// Decoding makes hundreds of short calls a token, with little between them: waking a thread that sleeps costs more than
+// such a call, so threads look for work (and the caller for the end) for so long before they sleep.
+constexpr auto kSpin = std::chrono::microseconds(60);
+
+template <class Done>
+bool spin_until(Done done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return true;
+#if defined(__x86_64__) || defined(_M_X64)
+      _mm_pause();
+#endif
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return done();
 }
 
 // One call's items, shared by the threads that work on it.
@@ -53,14 +75,17 @@ class Pool {
       const std::lock_guard<std::mutex> guard(lock_);
       while (static_cast<int>(workers_.size()) < helpers) {
         const int index = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, index, seen = round_] { loop(index, seen); });
+        workers_.emplace_back([this, index, seen = round_.load()] { loop(index, seen); });
       }
-      job_ = &job, wanted_ = helpers, running_ = helpers, ++round_;
+      job_ = &job, wanted_ = helpers, running_.store(helpers);
+      round_.fetch_add(1);
+      if (asleep_ > 0) wake_.notify_all();
     }
-    wake_.notify_all();
     job.work();
+    const auto finished = [this] { return running_.load() == 0; };
+    const bool soon = spin_until(finished);
     std::unique_lock<std::mutex> guard(lock_);
-    done_.wait(guard, [this] { return running_ == 0; });
+    if (!soon) done_.wait(guard, finished);
     job_ = nullptr;
     return true;
   }
@@ -69,16 +94,22 @@ class Pool {
   void loop(int index, unsigned long seen) {
     for (;;) {
       Job* job;
+      const auto called = [&] { return round_.load() != seen; };
+      const bool soon = spin_until(called);
       {
         std::unique_lock<std::mutex> guard(lock_);
-        wake_.wait(guard, [&] { return round_ != seen; });
-        seen = round_;
-        if (index >= wanted_) continue;
+        if (!soon) {
+          ++asleep_;
+          wake_.wait(guard, called);
+          --asleep_;
+        }
+        seen = round_.load();
+        if (index >= wanted_ || !job_) continue;
         job = job_;
       }
       job->work();
       const std::lock_guard<std::mutex> guard(lock_);
-      if (--running_ == 0) done_.notify_one();
+      if (running_.fetch_sub(1) == 1) done_.notify_one();
     }
   }
 
@@ -86,11 +117,12 @@ class Pool {
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
   Job* job_ = nullptr;
-  int wanted_ = 0, running_ = 0;
-  unsigned long round_ = 0;
+  int wanted_ = 0, asleep_ = 0;
+  std::atomic<int> running_{0};
+  std::atomic<unsigned long> round_{0};
 };
 
-// The pool is never destroyed: its threads sleep until the process ends. A forked child has none of its parent's
+// The pool is never destroyed: its threads sleep between calls until the process ends. A forked child has none of its parent's
 // threads, so it starts a pool of its own.
 Pool& pool() {
   static std::mutex lock;

@@ -1,0 +1,152 @@
+// A gated MLP in low precision: gate and up, look ahead through the activation and the down projection, the flagged
+// neurons again in full precision, then the down projection, whose large terms are read in full precision.
+//
+// To first order an error da_j of the gate's sum and db_j of the up projection's move the output by
+// (phi'(a_j) b_j da_j + phi(a_j) db_j) W e_j. Quantisation errors are taken as random: the residual of row j has the
+// norm errors[j], so that da_j has the standard deviation errors[j] ||x|| / sqrt(columns). The weight of a neuron is the
+// norm of what its two errors do to the output, relative to sqrt(sum_j (h_j ||W e_j||)^2), the output's norm if its
+// terms were orthogonal.
+#pragma once
+
+#include "lowbit_linear.hpp"
+
+namespace LAMP_ISA {
+
+struct Slope {
+  vf value, slope;
+};
+
+inline Slope silu(vf a) {
+  const vf s = set1(1.0f) / (set1(1.0f) + exp(min(set1(88.0f), zero() - a)));
+  return {a * s, s * fma(a, set1(1.0f) - s, set1(1.0f))};
+}
+
+inline Slope gelu_tanh(vf a) {
+  constexpr float kRoot = 0.7978845608028654f, kCube = 0.044715f;  // sqrt(2 / pi)
+  const vf square = a * a;
+  const vf t = tanh(set1(kRoot) * a * fma(set1(kCube), square, set1(1.0f)));
+  const vf half = set1(0.5f) * (set1(1.0f) + t);
+  const vf inner = set1(kRoot) * fma(set1(3.0f * kCube), square, set1(1.0f));
+  return {a * half, fma(set1(0.5f) * a * fnma(t, t, set1(1.0f)), inner, half)};
+}
+
+inline Slope activate(lamp::Activation kind, vf a) { return kind == lamp::Activation::silu ? silu(a) : gelu_tanh(a); }
+
+inline float activate_one(lamp::Activation kind, float a) {
+  alignas(64) float lane[vf::width];
+  store(lane, activate(kind, set1(a)).value);
+  return lane[0];
+}
+
+struct MlpWork {
+  Shorts x;
+  std::vector<float> h, weight, squares, partial;
+};
+
+// Low-bit pass over the blocks [first, last): hidden values, weights, and each vector's sum of (h_j ||W e_j||)^2.
+inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, const float* norms, std::ptrdiff_t first,
+                    std::ptrdiff_t last, float* squares) {
+  const std::ptrdiff_t padded = (p.neurons + kRows - 1) / kRows * kRows;
+  alignas(64) float gate[4 * kRows], up[4 * kRows];
+  for (std::ptrdiff_t b = first; b < last; ++b)
+    for (std::ptrdiff_t v = 0; v < p.vectors; v += 4) {
+      const std::ptrdiff_t some = std::min<std::ptrdiff_t>(4, p.vectors - v);
+      block_dots(p.gate, b, w.x, v, some, gate);
+      block_dots(p.up, b, w.x, v, some, up);
+      for (std::ptrdiff_t i = 0; i < some; ++i) {
+        const vf spread = set1(norms[v + i]);
+        vf total = zero();
+        for (int lane = 0; lane < kRows; lane += vf::width) {
+          const std::ptrdiff_t j = b * kRows + lane;
+          const vf up_value = load(up + i * kRows + lane), norm = load(p.down_norms + j);
+          const Slope f = activate(p.activation, load(gate + i * kRows + lane));
+          const vf h = f.value * up_value;
+          const vf from_gate = f.slope * up_value * load(p.gate.errors + j), from_up = f.value * load(p.up.errors + j);
+          const vf size = h * norm;
+          total = fma(size, size, total);
+          store(w.h.data() + (v + i) * padded + j, h);
+          store(w.weight.data() + (v + i) * padded + j,
+                norm * spread * sqrt(fma(from_gate, from_gate, from_up * from_up)));
+        }
+        squares[v + i] += sum(total);
+      }
+    }
+}
+
+inline void mlp(const lamp::LowBitMlp& p) {
+  if (p.vectors == 0) return;
+  thread_local MlpWork own;
+  MlpWork& w = own;
+  const std::ptrdiff_t blocks = (p.neurons + kRows - 1) / kRows, padded = blocks * kRows;
+  const std::ptrdiff_t together = std::max<std::ptrdiff_t>(1, (blocks + 15) / 16);
+  const std::ptrdiff_t items = (blocks + together - 1) / together;  // whatever the threads: sums stay the same
+  const std::ptrdiff_t width = p.down.groups * kGroup;
+  w.x.reserve(p.vectors, p.columns);
+  w.h.resize(static_cast<std::size_t>(p.vectors * padded)), w.weight.resize(w.h.size());
+  w.squares.assign(static_cast<std::size_t>(items * p.vectors), 0.0f);
+  w.partial.assign(static_cast<std::size_t>(items * p.vectors * width), 0.0f);
+  std::vector<float> norms(static_cast<std::size_t>(p.vectors)), sizes(norms);
+  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
+    w.x.set(v, p.x + v * p.columns, p.columns);
+    norms[static_cast<std::size_t>(v)] = w.x.norm / std::sqrt(static_cast<float>(p.columns));
+  }
+  lamp::parallel(p.threads, items, [&](std::ptrdiff_t item) {
+    mlp_low(p, w, norms.data(), item * together, std::min(blocks, (item + 1) * together),
+            w.squares.data() + item * p.vectors);
+  });
+  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
+    float total = 0.0f;
+    for (std::ptrdiff_t item = 0; item < items; ++item) total += w.squares[static_cast<std::size_t>(item * p.vectors + v)];
+    sizes[static_cast<std::size_t>(v)] = std::sqrt(total);
+  }
+  std::vector<std::int64_t> recomputed(static_cast<std::size_t>(items), 0), read(recomputed);
+  lamp::parallel(p.threads, items, [&](std::ptrdiff_t item) {
+    const std::ptrdiff_t last = std::min(p.neurons, (item + 1) * together * kRows);
+    for (std::ptrdiff_t v = 0; v < p.vectors; v += 4) {
+      const int some = static_cast<int>(std::min<std::ptrdiff_t>(4, p.vectors - v));
+      float* out[4];
+      for (int i = 0; i < some; ++i) out[i] = w.partial.data() + (item * p.vectors + v + i) * width;
+      Strip strip;
+      const auto flush = [&] {
+        if (some == 1) add_lines<1>(p.down, strip, out);
+        if (some == 2) add_lines<2>(p.down, strip, out);
+        if (some == 3) add_lines<3>(p.down, strip, out);
+        if (some == 4) add_lines<4>(p.down, strip, out);
+        strip.count = 0;
+      };
+      for (std::ptrdiff_t j = item * together * kRows; j < last; ++j) {
+        bool low = false;
+        for (int i = 0; i < some; ++i) {
+          const float size = sizes[static_cast<std::size_t>(v + i)];
+          float& h = w.h[static_cast<std::size_t>((v + i) * padded + j)];
+          if (!(w.weight[static_cast<std::size_t>((v + i) * padded + j)] <= p.up_threshold * size)) {
+            const float* x = p.x + (v + i) * p.columns;
+            h = activate_one(p.activation, full_dot(p.gate_full, j, x, p.columns)) *
+                full_dot(p.up_full, j, x, p.columns);
+            ++recomputed[static_cast<std::size_t>(item)];
+          }
+          const bool full = !(std::fabs(h) * p.down_errors[j] <= p.down_threshold * size);
+          strip.weights[i][strip.count] = full ? 0.0f : h;
+          low = low || !full;
+          if (full) add_full(p.down_full, j, h, p.outputs, out[i]), ++read[static_cast<std::size_t>(item)];
+        }
+        if (low) strip.rows[strip.count++] = j;
+        if (strip.count == kStrip) flush();
+      }
+      if (strip.count) flush();
+    }
+  });
+  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
+    float* y = p.y + v * p.outputs;
+    std::copy_n(w.partial.data() + v * width, p.outputs, y);
+    for (std::ptrdiff_t item = 1; item < items; ++item) {
+      const float* part = w.partial.data() + (item * p.vectors + v) * width;
+      for (std::ptrdiff_t k = 0; k < p.outputs; ++k) y[k] += part[k];
+    }
+  }
+  p.selected[0] = p.selected[1] = 0;
+  for (std::ptrdiff_t item = 0; item < items; ++item)
+    p.selected[0] += recomputed[static_cast<std::size_t>(item)], p.selected[1] += read[static_cast<std::size_t>(item)];
+}
+
+}  // namespace LAMP_ISA
