@@ -2,10 +2,10 @@
 #pragma once
 
 #include "lowbit_head.hpp"
-#include "lowbit_mlp.hpp"
+#include "lowbit_layer.hpp"
 
 namespace LAMP_ISA {
 
-inline lamp::LowBitKernels lowbit_kernels() { return {pack_blocks, pack_lines, lowbit_products, mlp, head}; }
+inline lamp::LowBitKernels lowbit_kernels() { return {pack_blocks, pack_lines, lowbit_products, mlp, head, layer_begin, layer_end}; }
 
 }  // namespace LAMP_ISA

@@ -94,12 +94,44 @@ struct LowBitHead {
   int threads = 1;
 };
 
+// RMSNorm: x / sqrt(mean x^2 + eps) * weight; weight null: no norm here.
+struct RmsNorm {
+  const float* weight = nullptr;
+  float eps = 0.0f;
+};
+
+// A decoder layer but for its attention, one token of each sequence: begin gives queries, keys and values, rotated to
+// their positions; end takes the attention's output to the layer's. Norms behind the sublayers are optional, as are
+// norms of queries and keys and biases.
+struct LowBitLayer {
+  RmsNorm attention_norm, after_attention, mlp_norm, after_mlp, query_norm, key_norm;
+  Blocks qkv, out;
+  const float* qkv_bias = nullptr;
+  const float* out_bias = nullptr;
+  std::ptrdiff_t hidden = 0, heads = 0, kv_heads = 0, head_size = 0;
+  LowBitMlp mlp;  // thresholds included
+  // The call: x (batch, hidden); cosines and sines (batch or 1, head_size); q (batch, heads, head_size), k and v
+  // (batch, kv_heads, head_size); attended (batch, heads * head_size); y (batch, hidden).
+  const float* x = nullptr;
+  std::ptrdiff_t batch = 0, angle_stride = 0;
+  const float* cosines = nullptr;
+  const float* sines = nullptr;
+  float* q = nullptr;
+  float* k = nullptr;
+  float* v = nullptr;
+  const float* attended = nullptr;
+  float* y = nullptr;
+  int threads = 1;
+};
+
 struct LowBitKernels {
   void (*pack_blocks)(const Blocks&, const Rows&, int threads);
   void (*pack_lines)(const Lines&, const Rows&, int threads);
   void (*products)(const LowBitProducts&);
   void (*mlp)(const LowBitMlp&);
   void (*head)(const LowBitHead&);
+  void (*layer_begin)(const LowBitLayer&);
+  void (*layer_end)(const LowBitLayer&);
 };
 
 }  // namespace lamp

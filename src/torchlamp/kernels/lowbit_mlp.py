@@ -1,0 +1,166 @@
+"""A gated MLP from low-bit copies of its three matrices, look-ahead through the activation and the down projection.
+
+`native/lowbit_mlp.hpp` is the kernel, `LowBitMlp.twin` its readable equal; docs/decoding.md derives the weights.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchlamp.kernels import native
+from torchlamp.kernels.lowbit import LowBitLines, LowBitMatrix
+from torchlamp.kernels.twins_lowbit import ROWS, block_count
+
+#: Activations that the kernel knows, by the names it is told.
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclass
+class LowBitMlp:
+    """down(phi(gate x) * up x) with low-bit copies; neuron j owns row j of all three matrices.
+
+    Made by `pack`. The full-precision rows of gate and up are the given weights themselves; those of the down
+    projection, which is kept transposed so that a neuron's column is contiguous, are a float16 copy.
+    """
+
+    gate: LowBitMatrix
+    up: LowBitMatrix
+    down: LowBitLines
+    #: (neurons, columns) float32, (neurons, columns) float32, (neurons, outputs) float16.
+    gate_full: Tensor
+    up_full: Tensor
+    down_full: Tensor
+    #: Norms of the columns of the down projection and of what their low-bit copies leave out; zeros behind.
+    norms: Tensor
+    errors: Tensor
+    activation: str
+    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    @torch.no_grad()
+    def pack(
+        cls, gate: Tensor, up: Tensor, down: Tensor, activation: str, up_bits: int = 8, down_bits: int = 8
+    ) -> "LowBitMlp":
+        """Make the copies.
+
+        Parameters
+        ----------
+        gate, up : Tensor
+            float32 (neurons, columns) on the CPU; kept, not copied.
+        down : Tensor
+            float32 (outputs, neurons).
+        activation : str
+            One of `ACTIVATIONS`.
+        up_bits, down_bits : int
+            Bits of gate and up (4, 8, 12) and of down (4, 8).
+
+        Raises
+        ------
+        ValueError
+            Another activation, other bits, or sizes that don't fit together.
+        TypeError
+            Weights that aren't float32.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: the kernel knows {' and '.join(ACTIVATIONS)}")
+        if gate.shape != up.shape or gate.shape[0] != down.shape[1]:
+            shapes = ", ".join(str(tuple(w.shape)) for w in (gate, up, down))
+            raise ValueError(f"gate, up and down of shapes {shapes} are no gated MLP")
+        columns = down.detach().T.contiguous()
+        lines = LowBitLines.pack(columns, down_bits)
+        neurons = len(columns)
+        norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
+        norms[:neurons] = columns.norm(dim=1)
+        errors[:neurons] = (columns - lines.dequantised()).norm(dim=1)
+        return cls(
+            LowBitMatrix.pack(gate.detach(), up_bits),
+            LowBitMatrix.pack(up.detach(), up_bits),
+            lines,
+            _rows(gate),
+            _rows(up),
+            columns.half(),
+            norms,
+            errors,
+            activation,
+        )
+
+    @torch.no_grad()
+    def run(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
+        """The MLP of a few vectors.
+
+        Parameters
+        ----------
+        x : Tensor
+            float32 (vectors, columns).
+        up_threshold, down_threshold : float
+            What the weights are compared with: below 0 everything is recomputed, at infinity nothing.
+
+        Returns
+        -------
+        tuple
+            float32 (vectors, outputs); neurons recomputed; rows of the down projection read in full precision.
+        """
+        if not native.available():
+            return self.twin(x, up_threshold, down_threshold)
+        y = x.new_empty(len(x), self.down_full.shape[1])
+        selected = self._kernel().run(x, y, up_threshold, down_threshold, torch.get_num_threads())
+        return y, *selected
+
+    def twin(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
+        """`run` in torch, on the same copies."""
+        neurons, columns = self.gate_full.shape
+        a, b = self.gate.products(x), self.up.products(x)
+        value, slope = activate(self.activation, a)
+        norms, errors = self.norms[:neurons], self.errors[:neurons]
+        spread = x.norm(dim=1, keepdim=True) / columns**0.5
+        weight = norms * spread * torch.hypot(slope * b * self.gate.errors, value * self.up.errors)
+        size = (value * b * norms).norm(dim=1, keepdim=True)
+        # Written so that a NaN is recomputed.
+        again = ~(weight <= up_threshold * size)
+        a = torch.where(again, x @ self.gate_full.T, a)
+        b = torch.where(again, x @ self.up_full.T, b)
+        h = activate(self.activation, a)[0] * b
+        full = ~(h.abs() * errors <= down_threshold * size)
+        y = torch.where(full, h, 0) @ self.down_full.float() + torch.where(full, 0, h) @ self.down.dequantised()
+        return y, int(again.sum()), int(full.sum())
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Memory of the low-bit copies, and of the full-precision copy of the down projection."""
+        return self.gate.bytes + self.up.bytes + self.down.bytes, 2 * self.down_full.numel()
+
+    def _kernel(self) -> Any:
+        isa = native.instruction_set()
+        assert isa is not None
+        made = self._native  # read once: other threads may replace it
+        if made is None or made[0] != isa:
+            kernel = native.extension().Mlp(
+                isa, self.gate.kernel(), self.up.kernel(), self.down.codes.view(-1), self.down.scales.view(-1),
+                self.down.bits, self.gate_full, self.up_full, self.down_full, self.norms, self.errors,
+                ACTIVATIONS.index(self.activation),
+            )  # fmt: skip
+            self._native = made = (isa, kernel)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
+
+
+def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(a) and phi'(a), float32 of the shape of `a`."""
+    if name == "silu":
+        s = torch.sigmoid(a)
+        return functional.silu(a), s * (1 + a * (1 - s))
+    root, cube = (2 / torch.pi) ** 0.5, 0.044715
+    t = torch.tanh(root * (a + cube * a**3))
+    return functional.gelu(a, approximate="tanh"), 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * root * (
+        1 + 3 * cube * a * a
+    )
+
+
+def _rows(weight: Tensor) -> Tensor:
+    weight = weight.detach().resolve_neg()
+    return weight if weight.stride(1) == 1 else weight.contiguous()
