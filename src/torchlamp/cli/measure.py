@@ -1,4 +1,4 @@
-"""``torchlamp evaluate``, ``generate`` and ``bench``."""
+"""``torchlamp evaluate`` and ``bench``."""
 
 import sys
 from pathlib import Path
@@ -109,35 +109,6 @@ def evaluate(
     if result.partial:
         print(f"torchlamp: interrupted after {result.windows} of {len(tokens)} windows", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
-
-
-@app.command()
-@one_line_errors
-def generate(
-    model: ModelName,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    policy: PolicyOption = None,
-    tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
-    threads: Threads = None,
-) -> None:
-    """Continue a prompt greedily under a policy; ends with tokens per second and the recompute rate."""
-    chosen = read_policy(policy, None, None)
-    set_threads(threads)
-
-    from torchlamp.study.generation import generate as run_generation
-    from torchlamp.study.models import load
-
-    language_model, tokenizer = load(model)
-
-    def write(piece: str) -> None:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
-    done = run_generation(language_model, tokenizer, prompt, chosen, tokens, write)
-    print(
-        f"\n\n{done.tokens} tokens in {done.seconds:.2f} s ({done.tokens_per_second:.1f} tokens/s) "
-        f"under {chosen}, {done.recompute_rate:.2%} of the scores recomputed"
-    )
 
 
 @app.command()

@@ -77,9 +77,13 @@ class SiteStorage:
         rule, colon, parameter = (part.strip() for part in (rule if plus else "none").partition(":"))
         if rule in ("none", "all") and not colon:
             if rule == "all" and not _SITE_RULES[site]:
-                raise ValueError(f"rule 'all' at site {site}: its copy is read as it is; leave the site out instead")
+                raise ValueError(
+                    f"rule 'all' at site {site}: its copy is read as it is; leave the site out instead"
+                )
             return cls(name, rule)
-        allowed = ", ".join(["none", *(f"{r}:T" for r in _SITE_RULES[site]), *(["all"] if _SITE_RULES[site] else [])])
+        allowed = ", ".join(
+            ["none", *(f"{r}:T" for r in _SITE_RULES[site]), *(["all"] if _SITE_RULES[site] else [])]
+        )
         if rule not in _SITE_RULES[site]:
             raise ValueError(f"rule {rule!r} at site {site} of decoding: allowed are {allowed}")
         try:
@@ -114,7 +118,9 @@ class DecodePolicy:
             if site not in _SITE_FORMATS:
                 near = difflib.get_close_matches(site, _SITE_FORMATS, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"unknown site {site!r} of decoding: {hint}allowed are {', '.join(_SITE_FORMATS)}")
+                raise ValueError(
+                    f"unknown site {site!r} of decoding: {hint}allowed are {', '.join(_SITE_FORMATS)}"
+                )
         if not sites:
             raise ValueError(f"a policy needs at least one site: {_SPELLING}")
         for one, other in _TOGETHER:
@@ -146,7 +152,9 @@ class DecodePolicy:
         for part in text.split(","):
             site, equals, storage = (piece.strip() for piece in part.partition("="))
             if not equals or not storage:
-                raise ValueError(f"{part.strip()!r} in policy {text!r} names no site or no format: {_SPELLING}")
+                raise ValueError(
+                    f"{part.strip()!r} in policy {text!r} names no site or no format: {_SPELLING}"
+                )
             if site in sites:
                 raise ValueError(f"site {site!r} is named twice in policy {text!r}")
             sites[site] = storage

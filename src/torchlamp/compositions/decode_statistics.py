@@ -25,7 +25,8 @@ class DecodeStatistics:
     def recompute_rates(self) -> dict[str, float]:
         """Site -> selected / eligible, 0 where nothing was eligible."""
         return {
-            site: self.selected[site] / eligible if eligible else 0.0 for site, eligible in self.eligible.items()
+            site: self.selected[site] / eligible if eligible else 0.0
+            for site, eligible in self.eligible.items()
         }
 
     def clear(self) -> None:
@@ -34,4 +35,7 @@ class DecodeStatistics:
         self.eligible.clear()
 
     def __str__(self) -> str:
-        return ", ".join(f"{site} {rate:.2%}" for site, rate in self.recompute_rates.items()) or "nothing counted"
+        return (
+            ", ".join(f"{site} {rate:.2%}" for site, rate in self.recompute_rates.items())
+            or "nothing counted"
+        )

@@ -60,7 +60,10 @@ class LinearsDecode:
         rows = [m.matrix.detach().T for m in maps]
         self.sizes = [len(r) for r in rows]
         self.matrix = LowBitMatrix.pack(torch.cat(rows), storage.bits)
-        biases = [torch.zeros(n) if m.bias is None else m.bias.detach() for m, n in zip(maps, self.sizes, strict=True)]
+        biases = [
+            torch.zeros(n) if m.bias is None else m.bias.detach()
+            for m, n in zip(maps, self.sizes, strict=True)
+        ]
         self.bias = torch.cat(biases) if any(m.bias is not None for m in maps) else None
         self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
 
@@ -109,16 +112,16 @@ class HeadDecode(DecodeForward):
         return logits
 
 
-def linears_decode(sites: Sites, modules: list[nn.Module], storage: SiteStorage) -> tuple[list[Forward], LinearsDecode]:
+def linears_decode(
+    sites: Sites, modules: list[nn.Module], storage: SiteStorage
+) -> tuple[list[Forward], LinearsDecode]:
     """Forwards of linear layers with the same input, and what they share."""
     group = LinearsDecode(sites, modules, storage)
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
-def mlp_decode(
-    sites: Sites, layer: nn.Module, up: SiteStorage, down: SiteStorage, statistics: DecodeStatistics
-) -> MlpDecode:
-    """The forward of a layer's MLP.
+def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Gate, up and down projection of a layer, float32 (outputs, inputs) each, and the activation's name.
 
     Raises
     ------
@@ -132,19 +135,33 @@ def mlp_decode(
             "sites mlp_up and mlp_down of decoding: the kernel runs gated MLPs without biases only; leave both out"
         )
     *inner, out = [m.matrix.detach().T for m in maps]
-    gate, up_rows = inner if len(inner) == 2 else inner[0].chunk(2)
-    name = _activation(sites.activation(layer))
-    mlp = LowBitMlp.pack(gate, up_rows, out, name, up.bits, down.bits)
+    gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
+    return gate, up, out, _activation(sites.activation(layer))
+
+
+def mlp_decode(
+    sites: Sites, layer: nn.Module, up: SiteStorage, down: SiteStorage, statistics: DecodeStatistics
+) -> MlpDecode:
+    """The forward of a layer's MLP; raises as `check_mlp` does."""
+    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits)
     return MlpDecode(layer.mlp, mlp, (up.threshold, down.threshold), statistics)  # type: ignore[arg-type]
 
 
-def head_decode(sites: Sites, storage: SiteStorage, top: int, statistics: DecodeStatistics) -> HeadDecode:
-    """The forward of the LM head. ValueError for a head with a bias, which the proof doesn't cover."""
+def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
+    """The LM head and its weight, float32 (tokens, columns). ValueError for a bias, which the proof doesn't cover."""
     module, _ = sites.lm_head()
     weights = sites.weights(module)
     if weights.bias is not None:
-        raise ValueError("site lm_head of decoding: the head has a bias, which its bounds don't cover; leave it out")
-    return HeadDecode(module, LowBitHead.pack(weights.matrix.T, storage.bits), storage.threshold, top, statistics)
+        raise ValueError(
+            "site lm_head of decoding: the head has a bias, which its bounds don't cover; leave it out"
+        )
+    return module, weights.matrix.detach().T
+
+
+def head_decode(sites: Sites, storage: SiteStorage, top: int, statistics: DecodeStatistics) -> HeadDecode:
+    """The forward of the LM head; raises as `check_head` does."""
+    module, weight = check_head(sites)
+    return HeadDecode(module, LowBitHead.pack(weight, storage.bits), storage.threshold, top, statistics)
 
 
 def _activation(module: Callable[[Tensor], Tensor]) -> str:

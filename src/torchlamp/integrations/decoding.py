@@ -1,6 +1,7 @@
 """Real low-bit decoding of a transformers model: one call prepares it, one undoes that."""
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,12 +14,20 @@ from transformers import PreTrainedModel
 from torchlamp.compositions.decode_policy import DecodePolicy
 from torchlamp.compositions.decode_statistics import DecodeStatistics
 from torchlamp.integrations.decode_attention import NAME
-from torchlamp.integrations.decode_forwards import LinearsDecode, head_decode, linears_decode, mlp_decode
+from torchlamp.integrations.decode_forwards import (
+    LinearsDecode,
+    check_head,
+    check_mlp,
+    head_decode,
+    linears_decode,
+    mlp_decode,
+)
 from torchlamp.integrations.decode_layer import LayerDecode, can_fuse
 from torchlamp.integrations.lookahead_cache import LookaheadCache
 from torchlamp.integrations.site_forwards import Forward, beneath, set_forward
 from torchlamp.integrations.sites import Sites
 
+logger = logging.getLogger("torchlamp.decoding")
 #: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
 DEFAULT = (
     "scores=int8+running:0.01, values=int8+topz:0.01, qkv=int12, attention_out=int12, "
@@ -62,7 +71,9 @@ class Prepared:
         """
         sites = self.policy.sites
         if "scores" not in sites:
-            raise ValueError(f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache")
+            raise ValueError(
+                f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
+            )
         return LookaheadCache(
             self.model.config,
             scores=sites["scores"],
@@ -87,7 +98,7 @@ class Prepared:
 
 @torch.no_grad()
 def prepare(
-    model: nn.Module, policy: str | DecodePolicy = DEFAULT, *, top: int = 1, **cache_options: Any
+    model: nn.Module, policy: str | DecodePolicy | None = None, *, top: int = 1, **cache_options: Any
 ) -> Prepared:
     """Prepare a model for low-bit decoding.
 
@@ -100,9 +111,9 @@ def prepare(
     ----------
     model : transformers.PreTrainedModel
         A float32 decoder on the CPU, of an architecture whose modules bear the names of Llama's, Gemma's or Phi-3's.
-    policy : str or DecodePolicy
+    policy : str or DecodePolicy, optional
         For example ``"scores=int8+running:0.01, values=int8+topz:0.01, qkv=int12"``; sites that aren't named are
-        read in full precision.
+        read in full precision. Without one, `DEFAULT`, less the sites that the model's architecture doesn't allow.
     top : int
         So many largest logits are provably those of the full-precision head.
     **cache_options
@@ -121,13 +132,19 @@ def prepare(
         A policy that can't be read, an architecture that a site doesn't know, or a model that is prepared already.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel")
+        raise TypeError(
+            f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel"
+        )
     if model.device.type != "cpu":
-        raise ValueError(f"the model is on {model.device}: low-bit decoding has kernels for the CPU, use .to('cpu')")
+        raise ValueError(
+            f"the model is on {model.device}: low-bit decoding has kernels for the CPU, use .to('cpu')"
+        )
     if top < 1:
         raise ValueError(f"top={top}: give at least 1")
     if any(isinstance(vars(module).get("forward"), Forward) for module in model.modules()):
         raise ValueError("the model is prepared, or under a policy, already: undo that first")
+    if policy is None:
+        policy = _possible(model)
     parsed = DecodePolicy.parse(policy)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     prepared = Prepared(model, parsed, DecodeStatistics(), Memory(sum(sizes.values())), cache_options)
@@ -140,10 +157,27 @@ def prepare(
     return prepared
 
 
+def _possible(model: PreTrainedModel) -> DecodePolicy:
+    """`DEFAULT` without MLPs and an LM head that their kernels don't know."""
+    policy, sites = DecodePolicy.parse(DEFAULT), Sites(model)
+    for names, check in (
+        (("mlp_up", "mlp_down"), lambda: [check_mlp(sites, layer) for layer in sites.layers]),
+        (("lm_head",), lambda: check_head(sites)),
+    ):
+        try:
+            check()
+        except ValueError as reason:
+            logger.warning("%s stay in full precision: %s", " and ".join(names), reason)
+            policy = policy.without(*names)
+    return policy
+
+
 def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
     policies, statistics, memory = prepared.policy.sites, prepared.statistics, prepared.memory
     if not sites.layers:
-        raise ValueError(f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared")
+        raise ValueError(
+            f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared"
+        )
     forwards: list[Forward] = []
     for layer in sites.layers:
         groups: list[LinearsDecode] = []
@@ -182,7 +216,9 @@ def _use_cache(prepared: Prepared) -> None:
     original = getattr(model, _GENERATE)
 
     @functools.wraps(original)
-    def with_lookahead_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def with_lookahead_cache(
+        generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
         if wanted and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = prepared.cache()

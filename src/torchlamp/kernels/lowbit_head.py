@@ -47,7 +47,9 @@ class LowBitHead:
         error = float(head.errors.max()) if len(weight) else 0.0
         norm = float(weight.norm(dim=1).max()) if len(weight) else 0.0
         if not error + norm < float("inf"):
-            raise ValueError("the LM head's weights hold infinities or NaN: nothing can be proven of its argmax")
+            raise ValueError(
+                "the LM head's weights hold infinities or NaN: nothing can be proven of its argmax"
+            )
         rows = weight if weight.stride(1) == 1 else weight.contiguous()
         # The copy's rows are at most their residual longer.
         return cls(head, rows, (norm + error) * _ABOVE, error)

@@ -124,7 +124,10 @@ class LowBitMlp:
         b = torch.where(again, x @ self.up_full.T, b)
         h = activate(self.activation, a)[0] * b
         full = ~(h.abs() * errors <= down_threshold * size)
-        y = torch.where(full, h, 0) @ self.down_full.float() + torch.where(full, 0, h) @ self.down.dequantised()
+        y = (
+            torch.where(full, h, 0) @ self.down_full.float()
+            + torch.where(full, 0, h) @ self.down.dequantised()
+        )
         return y, int(again.sum()), int(full.sum())
 
     @property

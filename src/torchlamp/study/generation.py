@@ -1,34 +1,74 @@
-"""Greedy generation under a policy, streamed as it comes."""
+"""Greedy generation, streamed as it comes: under a simulated policy, with low-bit decoding, or in float32."""
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from torchlamp.compositions.decode_policy import DecodePolicy
 from torchlamp.compositions.policy import Policy
 from torchlamp.study.quiet import quiet_transformers
+
+AnyPolicy = Policy | DecodePolicy | None
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a generation gave: new tokens, wall seconds, and the recompute rate of all its passes."""
+    """What a generation gave: the new tokens, seconds until the first and from there to the last, rates, memory."""
 
-    tokens: int
+    ids: list[int]
+    prompt_seconds: float
     seconds: float
-    recompute_rate: float
+    #: Site -> recomputed / eligible.
+    rates: dict[str, float]
+    #: In words; empty where nothing was copied.
+    memory: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """New tokens."""
+        return len(self.ids)
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second, the pass over the prompt included."""
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+        """New tokens per second once the prompt is read, which also gives the first token."""
+        return (self.tokens - 1) / self.seconds if self.seconds > 0 and self.tokens > 1 else 0.0
+
+
+def read_any_policy(text: str | None) -> AnyPolicy:
+    """A policy of decoding (``qkv=int8``) or of simulation (``ps4+strict:0.1``); None stays None, the default.
+
+    Raises
+    ------
+    ValueError
+        What the policy's own `parse` raises.
+    """
+    if text is None:
+        return None
+    return DecodePolicy.parse(text) if DecodePolicy.looks_like(text) else Policy.parse(text)
 
 
 def generate(
-    model: Any, tokenizer: Any, prompt: str, policy: str | Policy, tokens: int, write: Callable[[str], None]
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    policy: str | Policy | DecodePolicy | None,
+    tokens: int,
+    write: Callable[[str], None],
+    *,
+    full_precision: bool = False,
 ) -> Generated:
-    """Continue a prompt greedily under a policy, handing each finished piece of text to `write`.
+    """Continue a prompt greedily, handing each finished piece of text to `write`.
+
+    Parameters
+    ----------
+    policy
+        Of decoding or of simulation; None is `prepare`'s default.
+    full_precision
+        Run the model as it is, in float32, whatever the policy.
 
     Raises
     ------
@@ -37,23 +77,27 @@ def generate(
     """
     from transformers import TextStreamer
 
-    from torchlamp.integrations.huggingface import lookahead
     from torchlamp.study.text import check_context
 
     if tokens < 1:
         raise ValueError(f"{tokens} tokens to generate: give at least 1")
-    encoded = tokenizer(prompt, return_tensors="pt")
-    ids = encoded["input_ids"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[-1] == 0:
         raise ValueError("the prompt is empty: give at least one word")
     length = ids.shape[-1]
     check_context(model, length + tokens, f"prompt tokens and new ones, {length} + {tokens} =")
+    times: list[float] = []
 
     class Streamer(TextStreamer):  # type: ignore[misc]
+        def put(self, value: Any) -> None:
+            times.append(time.perf_counter())
+            super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             write(text)
 
-    with quiet_transformers(), torch.inference_mode(), lookahead(model, policy) as statistics:
+    chosen = read_any_policy(policy) if isinstance(policy, str) else policy
+    with quiet_transformers(), torch.inference_mode(), _running(model, chosen, full_precision) as running:
         start = time.perf_counter()
         output = model.generate(
             ids.to(model.device),
@@ -65,5 +109,33 @@ def generate(
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
         )
-        seconds = time.perf_counter() - start
-    return Generated(output.shape[-1] - length, seconds, statistics.recompute_rate)
+    # The streamer is handed the prompt first, then token after token.
+    return Generated(
+        output[0, length:].tolist(), times[1] - start, times[-1] - times[1], _rates(running), _memory(running)
+    )
+
+
+def _running(model: Any, policy: AnyPolicy, full_precision: bool) -> AbstractContextManager[Any]:
+    if full_precision:
+        return nullcontext()
+    if isinstance(policy, Policy):
+        from torchlamp.integrations.huggingface import lookahead
+
+        return lookahead(model, policy)
+    from torchlamp.integrations.decoding import prepare
+
+    return prepare(model, policy)
+
+
+def _rates(running: Any) -> dict[str, float]:
+    if running is None:
+        return {}
+    statistics = getattr(running, "statistics", None)
+    if statistics is not None:
+        return dict(statistics.recompute_rates)
+    return dict(running.by_site)
+
+
+def _memory(running: Any) -> str:
+    memory = getattr(running, "memory", None)
+    return "" if memory is None else str(memory)
