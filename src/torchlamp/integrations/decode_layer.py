@@ -41,19 +41,21 @@ class LayerDecode(Forward):
     ) -> None:
         super().__init__(module)
         self.qkv, self.out, self.mlp, self.statistics = qkv, out, mlp, statistics
-        self.attention: Any = module.self_attn
-        self.size = int(self.attention.head_dim)
+        attention: Any = module.self_attn
+        self.attention = attention
+        self.size = int(attention.head_dim)
         queries, keys, _ = (n // self.size for n in qkv.sizes)
         self.heads, self.kv_heads = queries, keys
-        self.keywords = {"scaling": self.attention.scaling}
-        window = getattr(self.attention, "sliding_window", None)
+        self.keywords = {"scaling": attention.scaling}
+        window = getattr(attention, "sliding_window", None)
         if window is not None:
             self.keywords["sliding_window"] = window
         self._native: tuple[str, Any] | None = None
 
     def run_(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The four calls, or the layer."""
-        cache, angles = kwargs.get("past_key_values"), kwargs.get("position_embeddings")
+        cache: Any = kwargs.get("past_key_values")
+        angles: Any = kwargs.get("position_embeddings")
         fast = (
             not args
             and hidden_states.shape[1] == 1
@@ -74,9 +76,9 @@ class LayerDecode(Forward):
         layer.begin(x, cosines, sines, q, k, v, threads)
         shape = (batch, self.kv_heads, 1, size)
         keys, values = cache.update(k.view(shape), v.view(shape), self.attention.layer_idx)
-        attended, _ = decode_attention(
-            self.attention, q.view(batch, self.heads, 1, size), keys, values, kwargs.get("attention_mask"), **self.keywords
-        )  # fmt: skip
+        mask = kwargs.get("attention_mask")
+        queries = q.view(batch, self.heads, 1, size)
+        attended, _ = decode_attention(self.attention, queries, keys, values, mask, **self.keywords)
         y = torch.empty_like(hidden_states)
         recomputed, read = layer.end(x, attended.reshape(batch, -1), y.view(batch, -1), threads)
         eligible = batch * self.mlp.mlp.gate.rows

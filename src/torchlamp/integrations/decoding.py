@@ -160,16 +160,19 @@ def prepare(
 def _possible(model: PreTrainedModel) -> DecodePolicy:
     """`DEFAULT` without MLPs and an LM head that their kernels don't know."""
     policy, sites = DecodePolicy.parse(DEFAULT), Sites(model)
-    for names, check in (
-        (("mlp_up", "mlp_down"), lambda: [check_mlp(sites, layer) for layer in sites.layers]),
-        (("lm_head",), lambda: check_head(sites)),
-    ):
+
+    def without(policy: DecodePolicy, check: Callable[[], object], *names: str) -> DecodePolicy:
         try:
             check()
         except ValueError as reason:
-            logger.warning("%s stay in full precision: %s", " and ".join(names), reason)
-            policy = policy.without(*names)
-    return policy
+            logger.warning("%s: read in full precision, since %s", " and ".join(names), reason)
+            return policy.without(*names)
+        return policy
+
+    policy = without(
+        policy, lambda: [check_mlp(sites, layer) for layer in sites.layers], "mlp_up", "mlp_down"
+    )
+    return without(policy, lambda: check_head(sites), "lm_head")
 
 
 def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:

@@ -79,10 +79,16 @@ class LowBitHead:
         if not native.available():
             return self.twin(x, threshold, top)
         logits = x.new_empty(len(x), len(self.full))
-        isa, threads = native.instruction_set(), torch.get_num_threads()
+        bounds = (self.largest_norm, self.largest_error, top, threshold)
         selected = native.extension().head(
-            isa, self.head.kernel(), self.full, x, logits, self.largest_norm, self.largest_error, top, threshold, threads
-        )  # fmt: skip
+            native.instruction_set(),
+            self.head.kernel(),
+            self.full,
+            x,
+            logits,
+            *bounds,
+            torch.get_num_threads(),
+        )
         return logits, *selected
 
     def twin(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:

@@ -106,7 +106,7 @@ class LowBitMlp:
         if not native.available():
             return self.twin(x, up_threshold, down_threshold)
         y = x.new_empty(len(x), self.down_full.shape[1])
-        selected = self._kernel().run(x, y, up_threshold, down_threshold, torch.get_num_threads())
+        selected = self.kernel().run(x, y, up_threshold, down_threshold, torch.get_num_threads())
         return y, *selected
 
     def twin(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
@@ -135,7 +135,8 @@ class LowBitMlp:
         """Memory of the low-bit copies, and of the full-precision copy of the down projection."""
         return self.gate.bytes + self.up.bytes + self.down.bytes, 2 * self.down_full.numel()
 
-    def _kernel(self) -> Any:
+    def kernel(self) -> Any:
+        """The native object, made anew after a copy and when another instruction set is asked for."""
         isa = native.instruction_set()
         assert isa is not None
         made = self._native  # read once: other threads may replace it

@@ -65,9 +65,17 @@ def generate(
 
     Parameters
     ----------
-    policy
+    model, tokenizer
+        As `torchlamp.load` gives them.
+    prompt : str
+        Text to continue.
+    policy : str, Policy or DecodePolicy, optional
         Of decoding or of simulation; None is `prepare`'s default.
-    full_precision
+    tokens : int
+        New tokens at most.
+    write : callable
+        Is handed each piece of text.
+    full_precision : bool
         Run the model as it is, in float32, whatever the policy.
 
     Raises
