@@ -39,7 +39,7 @@ inline float activate_one(lamp::Activation kind, float a) {
 }
 
 struct MlpWork {
-  Shorts x;
+  Shorts x, hidden;
   std::vector<float> h, weight, squares, partial;
 };
 
@@ -73,18 +73,34 @@ inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, const float* norms, st
     }
 }
 
+// Neurons [first, last) of one vector: flagged ones again, and the large terms of the output in full precision, which
+// leave zeros behind for the low-bit down projection.
+inline void mlp_look_ahead(const lamp::LowBitMlp& p, const float* x, const float* weight, float size,
+                           std::ptrdiff_t first, std::ptrdiff_t last, float* h, float* out, std::int64_t* selected) {
+  for (std::ptrdiff_t j = first; j < last; ++j) {
+    if (!(weight[j] <= p.up_threshold * size)) {  // a NaN is recomputed
+      h[j] = activate_one(p.activation, full_dot(p.gate_full, j, x, p.columns)) * full_dot(p.up_full, j, x, p.columns);
+      ++selected[0];
+    }
+    if (!(std::fabs(h[j]) * p.down_errors[j] <= p.down_threshold * size)) {
+      add_full(p.down_full, j, h[j], p.outputs, out);
+      h[j] = 0.0f, ++selected[1];
+    }
+  }
+}
+
 inline void mlp(const lamp::LowBitMlp& p) {
+  p.selected[0] = p.selected[1] = 0;
   if (p.vectors == 0) return;
   thread_local MlpWork own;
   MlpWork& w = own;
   const std::ptrdiff_t blocks = (p.neurons + kRows - 1) / kRows, padded = blocks * kRows;
-  const std::ptrdiff_t together = std::max<std::ptrdiff_t>(1, (blocks + 15) / 16);
+  const std::ptrdiff_t together = std::max<std::ptrdiff_t>(1, (blocks + 7) / 8);
   const std::ptrdiff_t items = (blocks + together - 1) / together;  // whatever the threads: sums stay the same
-  const std::ptrdiff_t width = p.down.groups * kGroup;
   w.x.reserve(p.vectors, p.columns);
   w.h.resize(static_cast<std::size_t>(p.vectors * padded)), w.weight.resize(w.h.size());
   w.squares.assign(static_cast<std::size_t>(items * p.vectors), 0.0f);
-  w.partial.assign(static_cast<std::size_t>(items * p.vectors * width), 0.0f);
+  w.partial.assign(static_cast<std::size_t>(items * p.vectors * p.outputs), 0.0f);
   std::vector<float> norms(static_cast<std::size_t>(p.vectors)), sizes(norms);
   for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
     w.x.set(v, p.x + v * p.columns, p.columns);
@@ -99,54 +115,28 @@ inline void mlp(const lamp::LowBitMlp& p) {
     for (std::ptrdiff_t item = 0; item < items; ++item) total += w.squares[static_cast<std::size_t>(item * p.vectors + v)];
     sizes[static_cast<std::size_t>(v)] = std::sqrt(total);
   }
-  std::vector<std::int64_t> recomputed(static_cast<std::size_t>(items), 0), read(recomputed);
-  lamp::parallel(p.threads, items, [&](std::ptrdiff_t item) {
-    const std::ptrdiff_t last = std::min(p.neurons, (item + 1) * together * kRows);
-    for (std::ptrdiff_t v = 0; v < p.vectors; v += 4) {
-      const int some = static_cast<int>(std::min<std::ptrdiff_t>(4, p.vectors - v));
-      float* out[4];
-      for (int i = 0; i < some; ++i) out[i] = w.partial.data() + (item * p.vectors + v + i) * width;
-      Strip strip;
-      const auto flush = [&] {
-        if (some == 1) add_lines<1>(p.down, strip, out);
-        if (some == 2) add_lines<2>(p.down, strip, out);
-        if (some == 3) add_lines<3>(p.down, strip, out);
-        if (some == 4) add_lines<4>(p.down, strip, out);
-        strip.count = 0;
-      };
-      for (std::ptrdiff_t j = item * together * kRows; j < last; ++j) {
-        bool low = false;
-        for (int i = 0; i < some; ++i) {
-          const float size = sizes[static_cast<std::size_t>(v + i)];
-          float& h = w.h[static_cast<std::size_t>((v + i) * padded + j)];
-          if (!(w.weight[static_cast<std::size_t>((v + i) * padded + j)] <= p.up_threshold * size)) {
-            const float* x = p.x + (v + i) * p.columns;
-            h = activate_one(p.activation, full_dot(p.gate_full, j, x, p.columns)) *
-                full_dot(p.up_full, j, x, p.columns);
-            ++recomputed[static_cast<std::size_t>(item)];
-          }
-          const bool full = !(std::fabs(h) * p.down_errors[j] <= p.down_threshold * size);
-          strip.weights[i][strip.count] = full ? 0.0f : h;
-          low = low || !full;
-          if (full) add_full(p.down_full, j, h, p.outputs, out[i]), ++read[static_cast<std::size_t>(item)];
-        }
-        if (low) strip.rows[strip.count++] = j;
-        if (strip.count == kStrip) flush();
-      }
-      if (strip.count) flush();
-    }
-  });
-  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
-    float* y = p.y + v * p.outputs;
-    std::copy_n(w.partial.data() + v * width, p.outputs, y);
-    for (std::ptrdiff_t item = 1; item < items; ++item) {
-      const float* part = w.partial.data() + (item * p.vectors + v) * width;
-      for (std::ptrdiff_t k = 0; k < p.outputs; ++k) y[k] += part[k];
-    }
+  const auto blind = [](float threshold) { return threshold > std::numeric_limits<float>::max(); };
+  if (!(blind(p.up_threshold) && blind(p.down_threshold))) {
+    std::vector<std::int64_t> selected(static_cast<std::size_t>(2 * items), 0);
+    lamp::parallel(p.threads, items, [&](std::ptrdiff_t item) {
+      const std::ptrdiff_t first = item * together * kRows, last = std::min(p.neurons, first + together * kRows);
+      for (std::ptrdiff_t v = 0; v < p.vectors; ++v)
+        mlp_look_ahead(p, p.x + v * p.columns, w.weight.data() + v * padded, sizes[static_cast<std::size_t>(v)], first,
+                       last, w.h.data() + v * padded, w.partial.data() + (item * p.vectors + v) * p.outputs,
+                       selected.data() + 2 * item);
+    });
+    for (std::ptrdiff_t item = 0; item < items; ++item)
+      p.selected[0] += selected[static_cast<std::size_t>(2 * item)],
+          p.selected[1] += selected[static_cast<std::size_t>(2 * item + 1)];
   }
-  p.selected[0] = p.selected[1] = 0;
-  for (std::ptrdiff_t item = 0; item < items; ++item)
-    p.selected[0] += recomputed[static_cast<std::size_t>(item)], p.selected[1] += read[static_cast<std::size_t>(item)];
+  w.hidden.reserve(p.vectors, p.neurons);
+  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) w.hidden.set(v, w.h.data() + v * padded, p.neurons);
+  products_of(p.down, p.outputs, w.hidden, p.vectors, p.y, p.threads);
+  if (p.selected[1])
+    for (std::ptrdiff_t item = 0; item < items; ++item) {
+      const float* part = w.partial.data() + item * p.vectors * p.outputs;
+      for (std::ptrdiff_t k = 0; k < p.vectors * p.outputs; ++k) p.y[k] += part[k];
+    }
 }
 
 }  // namespace LAMP_ISA

@@ -63,19 +63,18 @@ struct LowBitProducts {
 enum class Activation : int { silu, gelu_tanh };
 
 // y[v] = down * (phi(gate x[v]) o (up x[v])), look-ahead through the activation and the down projection. Neuron j owns
-// row j of gate and up and, the down projection being kept transposed, row j of down.
+// row j of gate and up and column j of down, whose full-precision copy is transposed.
 struct LowBitMlp {
-  Blocks gate, up;
-  Lines down;
+  Blocks gate, up, down;
   Full gate_full, up_full, down_full;
-  const float* down_norms = nullptr;   // 2-norm of down's row j
+  const float* down_norms = nullptr;   // 2-norm of down's column j
   const float* down_errors = nullptr;  // 2-norm of what its low-bit copy leaves out
   std::ptrdiff_t neurons = 0, columns = 0, outputs = 0, vectors = 0;
   Activation activation = Activation::silu;
   float up_threshold = 0.0f, down_threshold = 0.0f;  // relative to the output's norm; below 0: all, infinite: none
   const float* x = nullptr;
   float* y = nullptr;
-  std::int64_t* selected = nullptr;  // 2: neurons recomputed, rows of down read in full precision
+  std::int64_t* selected = nullptr;  // 2: neurons recomputed, columns of down read in full precision
   int threads = 1;
 };
 

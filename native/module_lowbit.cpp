@@ -48,11 +48,10 @@ void bind_lowbit(nb::module_& m) {
       .def("pack", &BlockMatrix::pack, "x"_a, "threads"_a)
       .def("products", &BlockMatrix::products, "x"_a, "y"_a, "threads"_a);
   nb::class_<Mlp>(m, "Mlp")
-      .def(nb::init<std::string, const BlockMatrix&, const BlockMatrix&, Bytes, Halves, int, Table, Table, Table, Vector,
+      .def(nb::init<std::string, const BlockMatrix&, const BlockMatrix&, const BlockMatrix&, Table, Table, Table, Vector,
                     Vector, int>(),
-           "isa"_a, "gate"_a.noconvert(), "up"_a, "codes"_a, "scales"_a, "bits"_a, "gate_full"_a, "up_full"_a,
-           "down_full"_a, "down_norms"_a, "down_errors"_a, "activation"_a, nb::keep_alive<1, 3>(),
-           nb::keep_alive<1, 4>())
+           "isa"_a, "gate"_a, "up"_a, "down"_a, "gate_full"_a, "up_full"_a, "down_full"_a, "down_norms"_a,
+           "down_errors"_a, "activation"_a, nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def("run", &Mlp::run, "x"_a, "y"_a, "up_threshold"_a, "down_threshold"_a, "threads"_a);
   bind_layer(m);
   m.def("head", &head, "isa"_a, "matrix"_a, "rows"_a, "x"_a, "logits"_a, "largest_norm"_a, "largest_error"_a, "top"_a,

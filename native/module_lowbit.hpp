@@ -79,11 +79,9 @@ inline Full full(const Table& x, std::ptrdiff_t rows, std::ptrdiff_t columns) {
 // A gated MLP.
 class Mlp {
  public:
-  Mlp(std::string isa, const BlockMatrix& gate, const BlockMatrix& up, Bytes codes, Halves scales, int bits,
-      Table gate_full, Table up_full, Table down_full, Vector down_norms, Vector down_errors, int activation)
-      : kernels_(kernels(isa)), kept_{gate_full, up_full, down_full}, codes_(codes), scales_(scales),
-        norms_(down_norms), errors_(down_errors) {
-    require_bits(bits, false);
+  Mlp(std::string isa, const BlockMatrix& gate, const BlockMatrix& up, const BlockMatrix& down, Table gate_full,
+      Table up_full, Table down_full, Vector down_norms, Vector down_errors, int activation)
+      : kernels_(kernels(isa)), kept_{gate_full, up_full, down_full}, norms_(down_norms), errors_(down_errors) {
     require(activation == 0 || activation == 1, "unknown activation");
     call_.gate = gate.blocks(), call_.up = up.blocks();
     call_.neurons = gate.rows(), call_.columns = gate.columns(), call_.outputs = length(down_full.shape(1));
@@ -91,13 +89,12 @@ class Mlp {
     call_.gate_full = full(gate_full, call_.neurons, call_.columns);
     call_.up_full = full(up_full, call_.neurons, call_.columns);
     call_.down_full = full(down_full, call_.neurons, call_.outputs);
-    call_.down = {codes.data(), scales.data(), bits, (call_.outputs + kPackGroup - 1) / kPackGroup};
+    call_.down = down.blocks();
+    require(down.rows() == call_.outputs && down.columns() == call_.neurons, "down must map neurons to outputs");
     const std::ptrdiff_t padded = (call_.neurons + kPackRows - 1) / kPackRows * kPackRows;
-    require(row_major(codes) && row_major(scales) &&
-                length(codes.size()) == call_.neurons * call_.down.groups * group_bytes(bits) &&
-                length(scales.size()) == call_.neurons * call_.down.groups && row_major(down_norms) &&
-                row_major(down_errors) && length(down_norms.size()) == padded && length(down_errors.size()) == padded,
-            "down's codes, scales, norms and errors must be contiguous and of the matrix's size");
+    require(row_major(down_norms) && row_major(down_errors) && length(down_norms.size()) == padded &&
+                length(down_errors.size()) == padded,
+            "down's norms and errors must be contiguous, one for each neuron of a block");
     call_.down_norms = down_norms.data(), call_.down_errors = down_errors.data();
     call_.activation = static_cast<Activation>(activation);
   }
@@ -123,8 +120,6 @@ class Mlp {
  private:
   const Kernels& kernels_;
   Table kept_[3];
-  Bytes codes_;
-  Halves scales_;
   Vector norms_, errors_;
   LowBitMlp call_;
 };

@@ -15,7 +15,7 @@ _SITE_FORMATS: dict[str, tuple[str, ...]] = {
     "qkv": ("int4", "int8", "int12"),
     "attention_out": ("int4", "int8", "int12"),
     "mlp_up": ("int4", "int8", "int12"),
-    "mlp_down": ("int4", "int8"),
+    "mlp_down": ("int4", "int8", "int12"),
     "lm_head": ("int4", "int8", "int12"),
 }
 _SITE_RULES: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchlamp.kernels import native
-from torchlamp.kernels.lowbit import LowBitLines, LowBitMatrix
+from torchlamp.kernels.lowbit import LowBitMatrix
 from torchlamp.kernels.twins_lowbit import ROWS, block_count
 
 #: Activations that the kernel knows, by the names it is told.
@@ -20,15 +20,15 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 @dataclass
 class LowBitMlp:
-    """down(phi(gate x) * up x) with low-bit copies; neuron j owns row j of all three matrices.
+    """down(phi(gate x) * up x) with low-bit copies; neuron j owns row j of gate and up, and column j of down.
 
-    Made by `pack`. The full-precision rows of gate and up are the given weights themselves; those of the down
-    projection, which is kept transposed so that a neuron's column is contiguous, are a float16 copy.
+    Made by `pack`. The full-precision rows of gate and up are the given weights themselves; the columns of the down
+    projection are a float16 copy, transposed so that each is contiguous.
     """
 
     gate: LowBitMatrix
     up: LowBitMatrix
-    down: LowBitLines
+    down: LowBitMatrix
     #: (neurons, columns) float32, (neurons, columns) float32, (neurons, outputs) float16.
     gate_full: Tensor
     up_full: Tensor
@@ -55,7 +55,7 @@ class LowBitMlp:
         activation : str
             One of `ACTIVATIONS`.
         up_bits, down_bits : int
-            Bits of gate and up (4, 8, 12) and of down (4, 8).
+            Bits of gate and up, and of down: 4, 8 or 12.
 
         Raises
         ------
@@ -69,19 +69,18 @@ class LowBitMlp:
         if gate.shape != up.shape or gate.shape[0] != down.shape[1]:
             shapes = ", ".join(str(tuple(w.shape)) for w in (gate, up, down))
             raise ValueError(f"gate, up and down of shapes {shapes} are no gated MLP")
-        columns = down.detach().T.contiguous()
-        lines = LowBitLines.pack(columns, down_bits)
-        neurons = len(columns)
+        copy = LowBitMatrix.pack(down.detach(), down_bits)
+        neurons = len(gate)
         norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
-        norms[:neurons] = columns.norm(dim=1)
-        errors[:neurons] = (columns - lines.dequantised()).norm(dim=1)
+        norms[:neurons] = down.norm(dim=0)
+        errors[:neurons] = (down - copy.dequantised()).norm(dim=0)
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
             LowBitMatrix.pack(up.detach(), up_bits),
-            lines,
+            copy,
             _rows(gate),
             _rows(up),
-            columns.half(),
+            down.detach().T.contiguous().half(),
             norms,
             errors,
             activation,
@@ -101,7 +100,7 @@ class LowBitMlp:
         Returns
         -------
         tuple
-            float32 (vectors, outputs); neurons recomputed; rows of the down projection read in full precision.
+            float32 (vectors, outputs); neurons recomputed; columns of the down projection read in full precision.
         """
         if not native.available():
             return self.twin(x, up_threshold, down_threshold)
@@ -142,8 +141,7 @@ class LowBitMlp:
         made = self._native  # read once: other threads may replace it
         if made is None or made[0] != isa:
             kernel = native.extension().Mlp(
-                isa, self.gate.kernel(), self.up.kernel(), self.down.codes.view(-1), self.down.scales.view(-1),
-                self.down.bits, self.gate_full, self.up_full, self.down_full, self.norms, self.errors,
+                isa, self.gate.kernel(), self.up.kernel(), self.down.kernel(), self.gate_full, self.up_full, self.down_full, self.norms, self.errors,
                 ACTIVATIONS.index(self.activation),
             )  # fmt: skip
             self._native = made = (isa, kernel)

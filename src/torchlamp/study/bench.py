@@ -7,7 +7,7 @@ ratios of medians. docs/performance.md explains what each target means and where
 import json as json_module
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,23 +16,35 @@ from typing import Any
 from torchlamp.study.environment import environment, kernels
 from torchlamp.study.output import check_writable, write_text
 
-#: Benchmark -> the module whose `measure()` returns a `Bench`.
+#: Benchmark -> the module whose `measure()` returns a `Bench`, or several.
 BENCHMARKS = {
     "scores": "torchlamp.study.bench_scores",
     "forward": "torchlamp.study.bench_forward",
     "evaluate": "torchlamp.study.bench_evaluate",
+    "attention": "torchlamp.study.bench_attention",
+    "decode": "torchlamp.study.bench_decode",
 }
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One contestant: median, fastest and slowest seconds, and billions of rounded FMAs a second if it does any."""
+    """One contestant: median, fastest and slowest seconds, and what else the benchmark measures of it."""
 
     label: str
     median: float
     fastest: float
     slowest: float
+    #: Billions of rounded FMAs a second.
     gfma: float | None = None
+    #: Tokens a second.
+    per_second: float | None = None
+    #: Mean KL to the reference per token, nats, and its standard error over tokens.
+    kl: float | None = None
+    kl_error: float | None = None
+    #: Relative error of the output.
+    error: float | None = None
+    #: Anything else, for people.
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,8 +72,8 @@ class Bench:
     targets: list[Target]
 
 
-def run(name: str, json: Path | None = None) -> Bench:
-    """Run a benchmark, print its table and targets, and write them as JSON if asked to.
+def run(name: str, json: Path | None = None) -> list[Bench]:
+    """Run a benchmark, print its tables and targets, and write them as JSON if asked to.
 
     Raises
     ------
@@ -74,20 +86,31 @@ def run(name: str, json: Path | None = None) -> Bench:
         raise ValueError(f"unknown benchmark {name!r}: allowed are {', '.join(BENCHMARKS)}")
     if json is not None:
         check_writable(json)
-    found: Bench = import_module(BENCHMARKS[name]).measure()
+    measured: Bench | Iterable[Bench] = import_module(BENCHMARKS[name]).measure()
     where = environment()
-    _print(found, where)
-    if json is not None:
-        record = {
-            "benchmark": name,
-            "title": found.title,
-            "timings": [asdict(t) for t in found.timings],
-            "targets": [asdict(t) | {"met": t.met} for t in found.targets],
-            "kernels": kernels(),
-            "environment": where,
-        }
-        write_text(json, json_module.dumps(record, indent=2) + "\n")
+    found = []
+    # A benchmark of many parts hands over each as it is done: what is printed and written can't be lost any more.
+    for bench in [measured] if isinstance(measured, Bench) else measured:
+        found.append(bench)
+        _print(bench)
+        if json is not None:
+            write_text(json, json_module.dumps(_record(name, found, where), indent=2) + "\n")
+    print(f"{where['cpu']}, {where['threads']} threads, kernels: {kernels()['features']}")
     return found
+
+
+def _record(name: str, found: list[Bench], where: dict[str, Any]) -> dict[str, Any]:
+    parts = [
+        {
+            "title": bench.title,
+            "timings": [asdict(t) for t in bench.timings],
+            "targets": [asdict(t) | {"met": t.met} for t in bench.targets],
+        }
+        for bench in found
+    ]
+    # One part stands at the top level, as it did before there were several.
+    inner = parts[0] if len(parts) == 1 else {"parts": parts}
+    return {"benchmark": name, **inner, "kernels": kernels(), "environment": where}
 
 
 def interleaved(
@@ -122,21 +145,39 @@ def ratio(timings: list[Timing], one: str, other: str) -> float:
     return median[one] / median[other]
 
 
-def _print(found: Bench, where: dict[str, Any]) -> None:
+#: Attribute of a `Timing` -> its column and how it is printed; columns that nothing fills are left out.
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "gfma": ("G rounded FMA/s", "{:.1f}".format),
+    "per_second": ("tokens/s", "{:.1f}".format),
+    "error": ("error", "{:.1e}".format),
+    "kl": ("KL", "{:.1e}".format),
+    "kl_error": ("±", "{:.0e}".format),
+    "note": ("", str),
+}
+
+
+def _print(found: Bench) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(emoji=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    columns = {
+        name: column for name, column in _COLUMNS.items() if any(getattr(t, name) for t in found.timings)
+    }
     table = Table(title=found.title, title_justify="left")
-    for column in ("", "median ms", "fastest", "slowest", "G rounded FMA/s"):
+    for column in ("", "median ms", "fastest", "slowest", *(title for title, _ in columns.values())):
         table.add_column(column, justify="right" if column else "left")
     for t in found.timings:
-        cells = [f"{1e3 * s:.1f}" for s in (t.median, t.fastest, t.slowest)]
-        table.add_row(t.label, *cells, "" if t.gfma is None else f"{t.gfma:.1f}")
+        cells = [f"{1e3 * s:.3g}" if s < 0.1 else f"{1e3 * s:.1f}" for s in (t.median, t.fastest, t.slowest)]
+        extra = [
+            "" if (value := getattr(t, name)) is None else show(value) for name, (_, show) in columns.items()
+        ]
+        table.add_row(t.label, *cells, *extra)
     if found.timings:
         console.print(table)
     for target in found.targets:
         relation = "at least" if target.at_least else "at most"
         state = "met" if target.met else "MISSED"
         console.print(f"{target.label}: {target.value:.3g} ({relation} {target.limit:g}: {state})")
-    console.print(f"{where['cpu']}, {where['threads']} threads, kernels: {kernels()['features']}")

@@ -1,0 +1,141 @@
+"""Tokens per second and KL of low-bit decoding beside float32, Q8_0 and Q4_0, on weights that lie on no 4-bit grid.
+
+Every contestant reads the same prompt and then the same tokens, one at a time and all in turns, so that a busy machine
+slows all alike; the logits of these steps give the KL to the float32 model.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlamp.compositions.decode_policy import DecodePolicy
+from torchlamp.integrations.decoding import DEFAULT
+from torchlamp.study.bench import Bench, Target, Timing
+from torchlamp.study.bench_greedy import greedy
+from torchlamp.study.decoders import Decoder, PreparedDecoder, TransformersDecoder
+from torchlamp.study.llama_files import LlamaFiles, llama_files
+from torchlamp.study.models import load
+from torchlamp.study.off_grid import off_grid
+from torchlamp.study.text import cut_windows, default_text
+
+MODELS = ("smollm2-135m", "gemma3-270m")
+CONTEXTS = (256, 4096)
+STEPS = 64
+REFERENCE, LOOKAHEAD, UNGUARDED = "transformers float32 sdpa", "look-ahead", "the same, look-ahead off"
+SPEEDUP, MOST_KL = 2.5, 1e-4
+#: Threads that another contestant left spinning have gone to sleep by then.
+_PAUSE = 0.003
+
+
+@dataclass
+class Steps:
+    """What a contestant's steps gave: seconds each, and the KL of each in nats."""
+
+    seconds: list[float]
+    kl: list[float]
+    note: str = ""
+
+
+def measure() -> Iterator[Bench]:
+    """Both packaged models, off the grid, at both contexts; then greedy texts against float32's."""
+    for name in MODELS:
+        model, tokenizer = load(name)
+        off_grid(model)
+        with llama_files(name, model) as llama:
+            for context in CONTEXTS:
+                tokens = cut_windows(tokenizer, [default_text()], 1, context + STEPS + 2)[0]
+                steps = race(contestants(model, llama, context + STEPS + 2), tokens, context)
+                yield as_bench(f"decode: {name}, off the grid, context {context}", steps)
+        yield greedy(f"{name}, off the grid", model, tokenizer)
+
+
+def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, Callable[[], Decoder]]:
+    """Label -> what makes the contestant; those whose packages are missing are left out."""
+    policy = DecodePolicy.parse(DEFAULT)
+    made: dict[str, Callable[[], Decoder]] = {
+        REFERENCE: lambda: TransformersDecoder(model),
+        LOOKAHEAD: lambda: PreparedDecoder(model, policy),
+        UNGUARDED: lambda: PreparedDecoder(model, policy.unguarded()),
+    }
+    for label, sites in (
+        ("only the attention", ("scores", "values")),
+        ("only the MLPs", ("mlp_up", "mlp_down")),
+        ("only qkv and attention_out", ("qkv", "attention_out")),
+        ("only the LM head", ("lm_head",)),
+    ):
+        alone = policy.without(*(site for site, _ in policy.entries if site not in sites))
+        made[label] = lambda alone=alone: PreparedDecoder(model, alone)  # type: ignore[misc]
+    if llama is not None:
+        for quantisation in ("Q8_0", "Q4_0"):
+            made[f"llama.cpp {quantisation}"] = lambda q=quantisation: llama.decoder(q, length)  # type: ignore[misc]
+    return made
+
+
+def race(made: dict[str, Callable[[], Decoder]], tokens: Tensor, context: int) -> dict[str, Steps]:
+    """Decode `tokens` behind their first `context` with every contestant, step by step in turns.
+
+    The contestant `REFERENCE` must be among them.
+    """
+    decoders = {label: make() for label, make in made.items()}
+    steps = {label: Steps([], []) for label in decoders}
+    try:
+        for decoder in decoders.values():
+            decoder.prefill(tokens[:context])
+        for number, token in enumerate(tokens[context:-1].tolist()):
+            reference: Tensor | None = None
+            for label, decoder in decoders.items():
+                time.sleep(_PAUSE)
+                start = time.perf_counter()
+                logits = decoder.step(token)
+                seconds = time.perf_counter() - start
+                logs = logits.double().log_softmax(-1)
+                reference = logs if reference is None else reference
+                if number:  # the first step warms up
+                    steps[label].seconds.append(seconds)
+                    steps[label].kl.append(float((reference.exp() * (reference - logs)).sum()))
+        for label, decoder in decoders.items():
+            if isinstance(decoder, PreparedDecoder):
+                steps[label].note = str(decoder.prepared.statistics)
+    finally:
+        for decoder in decoders.values():
+            decoder.close()
+    return steps
+
+
+def as_bench(title: str, steps: dict[str, Steps]) -> Bench:
+    """The table of a race, and its targets."""
+    timings = []
+    for label, found in steps.items():
+        seconds, kl = torch.tensor(found.seconds), torch.tensor(found.kl, dtype=torch.float64)
+        median = float(seconds.quantile(0.5))
+        timings.append(
+            Timing(
+                label,
+                median,
+                float(seconds.min()),
+                float(seconds.max()),
+                per_second=1 / median,
+                kl=float(kl.mean()),
+                kl_error=float(kl.std() / len(kl) ** 0.5),
+                note=found.note,
+            )
+        )
+    by_label = {timing.label: timing for timing in timings}
+    ours = by_label[LOOKAHEAD]
+    targets = [
+        Target(
+            "times the tokens/s of float32", by_label[REFERENCE].median / ours.median, SPEEDUP, at_least=True
+        ),
+        Target("KL per token", ours.kl or 0.0, MOST_KL),
+    ]
+    q8 = by_label.get("llama.cpp Q8_0")
+    if q8 is not None and q8.kl is not None:
+        targets += [
+            Target("times the tokens/s of Q8_0", q8.median / ours.median, 1.0, at_least=True),
+            Target("KL / KL of Q8_0", (ours.kl or 0.0) / q8.kl, 1.0),
+        ]
+    return Bench(title, timings, targets)
