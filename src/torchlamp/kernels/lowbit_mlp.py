@@ -123,10 +123,7 @@ class LowBitMlp:
         b = torch.where(again, x @ self.up_full.T, b)
         h = activate(self.activation, a)[0] * b
         full = ~(h.abs() * errors <= down_threshold * size)
-        y = (
-            torch.where(full, h, 0) @ self.down_full.float()
-            + torch.where(full, 0, h) @ self.down.dequantised()
-        )
+        y = torch.where(full, h, 0) @ self.down_full.float() + self.down.products(torch.where(full, 0, h))
         return y, int(again.sum()), int(full.sum())
 
     @property
