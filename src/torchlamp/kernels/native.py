@@ -71,6 +71,11 @@ def why_not() -> str | None:
     return _choose(os.environ.get("TORCHLAMP_KERNELS", ""))[1]
 
 
+def extension() -> Any:
+    """The extension module; to be asked for where `available()` says so."""
+    return _load()[0]
+
+
 def features() -> dict[str, str]:
     """For every instruction set: `in use`, `available`, or why it cannot run."""
     module, reason = _load()

@@ -1,0 +1,207 @@
+"""Low-bit copies of matrices, packed and multiplied by the native kernel where it runs and by its torch twin elsewhere.
+
+`LowBitMatrix` is for products with vectors, `LowBitLines` for rows that are picked one by one. Both are made of plain
+tensors, so that they can be copied, pickled and shared between threads. The layouts, and the formulas that both
+kinds of kernels follow, are in `torchlamp.kernels.twins_lowbit`; `docs/decoding.md` says what they are for.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlamp.kernels import native, twins_lowbit
+from torchlamp.kernels.twins_lowbit import ROWS, block_count, code_bytes, group_count
+
+#: Bits of a code that each layout can have.
+BLOCK_BITS, LINE_BITS = (4, 8, 12), (4, 8)
+
+
+@dataclass
+class LowBitMatrix:
+    """A low-bit copy of a matrix (rows, columns): integers of 4, 8 or 12 bits, a bfloat16 scale per row and 32 columns.
+
+    Made by `pack`. Products with it read `bytes` bytes. An infinity or NaN in the matrix makes the products of its row
+    NaN, one in a vector those of the vector.
+    """
+
+    #: uint8 and uint16 (bfloat16 patterns), flat: the layout of `twins_lowbit.pack_blocks`.
+    codes: Tensor
+    scales: Tensor
+    #: float32, one for each row of the blocks; `errors` shows those of the matrix.
+    block_errors: Tensor
+    bits: int
+    rows: int
+    columns: int
+    #: The native object over the tensors above, and the instruction set that it was made for.
+    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight: Tensor, bits: int) -> "LowBitMatrix":
+        """Quantise a matrix.
+
+        Parameters
+        ----------
+        weight
+            (rows, columns) float32 on the CPU, any strides; either size may be 0.
+        bits
+            4, 8 or 12.
+
+        Raises
+        ------
+        ValueError
+            For other bits, shapes or devices.
+        TypeError
+            For other dtypes.
+        """
+        _check_bits(bits, BLOCK_BITS, "LowBitMatrix")
+        _check(weight, "a weight", "(rows, columns)")
+        rows, columns = weight.shape
+        if native.available():
+            matrix = cls(*_empty_blocks(rows, columns, bits), bits, rows, columns)
+            matrix._kernel().pack(_last_contiguous(weight), torch.get_num_threads())
+            return matrix
+        return cls(*twins_lowbit.pack_blocks(_plain(weight), bits), bits, rows, columns)
+
+    @torch.no_grad()
+    def products(self, x: Tensor) -> Tensor:
+        """The matrix times vectors, which are rounded to 16-bit integers first.
+
+        Parameters
+        ----------
+        x
+            (vectors, columns) float32 on the CPU, any strides.
+
+        Returns
+        -------
+        float32 (vectors, rows). `twins_lowbit.products` bounds the difference from the quantised operands' exact
+        products; results depend neither on the number of threads nor on what other vectors there are.
+
+        Raises
+        ------
+        ValueError
+            When the shape or the device doesn't fit.
+        TypeError
+            When `x` isn't float32.
+        """
+        _check(x, "vectors", "(vectors, columns)")
+        if x.shape[1] != self.columns:
+            raise ValueError(
+                f"vectors of shape {tuple(x.shape)} don't fit a matrix of {self.columns} columns: "
+                f"they must be (vectors, {self.columns})"
+            )
+        if not native.available():
+            return twins_lowbit.products(self.codes, self.scales, self.bits, self.rows, _plain(x))
+        out = torch.empty(len(x), self.rows)
+        self._kernel().products(_plain(x).contiguous(), out, torch.get_num_threads())
+        return out
+
+    @property
+    def errors(self) -> Tensor:
+        """float32 (rows,): at least the 2-norm of each row minus its copy, to 1e-6; not finite where the row isn't."""
+        return self.block_errors[: self.rows]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of codes and scales."""
+        return self.codes.numel() + 2 * self.scales.numel()
+
+    def dequantised(self) -> Tensor:
+        """What the copy stands for: float32 (rows, columns), NaN in groups of 32 that aren't finite."""
+        return twins_lowbit.unpack_blocks(self.codes, self.scales, self.bits, self.rows, self.columns)
+
+    def _kernel(self) -> Any:
+        """The native object, made anew after a copy and when another instruction set is asked for."""
+        isa = native.instruction_set()
+        assert isa is not None
+        made = self._native  # read once: other threads may replace it
+        if made is None or made[0] != isa:
+            tensors = (self.codes, self.scales, self.block_errors)
+            kernel = native.extension().BlockMatrix(isa, *tensors, self.bits, self.rows, self.columns)
+            self._native = made = (isa, kernel)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
+
+
+@dataclass
+class LowBitLines:
+    """A low-bit copy of a matrix (rows, columns), row after row: integers of 4 or 8 bits, a bfloat16 scale per group.
+
+    Made by `pack`; what picks rows from it is told where the tensors lie.
+    """
+
+    #: uint8 (rows, bytes of a row) and uint16 (rows, groups): the layout of `twins_lowbit.pack_lines`.
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    columns: int
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight: Tensor, bits: int) -> "LowBitLines":
+        """Quantise a matrix (rows, columns), float32 on the CPU, to 4 or 8 bits; raises as `LowBitMatrix.pack` does."""
+        _check_bits(bits, LINE_BITS, "LowBitLines")
+        _check(weight, "a weight", "(rows, columns)")
+        rows, columns = weight.shape
+        isa = native.instruction_set()
+        if isa is None:
+            return cls(*twins_lowbit.pack_lines(_plain(weight), bits), bits, columns)
+        codes = torch.empty(rows, code_bytes(bits, columns), dtype=torch.uint8)
+        scales = torch.empty(rows, group_count(columns), dtype=torch.uint16)
+        native.extension().pack_lines(
+            isa, _last_contiguous(weight), codes.view(-1), scales.view(-1), bits, torch.get_num_threads()
+        )
+        return cls(codes, scales, bits, columns)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return len(self.codes)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of codes and scales."""
+        return self.codes.numel() + 2 * self.scales.numel()
+
+    def dequantised(self) -> Tensor:
+        """What the copy stands for: float32 (rows, columns), NaN in groups of 32 that aren't finite."""
+        return twins_lowbit.unpack_lines(self.codes, self.scales, self.bits, self.columns)
+
+
+def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and errors for a matrix, all zero: the kernel doesn't write rows that only fill up a block."""
+    padded = block_count(rows) * ROWS
+    return (
+        torch.zeros(padded * code_bytes(bits, columns), dtype=torch.uint8),
+        torch.zeros(padded * group_count(columns), dtype=torch.uint16),
+        torch.zeros(padded),
+    )
+
+
+def _check_bits(bits: int, allowed: tuple[int, ...], what: str) -> None:
+    if bits not in allowed:
+        raise ValueError(f"bits={bits}: {what} takes {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
+
+
+def _check(x: Tensor, what: str, shape: str) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"{what} must be float32, got {x.dtype}: convert with .float()")
+    if x.device.type != "cpu":
+        raise ValueError(f"{what} must be on the CPU, got {x.device}: move with .cpu()")
+    if x.dim() != 2:
+        raise ValueError(f"{what} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The tensor as its memory says: without a gradient, and not lazily negated, which a pointer doesn't show."""
+    return x.detach().resolve_neg()
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension."""
+    x = _plain(x)
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
