@@ -50,9 +50,11 @@ sanitize: sanitize-selftest sanitize-threads sanitize-tests
 # Paths of the tests that run on the sanitized extension.
 SANITIZED_TESTS := tests/kernels
 SANITIZED := build/sanitize
-SANITIZED_CMAKE = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=$(CXX) \
-  -DLAMP_OPTIMISATION=-O1 -DCMAKE_CXX_FLAGS="$(1) -fno-sanitize-recover=all -fno-omit-frame-pointer -g1" -B $(2) $(3) \
-  > /dev/null && "$(abspath $(BIN))/cmake" --build $(2) --parallel 2
+# RelWithDebInfo only keeps the symbols that reports name; the last flags say how to compile.
+SANITIZED_CMAKE = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(2) $(3) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DCMAKE_CXX_COMPILER=$(CXX) -DLAMP_OPTIMISATION=-O1 -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+  -DCMAKE_CXX_FLAGS="$(1) -fno-sanitize-recover=all -fno-omit-frame-pointer" > /dev/null && \
+  "$(abspath $(BIN))/cmake" --build $(2) --parallel 2
 SANITIZERS := -fsanitize=address,undefined
 
 sanitize-selftest: $(VENV)/installed-dev
@@ -66,19 +68,20 @@ sanitize-threads: $(VENV)/installed-dev
 # A copy of the package with a sanitized extension. An editable install goes before everything on PYTHONPATH, so the
 # tests run in the interpreter behind the virtual environment, which doesn't know of it, with the environment's packages
 # second on its path. A sanitizer's library must be loaded before everything else, with the library whose exceptions it
-# watches.
+# watches. pytest captures only what Python prints: it would keep the reports of a process that crashes to itself.
 sanitize-tests: $(VENV)/installed-dev
 	$(call SANITIZED_CMAKE,$(SANITIZERS),$(SANITIZED)/extension,-DSKBUILD=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)")
 	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -R src/torchlamp $(SANITIZED)/site
 	rm -f $(SANITIZED)/site/torchlamp/_native*
 	$(BIN)/cmake --install $(SANITIZED)/extension --prefix $(SANITIZED)/site
-	site="$(abspath $(SANITIZED))/site" && packages="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	packages="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
 	python="$$($(BIN)/python -c 'import os, sys; print(os.path.realpath(sys.executable))')" && \
-	export PYTHONPATH="$$site:$$packages" OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+	export PYTHONPATH="$(abspath $(SANITIZED))/site:$$packages" OMP_NUM_THREADS=1 && \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
-	"$$python" -c 'import sys; from torchlamp import _native; assert _native.__file__.startswith(sys.argv[1])' "$$site" && \
-	"$$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(SANITIZED_TESTS)
+	"$$python" -c 'from torchlamp import _native as n; assert "/$(SANITIZED)/" in n.__file__, n.__file__' && \
+	"$$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile --capture=sys $(SANITIZED_TESTS)
 
 bench: $(VENV)/installed  ## the figures of docs/performance.md
 	$(BIN)/torchlamp bench scores
