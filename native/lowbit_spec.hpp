@@ -49,6 +49,9 @@ struct Lines {
 struct Rows {
   const float* data = nullptr;
   std::ptrdiff_t count = 0, columns = 0, row = 0;
+
+  // Rows without columns have no memory, hence no address to step from.
+  const float* at(std::ptrdiff_t r) const { return columns ? data + r * row : data; }
 };
 
 // y[v] = low-bit matrix * x[v]; x (vectors, columns) and y (vectors, rows) contiguous.

@@ -1,34 +1,24 @@
 // Holds every compiled spelling of the kernels against a scalar emulation, without Python.
 //
 // Products and recomputation must agree bit for bit; attention, whose exponential is a polynomial, to float32 accuracy
-// with the same entries recomputed. Prints a closing line with the counts; exit status 1 if anything failed.
-#include <cstdio>
+// with the same entries recomputed. Low-bit kernels and the pool of threads have files of their own. Prints a closing line
+// with the counts; exit status 1 if anything failed.
 #include <cstdlib>
-#include <random>
 #include <string>
 #include <vector>
 
 #define LAMP_ISA selftest
-#include "pool.hpp"
 #include "rounding.hpp"
+#include "selftest.hpp"
 
 namespace {
 
 using lamp::Accumulation;
 using lamp::Grid;
 using lamp::Overflow;
+using selftest::check;
 using selftest::round_scalar;
-
-int passed = 0, failed = 0;
-
-void check(bool ok, const std::string& what) {
-  ok ? ++passed : ++failed;
-  if (!ok) std::printf("FAILED: %s\n", what.c_str());
-}
-
-bool same(float a, float b) {
-  return (std::isnan(a) && std::isnan(b)) || std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
-}
+using selftest::same;
 
 struct Sum {
   float value, squares;
@@ -258,23 +248,23 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::We
             std::to_string(worst) + " miscounted " + std::to_string(miscounted));
 }
 
+int report() {
+  std::printf("%d passed, %d failed\n", selftest::passed, selftest::failed);
+  return selftest::failed ? 1 : 0;
+}
+
 }  // namespace
 
-int main() {
-  std::vector<const lamp::Kernels*> all{&lamp::portable_kernels()};
-#if defined(LAMP_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) all.push_back(&lamp::avx2_kernels());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    all.push_back(&lamp::avx512_kernels());
-#endif
+int main(int count, char** arguments) {
+  selftest::test_pool();
+  if (count > 1 && std::string(arguments[1]) == "pool") return report();
+
   const std::vector<Grid> grids = {wide(1), wide(4), wide(7), wide(22), wide(23),
                                    narrow(3, -6, 8, 1, Overflow::nan), narrow(2, -14, 15, 0, Overflow::inf),
                                    narrow(3, -6, 8, 1, Overflow::saturate), narrow(10, -14, 15, 0, Overflow::inf, false),
                                    narrow(7, -126, 127, 0, Overflow::saturate)};
   std::mt19937 random(20260121);
-  for (const lamp::Kernels* kernels : all) {
+  for (const lamp::Kernels* kernels : selftest::kernels_here()) {
     for (const Grid& grid : grids)
       for (const Data kind : {Data::normal, Data::tiny, Data::huge, Data::special})
         for (const auto& [block, promote] : {std::pair{1, 0}, std::pair{16, 0}, std::pair{1, 20}})
@@ -283,8 +273,8 @@ int main() {
     for (int i = 0; i < 5; ++i)
       for (const auto weight : {lamp::Weight::strict, lamp::Weight::relaxed, lamp::Weight::running, lamp::Weight::topz})
         test_attention(*kernels, random, weight);
+    selftest::test_lowbit(*kernels, random);
     std::printf("%s: checked\n", kernels->name);
   }
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed ? 1 : 0;
+  return report();
 }

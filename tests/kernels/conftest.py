@@ -1,8 +1,5 @@
 import pytest
-
-from torchlamp.kernels import native
-
-NATIVE = [name for name, state in native.features().items() if state in ("in use", "available")]
+from operands import NATIVE
 
 
 @pytest.fixture(params=["torch", *NATIVE])

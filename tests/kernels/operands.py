@@ -2,6 +2,10 @@
 
 import torch
 
+from torchlamp.kernels import native
+
+#: The native instruction sets that this machine runs.
+NATIVE = [name for name, state in native.features().items() if state in ("in use", "available")]
 #: Every kind of format: PS(mu), the IEEE ones, finite ones with NaN, saturating, flushing, unsigned, odd
 #: widths.
 # fmt: off

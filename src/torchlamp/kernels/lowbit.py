@@ -18,8 +18,20 @@ from torchlamp.kernels.twins_lowbit import ROWS, block_count, code_bytes, group_
 BLOCK_BITS, LINE_BITS = (4, 8, 12), (4, 8)
 
 
-@dataclass
-class LowBitMatrix:
+class _Portable:
+    """Copies and pickles: without the native object, and with scales in a dtype that torch can pickle."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("_native", None)
+        return {**state, "scales": state["scales"].view(torch.int16)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
+
+
+@dataclass(eq=False)
+class LowBitMatrix(_Portable):
     """A low-bit copy of a matrix (rows, columns): integers of 4, 8 or 12 bits, a bfloat16 scale per row and 32 columns.
 
     Made by `pack`. Products with it read `bytes` bytes. An infinity or NaN in the matrix makes the products of its row
@@ -35,7 +47,7 @@ class LowBitMatrix:
     rows: int
     columns: int
     #: The native object over the tensors above, and the instruction set that it was made for.
-    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -77,7 +89,8 @@ class LowBitMatrix:
         Returns
         -------
         float32 (vectors, rows). `twins_lowbit.products` bounds the difference from the quantised operands' exact
-        products; results depend neither on the number of threads nor on what other vectors there are.
+        products. The native kernel's results depend neither on the instruction set, nor on the number of threads,
+        nor on what other vectors there are.
 
         Raises
         ------
@@ -123,12 +136,9 @@ class LowBitMatrix:
             self._native = made = (isa, kernel)
         return made[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}
 
-
-@dataclass
-class LowBitLines:
+@dataclass(eq=False)
+class LowBitLines(_Portable):
     """A low-bit copy of a matrix (rows, columns), row after row: integers of 4 or 8 bits, a bfloat16 scale per group.
 
     Made by `pack`; what picks rows from it is told where the tensors lie.

@@ -57,7 +57,7 @@ def pack_blocks(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     to 1e-6, not finite where the row isn't.
     """
     codes, scales, errors = _quantise(x, bits)
-    pairs = codes.view(len(x), -1, 2)
+    pairs = codes.view(len(x), group_count(x.shape[1]) * GROUP // 2, 2)
     if bits == 4:
         packed = _interleave(_nibbles(pairs[..., 0] + 8, pairs[..., 1] + 8)[..., None])
     elif bits == 8:
@@ -85,24 +85,20 @@ def pack_lines(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     (rows, groups), both byte for byte those of the native kernel.
     """
     codes, scales, _ = _quantise(x, bits)
-    groups = codes.view(len(x), -1, GROUP)
-    if bits == 4:
-        packed = _nibbles(groups[..., : GROUP // 2] + 8, groups[..., GROUP // 2 :] + 8)
-    else:
-        packed = _byte(groups)
+    first, second = codes.view(*scales.shape, 2, GROUP // 2).unbind(2)
+    packed = _nibbles(first + 8, second + 8) if bits == 4 else _byte(codes)
     return packed.reshape(len(x), code_bytes(bits, x.shape[1])), scales.view(torch.uint16)
 
 
 @torch.no_grad()
 def unpack_lines(codes: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:
     """What a copy in lines stands for: float32 (rows, columns), NaN where a group's scale is."""
-    rows = len(codes)
     if bits == 4:
-        packed = codes.view(rows, -1, GROUP // 2).to(torch.int32)
+        packed = codes.view(*scales.shape, GROUP // 2).to(torch.int32)
         integers = torch.cat([packed & 15, packed >> 4], dim=-1) - 8
     else:
         integers = codes.view(torch.int8).to(torch.int32)
-    return _scaled(integers.reshape(rows, -1), _widen_scales(scales), torch.float32)[:, :columns]
+    return _scaled(integers, _widen_scales(scales), torch.float32)[:, :columns]
 
 
 @torch.no_grad()
