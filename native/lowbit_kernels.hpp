@@ -1,11 +1,14 @@
 // The low-bit kernels of one spelling.
 #pragma once
 
+#include "drive_decode.hpp"
 #include "lowbit_head.hpp"
 #include "lowbit_layer.hpp"
 
 namespace LAMP_ISA {
 
 inline lamp::LowBitKernels lowbit_kernels() { return {pack_blocks, pack_lines, lowbit_products, mlp, head, layer_begin, layer_end}; }
+
+inline lamp::DecodeKernels decode_kernels() { return {append, attend}; }
 
 }  // namespace LAMP_ISA
