@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.formats import Format
     from torchlamp.arithmetic.matmul import matmul
     from torchlamp.arithmetic.rounding import round_to
+    from torchlamp.compositions.decode_policy import DecodePolicy
     from torchlamp.compositions.policy import Policy
     from torchlamp.compositions.statistics import Statistics
     from torchlamp.integrations.huggingface import attach, detach, lookahead
+    from torchlamp.integrations.decoding import prepare
+    from torchlamp.integrations.lookahead_cache import LookaheadCache
     from torchlamp.rules.rule import Rule
     from torchlamp.study.evaluate import evaluate
     from torchlamp.study.models import load
@@ -27,7 +30,9 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",
+    "DecodePolicy": "compositions.decode_policy",
     "Format": "arithmetic.formats",
+    "LookaheadCache": "integrations.lookahead_cache",
     "Policy": "compositions.policy",
     "Result": "study.result",
     "Rule": "rules.rule",
@@ -38,12 +43,15 @@ _HOMES = {
     "load": "study.models",
     "lookahead": "integrations.huggingface",
     "matmul": "arithmetic.matmul",
+    "prepare": "integrations.decoding",
     "round_to": "arithmetic.rounding",
 }
 
 __all__ = [
     "Accumulator",
+    "DecodePolicy",
     "Format",
+    "LookaheadCache",
     "Policy",
     "Result",
     "Rule",
@@ -55,6 +63,7 @@ __all__ = [
     "load",
     "lookahead",
     "matmul",
+    "prepare",
     "round_to",
 ]
 

@@ -64,7 +64,12 @@ class LlamaDecoder:
         threads = torch.get_num_threads()
         try:
             self._llama: Any = Llama(
-                str(path), n_ctx=length, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
+                str(path),
+                n_ctx=length,
+                n_batch=512,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
             )
         except ValueError as error:
             raise OSError(f"llama.cpp can't load {path.name}: {error}") from error

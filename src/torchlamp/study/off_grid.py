@@ -42,7 +42,9 @@ def off_grid(model: Any, seed: int = 0) -> Any:
     """
     sites = Sites(model)
     if not sites.layers:
-        raise ValueError(f"{type(model).__name__}: no list of decoder layers found, so its weights stay on the grid")
+        raise ValueError(
+            f"{type(model).__name__}: no list of decoder layers found, so its weights stay on the grid"
+        )
     generator = torch.Generator().manual_seed(seed)
     if sites.norms(sites.layers[0]).after_attention is not None:
         for module in model.modules():
@@ -63,7 +65,9 @@ def _rotate(model: Any, sites: Sites, generator: torch.Generator) -> None:
     def behind(norm: nn.Module, linears: list[nn.Module]) -> None:
         weight = sites.norm(norm, size)  # refuses what is no RMSNorm of known form
         if weight.kind != "rms":
-            raise ValueError(f"{type(norm).__name__}: only RMSNorm commutes with a rotation of the residual stream")
+            raise ValueError(
+                f"{type(norm).__name__}: only RMSNorm commutes with a rotation of the residual stream"
+            )
         for linear in linears:
             matrix: Tensor = linear.weight  # type: ignore[assignment]
             matrix.copy_((matrix.double() * norm.weight.double()) @ q)
