@@ -3,12 +3,10 @@
 
 #include <utility>
 
-#include "module.hpp"
+#include "module_decode.hpp"
 
 namespace lamp::python {
 
-using Bytes = Array<std::uint8_t, 1>;
-using Halves = Array<std::uint16_t, 1>;
 using Vector = Array<float, 1>;
 
 inline void require_bits(int bits, bool blocks) {

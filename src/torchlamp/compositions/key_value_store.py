@@ -104,9 +104,19 @@ class KeyValueStore:
             self._grow(self.length + count)
         keys, values = _unit_stride(keys), _unit_stride(values)
         if native.available():
-            said = self._kernel().append(keys, values, self.length, torch.get_num_threads())
+            said = self.kernel().append(keys, values, self.length, torch.get_num_threads())
         else:
             said = self._append_twin(keys, values)
+        self.appended(count, said)
+
+    def appended(self, count: int, said: int) -> None:
+        """Count what a kernel has stored behind the last place; `said` is its answer.
+
+        Raises
+        ------
+        ValueError
+            A number that float16 can't hold.
+        """
         if said & _OVERFLOW:
             raise ValueError(
                 "keys or values above 65504 don't fit a float16 copy: make the cache with full='float32'"
@@ -158,7 +168,7 @@ class KeyValueStore:
         recomputed = torch.empty(batch, heads, queries, dtype=torch.int32)
         full_rows = torch.empty(batch, kv_heads, queries, dtype=torch.int32)
         visible = torch.empty(batch, queries, dtype=torch.int32)
-        self._kernel().attend(
+        self.kernel().attend(
             _unit_stride(q), output, recomputed, full_rows, visible, first, self.length,
             None if mask is None else mask.expand(batch, -1, -1).contiguous().view(torch.uint8), queries > 1, sinks,
             scaling, softcap, scores_threshold, values_threshold, self.strange, torch.get_num_threads(),
@@ -282,7 +292,8 @@ class KeyValueStore:
             part = tensor.view(batch * heads, old // ROWS, -1)[:, : used // ROWS]
             getattr(self, name).view(batch * heads, capacity // ROWS, -1)[:, : used // ROWS] = part
 
-    def _kernel(self) -> Any:
+    def kernel(self) -> Any:
+        """The native object over the tensors, made anew when these or the instruction set change."""
         isa = native.instruction_set()
         assert isa is not None
         made = self._native

@@ -1,4 +1,4 @@
-"""A whole decoder layer of a prepared model in four calls: what comes before the attention, cache, attention, the rest.
+"""A whole decoder layer of a prepared model in one native call.
 
 Modules one by one cost some fifty small operations a layer, a third of a token's time at the size of SmolLM2. Layers
 whose formula is known by their class take this way when all their sites are low-bit; the numbers are those of the
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp.compositions.decode_statistics import DecodeStatistics
-from torchlamp.integrations.decode_attention import decode_attention
 from torchlamp.integrations.decode_forwards import LinearsDecode, MlpDecode
 from torchlamp.integrations.lookahead_cache import LookaheadCache
 from torchlamp.integrations.site_forwards import Forward
@@ -46,14 +45,12 @@ class LayerDecode(Forward):
         self.size = int(attention.head_dim)
         queries, keys, _ = (n // self.size for n in qkv.sizes)
         self.heads, self.kv_heads = queries, keys
-        self.keywords = {"scaling": attention.scaling}
-        window = getattr(attention, "sliding_window", None)
-        if window is not None:
-            self.keywords["sliding_window"] = window
+        self.scaling = float(attention.scaling)
+        self.number = int(attention.layer_idx)
         self._native: tuple[str, Any] | None = None
 
     def run_(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The four calls, or the layer."""
+        """One native call, or the layer."""
         cache: Any = kwargs.get("past_key_values")
         angles: Any = kwargs.get("position_embeddings")
         fast = (
@@ -65,25 +62,29 @@ class LayerDecode(Forward):
             and not torch.is_grad_enabled()
             and not kwargs.get("output_attentions")
             and native.available()
+            and cache.layers[self.number].has_room()
         )
-        if not fast:
+        if not fast:  # the modules one by one
             return self.original(hidden_states, *args, **kwargs)
-        batch, size, threads = len(hidden_states), self.size, torch.get_num_threads()
-        layer, x = self.kernel(), hidden_states.view(batch, -1)
-        cosines, sines = (a.view(-1, size) for a in angles)
-        q = torch.empty(batch, self.heads * size)
-        k, v = torch.empty(2, batch, self.kv_heads * size)
-        layer.begin(x, cosines, sines, q, k, v, threads)
-        shape = (batch, self.kv_heads, 1, size)
-        keys, values = cache.update(k.view(shape), v.view(shape), self.attention.layer_idx)
+        batch, size = len(hidden_states), self.size
+        cosines, sines = (a.reshape(-1, size) for a in angles)
+        part, y = cache.layers[self.number], torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        store, first = part.store, part.first(1, coming=1)
         mask = kwargs.get("attention_mask")
-        queries = q.view(batch, self.heads, 1, size)
-        attended, _ = decode_attention(self.attention, queries, keys, values, mask, **self.keywords)
-        y = torch.empty_like(hidden_states)
-        recomputed, read = layer.end(x, attended.reshape(batch, -1), y.view(batch, -1), threads)
-        eligible = batch * self.mlp.mlp.gate.rows
-        self.statistics.record("mlp_up", recomputed, eligible)
-        self.statistics.record("mlp_down", read, eligible)
+        if mask is not None:
+            keys = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, 0]
+            mask = keys.expand(batch, -1).contiguous().view(torch.uint8)
+        scores, values, seen, neurons, columns, said = self.kernel().step(
+            hidden_states.reshape(batch, -1), cosines, sines, store.kernel(), store.length, first, mask, self.scaling,
+            part.scores.threshold, part.values_storage.threshold, store.strange, y.view(batch, -1),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        part.appended(said)
+        record = self.statistics.record
+        record("scores", scores, seen * self.heads)
+        record("values", values, seen * self.kv_heads)
+        record("mlp_up", neurons, batch * self.mlp.mlp.gate.rows)
+        record("mlp_down", columns, batch * self.mlp.mlp.gate.rows)
         return y
 
     def kernel(self) -> Any:

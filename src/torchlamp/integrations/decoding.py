@@ -30,7 +30,7 @@ from torchlamp.integrations.sites import Sites
 logger = logging.getLogger("torchlamp.decoding")
 #: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
 DEFAULT = (
-    "scores=int8+running:0.01, values=int8+topz:0.01, qkv=int12, attention_out=int12, "
+    "scores=int8+running:0.003, values=int8+topz:0.01, qkv=int12, attention_out=int12, "
     "mlp_up=int12, mlp_down=int8+output:0.0003, lm_head=int8+running:0.0001"
 )
 _GENERATE = "_prepare_cache_for_generation"

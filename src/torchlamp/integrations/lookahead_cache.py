@@ -78,11 +78,24 @@ class LookaheadLayer(CacheLayerMixin):
         # What has just come is there in full, whatever the copy.
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
-    def first(self, count: int) -> int:
-        """The first stored place that the last `count` queries can see."""
+    def first(self, count: int, coming: int = 0) -> int:
+        """The first stored place that the last `count` queries can see, `coming` more being stored."""
         if self.sliding_window is None:
             return 0
-        return max(0, self.store.length - count - (self.sliding_window - 1))
+        return max(0, self.store.length + coming - count - (self.sliding_window - 1))
+
+    def has_room(self) -> bool:
+        """Whether one more token needs neither new memory nor moving."""
+        if self.sliding_window is not None and not self.record_past:
+            spare = self.store.length - (self.sliding_window - 1)
+            if spare >= max(_SLACK, self.sliding_window):
+                return False
+        return 0 < self.store.length < self.store.capacity
+
+    def appended(self, said: int) -> None:
+        """Note one token that a layer's kernel has stored, and what it said of it."""
+        self.store.appended(1, said)
+        self.seen += 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return."""
