@@ -1,7 +1,8 @@
 """Tokens per second and KL of low-bit decoding beside float32, Q8_0 and Q4_0, on weights that lie on no 4-bit grid.
 
-Every contestant reads the same prompt and then the same tokens, one at a time and all in turns, so that a busy machine
-slows all alike; the logits of these steps give the KL to the float32 model.
+Every contestant reads the same prompt and then the same tokens, one at a time: eight in a row, as decoding does, then the
+next contestant's turn, so that a busy machine slows all alike. The first step of a turn warms up and isn't timed. The
+logits of all steps give the KL to the float32 model.
 """
 
 import time
@@ -24,7 +25,7 @@ from torchlamp.study.text import cut_windows, default_text
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 CONTEXTS = (256, 4096)
-STEPS = 64
+STEPS, TURN = 64, 8
 REFERENCE, LOOKAHEAD, UNGUARDED = "transformers float32 sdpa", "look-ahead", "the same, look-ahead off"
 SPEEDUP, MOST_KL = 2.5, 1e-4
 #: Threads that another contestant left spinning have gone to sleep by then.
@@ -47,8 +48,8 @@ def measure() -> Iterator[Bench]:
         off_grid(model)
         with llama_files(name, model) as llama:
             for context in CONTEXTS:
-                tokens = cut_windows(tokenizer, [default_text()], 1, context + STEPS + 2)[0]
-                steps = race(contestants(model, llama, context + STEPS + 2), tokens, context)
+                tokens = cut_windows(tokenizer, [default_text()], 1, context + STEPS + 1)[0]
+                steps = race(contestants(model, llama, context + STEPS + 1), tokens, context)
                 yield as_bench(f"decode: {name}, off the grid, context {context}", steps)
         yield greedy(f"{name}, off the grid", model, tokenizer)
 
@@ -78,25 +79,29 @@ def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, 
 def race(made: dict[str, Callable[[], Decoder]], tokens: Tensor, context: int) -> dict[str, Steps]:
     """Decode `tokens` behind their first `context` with every contestant, step by step in turns.
 
-    The contestant `REFERENCE` must be among them.
+    The contestant `REFERENCE` must be the first.
     """
     decoders = {label: make() for label, make in made.items()}
     steps = {label: Steps([], []) for label in decoders}
     try:
         for decoder in decoders.values():
             decoder.prefill(tokens[:context])
-        for number, token in enumerate(tokens[context:-1].tolist()):
-            reference: Tensor | None = None
+        reference = torch.empty(0)
+        for begin in range(0, STEPS, TURN):
+            turn = tokens[context + begin : context + min(begin + TURN, STEPS)]
             for label, decoder in decoders.items():
                 time.sleep(_PAUSE)
-                start = time.perf_counter()
-                logits = decoder.step(token)
-                seconds = time.perf_counter() - start
-                logs = logits.double().log_softmax(-1)
-                reference = logs if reference is None else reference
-                if number:  # the first step warms up
-                    steps[label].seconds.append(seconds)
-                    steps[label].kl.append(float((reference.exp() * (reference - logs)).sum()))
+                logits = []
+                for number, token in enumerate(turn.tolist()):
+                    start = time.perf_counter()
+                    logits.append(decoder.step(token))
+                    if number:
+                        steps[label].seconds.append(time.perf_counter() - start)
+                # Not between the steps: torch's threads would still be looking for work in the next one.
+                logs = torch.stack(logits).double().log_softmax(-1)
+                if label == REFERENCE:
+                    reference = logs
+                steps[label].kl += (reference.exp() * (reference - logs)).sum(-1).tolist()
         for label, decoder in decoders.items():
             if isinstance(decoder, PreparedDecoder):
                 steps[label].note = str(decoder.prepared.statistics)

@@ -1,5 +1,6 @@
 """A packaged model with the weights it has now, in llama.cpp: as a float32 GGUF file, and quantised from there."""
 
+import ctypes
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,10 +150,13 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
 def _quantise(source: Path, target: Path, quantisation: str) -> None:
     import llama_cpp
 
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantisation}")
     parameters.nthread = torch.get_num_threads()
     # llama.cpp would keep the LM head of Q4_0 in 6 bits: its own choice, and left to it.
     status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), parameters)
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))
     if status:
         raise OSError(f"llama.cpp can't quantise to {quantisation} (status {status})")
