@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torchlamp.compositions.decode_policy import DecodePolicy
     from torchlamp.compositions.policy import Policy
     from torchlamp.compositions.statistics import Statistics
-    from torchlamp.integrations.huggingface import attach, detach, lookahead
     from torchlamp.integrations.decoding import prepare
+    from torchlamp.integrations.huggingface import attach, detach, lookahead
     from torchlamp.integrations.lookahead_cache import LookaheadCache
     from torchlamp.rules.rule import Rule
     from torchlamp.study.evaluate import evaluate

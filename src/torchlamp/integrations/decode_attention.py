@@ -1,4 +1,4 @@
-"""The attention implementation "lamp-decode": look-ahead over a `LookaheadCache` for single tokens, float32 otherwise."""
+"""The attention "lamp-decode": look-ahead over a `LookaheadCache` for single tokens, float32 for all else."""
 
 from typing import Any
 
@@ -29,14 +29,8 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it; see `LookaheadCache` for what single tokens read.
 
-    Parameters
-    ----------
-    query : Tensor
-        float32 (batch, heads, queries, size).
-    key, value : Tensor
-        (batch, key heads, keys, size), from the cache's `update`.
-    attention_mask : Tensor, optional
-        bool (batch, 1, queries, keys).
+    Queries are float32 (batch, heads, queries, size), keys and values (batch, key heads, keys, size) come from the
+    cache's `update`, the mask is bool (batch, 1, queries, keys) or None. Returns float32 (batch, queries, heads, size).
 
     Raises
     ------
@@ -89,7 +83,7 @@ def _eager(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Full-precision attention with a softcap or sinks, which torch's own doesn't know: (batch, queries, heads, size)."""
+    """Full-precision attention with a softcap or sinks, which torch's own doesn't know."""
     batch, heads, queries, _ = query.shape
     group = heads // key.shape[1]
     scores = query @ key.repeat_interleave(group, 1).mT * scaling

@@ -72,7 +72,7 @@ class LinearsDecode:
         y = self.matrix.products(x)
         if self.bias is not None:
             y = y + self.bias
-        return y.split(self.sizes, dim=1) if len(self.sizes) > 1 else (y,)
+        return torch.split(y, self.sizes, dim=1) if len(self.sizes) > 1 else (y,)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "waiting": None}

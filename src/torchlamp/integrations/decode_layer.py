@@ -68,7 +68,10 @@ class LayerDecode(Forward):
             return self.original(hidden_states, *args, **kwargs)
         batch, size = len(hidden_states), self.size
         cosines, sines = (a.reshape(-1, size) for a in angles)
-        part, y = cache.layers[self.number], torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        part, y = (
+            cache.layers[self.number],
+            torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
+        )
         store, first = part.store, part.first(1, coming=1)
         mask = kwargs.get("attention_mask")
         if mask is not None:

@@ -30,8 +30,8 @@ from torchlamp.integrations.sites import Sites
 logger = logging.getLogger("torchlamp.decoding")
 #: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
 DEFAULT = (
-    "scores=int8+running:0.003, values=int8+topz:0.01, qkv=int12, attention_out=int12, "
-    "mlp_up=int12, mlp_down=int12, lm_head=int8+running:3e-05"
+    "scores=int8+running:0.001, values=int8+topz:0.003, qkv=int12, attention_out=int12, "
+    "mlp_up=int12, mlp_down=int12, lm_head=int8+running:1e-05"
 )
 #: Eight bits everywhere, for those who would take Q8_0: as fast, and closer to float32.
 FAST = (

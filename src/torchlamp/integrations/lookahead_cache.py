@@ -19,7 +19,7 @@ _FULL = {"float16": torch.float16, "float32": torch.float32}
 _SLACK = 256
 
 
-class LookaheadLayer(CacheLayerMixin):
+class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer; with a sliding window it keeps what the window's next queries can see."""
 
     is_croppable = True
@@ -177,7 +177,7 @@ class LookaheadLayer(CacheLayerMixin):
             self.dropped += count
 
 
-class LookaheadCache(Cache):
+class LookaheadCache(Cache):  # type: ignore[misc]
     """Keys and values of every layer as 4- or 8-bit integers beside full-precision copies.
 
     Under the attention implementation "lamp-decode", which `torchlamp.prepare` sets, a decoded token reads low-bit
@@ -190,13 +190,13 @@ class LookaheadCache(Cache):
     config : transformers.PretrainedConfig
         Of the model.
     scores, values : str or SiteStorage
-        ``int8`` or ``int4``, and the rule, for example ``"int8+running:0.003"`` and ``"int8+topz:0.01"``.
+        ``int8`` or ``int4``, and the rule, for example ``"int8+running:0.001"`` and ``"int8+topz:0.003"``.
     full : str
         ``"float16"`` halves the memory of the full copies and holds numbers up to 65504; ``"float32"`` is exact.
     center : bool
         Quantise keys less their mean over the first ones.
-    hadamard : bool
-        Quantise keys rotated by the Hadamard matrix.
+    hadamard : bool, optional
+        Quantise keys rotated by the Hadamard matrix; None where the head size is a power of two, which it must be.
     statistics : DecodeStatistics, optional
         Where recomputed scores and values read in full are counted.
 
@@ -209,20 +209,23 @@ class LookaheadCache(Cache):
     def __init__(
         self,
         config: Any,
-        scores: str | SiteStorage = "int8+running:0.003",
-        values: str | SiteStorage = "int8+topz:0.01",
+        scores: str | SiteStorage = "int8+running:0.001",
+        values: str | SiteStorage = "int8+topz:0.003",
         *,
         full: str = "float16",
         center: bool = True,
-        hadamard: bool = False,
+        hadamard: bool | None = None,
         statistics: DecodeStatistics | None = None,
     ) -> None:
         if full not in _FULL:
             raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
         scores = SiteStorage.parse(scores, "scores") if isinstance(scores, str) else scores
         values = SiteStorage.parse(values, "values") if isinstance(values, str) else values
-        options = StoreOptions(scores.bits, values.bits, _FULL[full], center, hadamard)
         text = config.get_text_config(decoder=True)
+        if hadamard is None:
+            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            hadamard = size & (size - 1) == 0
+        options = StoreOptions(scores.bits, values.bits, _FULL[full], center, hadamard)
         kinds = getattr(text, "layer_types", None)
         window = getattr(text, "sliding_window", None)
         if kinds is None:

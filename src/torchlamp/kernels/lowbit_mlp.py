@@ -138,8 +138,8 @@ class LowBitMlp:
         made = self._native  # read once: other threads may replace it
         if made is None or made[0] != isa:
             kernel = native.extension().Mlp(
-                isa, self.gate.kernel(), self.up.kernel(), self.down.kernel(), self.gate_full, self.up_full, self.down_full, self.norms, self.errors,
-                ACTIVATIONS.index(self.activation),
+                isa, *(matrix.kernel() for matrix in (self.gate, self.up, self.down)), self.gate_full, self.up_full,
+                self.down_full, self.norms, self.errors, ACTIVATIONS.index(self.activation),
             )  # fmt: skip
             self._native = made = (isa, kernel)
         return made[1]

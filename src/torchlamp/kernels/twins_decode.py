@@ -12,10 +12,10 @@ from torchlamp.kernels.twins_lowbit import quantise_vector
 def hadamard(x: Tensor) -> Tensor:
     """The last dimension, a power of two, times the Hadamard matrix over the root of its size."""
     size = x.shape[-1]
-    y = x
+    y: Tensor = x
     half = 1
     while half < size:
-        pairs = y.unflatten(-1, (-1, 2, half))
+        pairs = y.reshape(*y.shape[:-1], -1, 2, half)
         first, second = pairs.unbind(-2)
         y = torch.stack([first + second, first - second], -2).flatten(-3)
         half *= 2
