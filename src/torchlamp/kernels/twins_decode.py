@@ -19,7 +19,8 @@ def hadamard(x: Tensor) -> Tensor:
         first, second = pairs.unbind(-2)
         y = torch.stack([first + second, first - second], -2).flatten(-3)
         half *= 2
-    return y / size**0.5
+    rotated: Tensor = y / size**0.5
+    return rotated
 
 
 def attend(

@@ -1,8 +1,8 @@
 """Tokens per second and KL of low-bit decoding beside float32, Q8_0 and Q4_0, on weights that lie on no 4-bit grid.
 
-Every contestant reads the same prompt and then the same tokens, one at a time: eight in a row, as decoding does, then the
-next contestant's turn, so that a busy machine slows all alike. The first step of a turn warms up and isn't timed. The
-logits of all steps give the KL to the float32 model.
+Every contestant reads the same prompt and then the same tokens, one at a time: eight in a row, as decoding does, then
+it's the next one's turn, so that a busy machine slows all alike. The first step of a turn warms up and isn't timed.
+The logits of all steps give the KL to the float32 model.
 """
 
 import time

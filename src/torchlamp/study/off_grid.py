@@ -1,5 +1,4 @@
-"""Weights off the 4-bit grid: the packaged models are dequantised 4-bit files, and a low-bit copy on the same grid would
-be exact by accident.
+"""Weights off the 4-bit grid: the packaged models are dequantised 4-bit files, on whose grid low bits would be exact.
 
 Llama-type models are rotated, which leaves the function as it is: with the norms' weights folded into the layers behind
 them, an RMSNorm commutes with an orthogonal matrix Q, |Q x| = |x|, so that the whole residual stream can be kept in
@@ -7,6 +6,7 @@ another basis. Where norms stand behind the sublayers (Gemma 3), their weights c
 uniform noise of half a quantisation step, which makes a reference model of its own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,21 +62,20 @@ def _rotate(model: Any, sites: Sites, generator: torch.Generator) -> None:
     size = model.get_input_embeddings().weight.shape[1]
     q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
-    def behind(norm: nn.Module, linears: list[nn.Module]) -> None:
-        weight = sites.norm(norm, size)  # refuses what is no RMSNorm of known form
-        if weight.kind != "rms":
+    def behind(norm: Any, linears: Sequence[Any]) -> None:
+        if sites.norm(norm, size).kind != "rms":
             raise ValueError(
-                f"{type(norm).__name__}: only RMSNorm commutes with a rotation of the residual stream"
+                f"{type(norm).__name__}: only an RMSNorm commutes with a rotation of the residual stream"
             )
         for linear in linears:
-            matrix: Tensor = linear.weight  # type: ignore[assignment]
-            matrix.copy_((matrix.double() * norm.weight.double()) @ q)
+            linear.weight.copy_((linear.weight.double() * norm.weight.double()) @ q)
         norm.weight.fill_(1.0)
 
     # Untied first: the head takes the final norm's weight, the embedding doesn't.
-    embedding, head = model.get_input_embeddings(), sites.lm_head()[0]
+    embedding: Any = model.get_input_embeddings()
+    head: Any = sites.lm_head()[0]
     if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.clone(), requires_grad=embedding.weight.requires_grad)
+        head.weight = nn.Parameter(embedding.weight.clone())
         model.config.tie_word_embeddings = False
     embedding.weight.copy_(embedding.weight.double() @ q)
     behind(sites.final_norm(), [head])
@@ -84,11 +83,11 @@ def _rotate(model: Any, sites: Sites, generator: torch.Generator) -> None:
         norms = sites.norms(layer)
         behind(norms.attention[1], sites.qkv(layer))
         behind(norms.mlp[1], sites.mlp_up(layer)[0])
-        for linear in (sites.attention_out(layer), sites.mlp_down(layer)):
-            matrix: Tensor = linear.weight  # type: ignore[assignment]
-            matrix.copy_(q.T @ matrix.double())
-            if linear.bias is not None:
-                linear.bias.copy_(linear.bias.double() @ q)  # type: ignore[operator, union-attr]
+        last: Any
+        for last in (sites.attention_out(layer), sites.mlp_down(layer)):
+            last.weight.copy_(q.T @ last.weight.double())
+            if last.bias is not None:
+                last.bias.copy_(last.bias.double() @ q)
 
 
 def _add_noise(weight: Tensor, generator: torch.Generator) -> None:
