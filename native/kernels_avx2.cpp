@@ -7,7 +7,7 @@ namespace lamp {
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels{"avx2", avx2::products, avx2::recompute, avx2::attention,
-                               avx2::lowbit_kernels()};
+                               avx2::lowbit_kernels(), avx2::decode_kernels()};
   return kernels;
 }
 

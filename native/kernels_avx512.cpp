@@ -7,7 +7,7 @@ namespace lamp {
 
 const Kernels& avx512_kernels() {
   static const Kernels kernels{"avx512", avx512::products, avx512::recompute, avx512::attention,
-                               avx512::lowbit_kernels()};
+                               avx512::lowbit_kernels(), avx512::decode_kernels()};
   return kernels;
 }
 

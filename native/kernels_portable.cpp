@@ -7,7 +7,7 @@ namespace lamp {
 
 const Kernels& portable_kernels() {
   static const Kernels kernels{"portable", portable::products, portable::recompute, portable::attention,
-                               portable::lowbit_kernels()};
+                               portable::lowbit_kernels(), portable::decode_kernels()};
   return kernels;
 }
 

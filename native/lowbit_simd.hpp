@@ -77,6 +77,9 @@ inline vrows load_scales(const std::uint16_t* p) {
 inline vf widen_i8(const std::int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+inline vf widen_i16(const std::int16_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))))};
+}
 // Sixteen 4-bit codes, the low or the high halves of sixteen bytes.
 inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
   const __m512i n = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -135,6 +138,9 @@ inline vrows load_scales(const std::uint16_t* p) {
 inline vf widen_i8(const std::int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
+inline vf widen_i16(const std::int16_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
   const __m256i eight = _mm256_set1_epi32(8);
   for (int i = 0; i < 2; ++i) {
@@ -188,6 +194,9 @@ inline vrows load_scales(const std::uint16_t* p) {
   return r;
 }
 inline vf widen_i8(const std::int8_t* p) {
+  return lanes([&](int i) { return static_cast<float>(p[i]); });
+}
+inline vf widen_i16(const std::int16_t* p) {
   return lanes([&](int i) { return static_cast<float>(p[i]); });
 }
 inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {

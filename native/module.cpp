@@ -166,4 +166,5 @@ NB_MODULE(_native, m) {
         "sinks"_a.none(), "causal"_a, "scaling"_a, "softcap"_a, "weight"_a, "threshold"_a, "by_length"_a,
         "error_scale"_a, "how"_a, "threads"_a);
   lamp::python::bind_lowbit(m);
+  lamp::python::bind_decode(m);
 }

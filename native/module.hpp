@@ -44,6 +44,7 @@ bool row_major(const A& x) {
 inline std::ptrdiff_t length(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
 
 void bind_lowbit(nb::module_& m);
+void bind_decode(nb::module_& m);
 
 }  // namespace python
 }  // namespace lamp

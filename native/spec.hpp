@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "decode_spec.hpp"
 #include "lowbit_spec.hpp"
 
 namespace lamp {
@@ -112,6 +113,7 @@ struct Kernels {
   void (*recompute)(const Recompute&);
   void (*attention)(const Attention&);
   LowBitKernels lowbit;
+  DecodeKernels decode;
 };
 
 const Kernels& portable_kernels();
