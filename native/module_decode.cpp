@@ -82,7 +82,9 @@ class KeyValueStore {
     return (p.overflow ? 1 : 0) + (p.strange ? 2 : 0);
   }
 
-  void attend(Floats<4> q, Array<float, 4> out, Counts recomputed, Counts full_rows, Array<std::int32_t, 2> visible,
+  // Fills out and the counts, and returns the sums of the counts: scores recomputed and visible, value rows read in
+  // full and visible.
+  nb::tuple attend(Floats<4> q, Array<float, 4> out, Counts recomputed, Counts full_rows, Array<std::int32_t, 2> visible,
               std::ptrdiff_t first, std::ptrdiff_t last, std::optional<Array<const std::uint8_t, 3>> mask, bool causal,
               std::optional<Floats<1>> sinks, float scaling, float softcap, float scores_threshold,
               float values_threshold, float skip, bool strange, int threads) const {
@@ -117,8 +119,17 @@ class KeyValueStore {
     p.recomputed = recomputed.data(), p.full_rows = full_rows.data(), p.visible = visible.data();
     p.causal = causal, p.scaling = scaling, p.softcap = softcap, p.strange = strange, p.threads = threads;
     p.scores_threshold = scores_threshold, p.values_threshold = values_threshold, p.skip = skip;
-    const nb::gil_scoped_release release;
-    kernels_.decode.attend(p);
+    {
+      const nb::gil_scoped_release release;
+      kernels_.decode.attend(p);
+    }
+    const auto total = [](const auto& x) {
+      std::int64_t sum = 0;
+      for (std::size_t i = 0; i < x.size(); ++i) sum += x.data()[i];
+      return sum;
+    };
+    const std::int64_t seen = total(visible);
+    return nb::make_tuple(total(recomputed), seen * p.heads, total(full_rows), seen * store_.heads);
   }
 
  private:
