@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchlamp.compositions.policy import Policy
     from torchlamp.compositions.statistics import Statistics
     from torchlamp.integrations.huggingface import attach, detach, lookahead
+    from torchlamp.integrations.lookahead_cache import LookaheadCache
     from torchlamp.rules.rule import Rule
     from torchlamp.study.evaluate import evaluate
     from torchlamp.study.models import load
@@ -28,6 +29,7 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",
     "Format": "arithmetic.formats",
+    "LookaheadCache": "integrations.lookahead_cache",
     "Policy": "compositions.policy",
     "Result": "study.result",
     "Rule": "rules.rule",
@@ -44,6 +46,7 @@ _HOMES = {
 __all__ = [
     "Accumulator",
     "Format",
+    "LookaheadCache",
     "Policy",
     "Result",
     "Rule",

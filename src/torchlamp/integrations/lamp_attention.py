@@ -18,7 +18,7 @@ _FLOAT32 = SitePolicy.parse("fp32+none")
 
 # Arguments that transformers hands to every attention function and that don't change its result: the window
 # arrives in the mask, and the positions are already in the rotated queries and keys.
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {
         "cache_position",
         "deterministic",
@@ -155,7 +155,7 @@ def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) 
             "output_attentions=True: the attention 'lamp' never holds the weights of all keys at once; "
             "use attn_implementation='eager' to get them"
         )
-    used = {"softcap", "s_aux", "is_causal"} | _HARMLESS
+    used = {"softcap", "s_aux", "is_causal"} | HARMLESS
     unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in used)
     if unknown:
         raise ValueError(

@@ -16,6 +16,7 @@ from torchlamp.kernels import native, twins_decode
 from torchlamp.kernels.decode_types import Attended, StoreFormat, Thresholds
 from torchlamp.kernels.twins_lowbit import ROWS, code_bytes, group_count
 
+
 @dataclass(eq=False)
 class KeyValueArrays:
     """The tensors of one layer's store: batch B, key heads H, capacity C (a multiple of 16), sizes D and Dv.

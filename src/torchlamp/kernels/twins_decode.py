@@ -173,7 +173,9 @@ def attend(
     misled &= seen.any(-1, keepdim=True)
     exact_logits = torch.where(seen, _cap(exact, softcap)[0], -torch.inf)
     exact_top, _ = _normaliser(exact_logits, sink)
-    share = (e / total).amax(2, keepdim=True)  # the largest of a group: a row is read once for all of its heads
+    share = (e / total).amax(
+        2, keepdim=True
+    )  # the largest of a group: a row is read once for all of its heads
     unknown = (e / total).isnan().any(2, keepdim=True)
     wanted = unknown | (share > (0.0 if strange else thresholds.skip / max(1, last - first)))
     large = (unknown | (share > (-1.0 if strange else thresholds.values))) & ((share > 0) | unknown) & seen
@@ -183,7 +185,11 @@ def attend(
     divisor = in_full.sum(-1, keepdim=True) + (0.0 if sink is None else (sink - exact_top).exp())
     everywhere = torch.ones_like(in_full, dtype=torch.bool)
     output = torch.where(misled, _sum(in_full, everywhere, full_values, values) / divisor, output / after)
-    blind = full_values.mean(2, keepdim=True) if last > first else full_values.new_zeros(full_values[:, :, :1].shape)
+    blind = (
+        full_values.mean(2, keepdim=True)
+        if last > first
+        else full_values.new_zeros(full_values[:, :, :1].shape)
+    )
     blind = torch.zeros_like(blind) if sinks is not None else blind
     output = torch.where(seen.any(-1, keepdim=True), output, blind[:, :, None])
 
@@ -215,7 +221,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def _visible(query: Tensor, keys: int, mask: Tensor | None, causal: bool) -> Tensor:
-    """bool (batch, queries, keys)."""
+    """Which keys each query sees, bool (batch, queries, keys)."""
     batch, _, queries, _ = query.shape
     seen = torch.ones(batch, queries, keys, dtype=torch.bool, device=query.device)
     if causal:
