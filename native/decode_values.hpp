@@ -65,12 +65,14 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
   const vf bound = set1(p.scores_threshold), error_scale = set1(row.error_scale);
   Waiting waiting;
   const auto recompute = [&] {
+    alignas(64) float difference[Waiting::kMost], term[Waiting::kMost];
     for (int i = 0; i < waiting.count; ++i) {
-      const std::ptrdiff_t at = waiting.at[i];
-      const float difference = logit(p, full_score(p, row, full, work.origin + at)) - top;
-      found.unsafe |= difference > kSurprise;
-      e[at] = difference == difference ? first_lane(exp(set1(std::min(difference, kSurprise)))) : difference;
+      difference[i] = logit(p, full_score(p, row, full, work.origin + waiting.at[i])) - top;
+      found.unsafe |= difference[i] > kSurprise;
     }
+    for (int i = waiting.count; i % vf::width; ++i) difference[i] = 0.0f;
+    for (int i = 0; i < waiting.count; i += vf::width) store(term + i, exp(min(set1(kSurprise), load(difference + i))));
+    for (int i = 0; i < waiting.count; ++i) e[waiting.at[i]] = term[i];
     found.recomputed += waiting.count, waiting.count = 0;
   };
   for (std::ptrdiff_t j = begin; j < end; j += kRows) {

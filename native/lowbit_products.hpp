@@ -70,7 +70,7 @@ inline float full_dot(const T* row, const float* x, std::ptrdiff_t columns) {
   for (; k + vf::width <= columns; k += vf::width) sum[0] = fma(widen(row + k), load(x + k), sum[0]);
   float tail = 0.0f;
   for (; k < columns; ++k) tail = std::fma(widen_one(row + k), x[k], tail);
-  return LAMP_ISA::sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  return sum_halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
 // The same for a row of 16-bit integers with a scale for each group.
@@ -88,7 +88,7 @@ inline float full_dot(const std::int16_t* row, const std::uint16_t* scales, cons
     for (; k < count; ++k) rest = std::fma(static_cast<float>(row[k]), x[k], rest);
     tail = std::fma(rest, scale, tail);
   }
-  return sum(total) + tail;
+  return sum_halves(total) + tail;
 }
 
 inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {

@@ -211,6 +211,21 @@ inline vf widen(const std::uint16_t* p) {
 
 #endif
 
+// Sum of the lanes, halves first: a short chain, where `sum` adds them one by one.
+inline float sum_halves(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x.v);
+#elif defined(__AVX2__)
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+#else
+  for (int half = vf::width / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+  return x.v[0];
+#endif
+}
+
 inline vf widen(const float* p) { return load(p); }
 inline float widen_one(const float* p) { return *p; }
 inline float widen_one(const std::uint16_t* p) { return from_f16(*p); }

@@ -1,4 +1,6 @@
 // The Python face of the decoding kernels: an object that holds a store's arrays, so that a call passes only what is new.
+#include <numeric>
+
 #include "memory.hpp"
 #include "module.hpp"
 
@@ -8,7 +10,7 @@ namespace {
 using Bytes = Array<std::uint8_t, 1>;
 using Halves = Array<std::uint16_t, 1>;
 using Full4 = nb::ndarray<nb::ndim<4>, nb::device::cpu>;
-using Counts = Array<std::int32_t, 3>;
+using Counts = Array<std::int32_t, 1>;
 
 class KeyValueStore {
  public:
@@ -82,9 +84,10 @@ class KeyValueStore {
     return (p.overflow ? 1 : 0) + (p.strange ? 2 : 0);
   }
 
-  // Fills out and the counts, and returns the sums of the counts: scores recomputed and visible, value rows read in
+  // Fills out and the counts, recomputed (batch, heads, queries), full rows (batch, key heads, queries) and visible
+  // (batch, queries) one behind the other, and returns the sums of the counts: scores recomputed and visible, value rows read in
   // full and visible.
-  nb::tuple attend(Floats<4> q, Array<float, 4> out, Counts recomputed, Counts full_rows, Array<std::int32_t, 2> visible,
+  nb::tuple attend(Floats<4> q, Array<float, 4> out, Counts counts,
               std::ptrdiff_t first, std::ptrdiff_t last, std::optional<Array<const std::uint8_t, 3>> mask, bool causal,
               std::optional<Floats<1>> sinks, float scaling, float softcap, float scores_threshold,
               float values_threshold, float skip, bool strange, int threads) const {
@@ -98,13 +101,11 @@ class KeyValueStore {
     require(row_major(out) && length(out.shape(0)) == store_.batches && length(out.shape(1)) == p.queries &&
                 length(out.shape(2)) == p.heads && length(out.shape(3)) == store_.value_size,
             "out must be contiguous, of shape (batch, queries, heads, value size)");
-    const auto counts = [&](const Counts& x, std::ptrdiff_t heads) {
-      return row_major(x) && length(x.shape(0)) == store_.batches && length(x.shape(1)) == heads &&
-             length(x.shape(2)) == p.queries;
-    };
-    require(counts(recomputed, p.heads) && counts(full_rows, store_.heads) && row_major(visible) &&
-                length(visible.shape(0)) == store_.batches && length(visible.shape(1)) == p.queries,
-            "counts must be contiguous, of shapes (batch, heads, queries), (batch, key heads, queries), (batch, queries)");
+    const std::ptrdiff_t rows = store_.batches * p.queries;
+    require(row_major(counts) && length(counts.size()) == rows * (p.heads + store_.heads + 1),
+            "counts must be contiguous, of batch * queries * (heads + key heads + 1) elements");
+    p.recomputed = counts.data(), p.full_rows = p.recomputed + rows * p.heads;
+    p.visible = p.full_rows + rows * store_.heads;
     if (mask) {
       require(length(mask->shape(0)) == store_.batches && length(mask->shape(1)) == p.queries &&
                   length(mask->shape(2)) == last - first && (last - first <= 1 || mask->stride(2) == 1),
@@ -116,20 +117,18 @@ class KeyValueStore {
       p.sinks = sinks->data();
     }
     p.q = q.data(), p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_row = q.stride(2), p.out = out.data();
-    p.recomputed = recomputed.data(), p.full_rows = full_rows.data(), p.visible = visible.data();
     p.causal = causal, p.scaling = scaling, p.softcap = softcap, p.strange = strange, p.threads = threads;
     p.scores_threshold = scores_threshold, p.values_threshold = values_threshold, p.skip = skip;
     {
       const nb::gil_scoped_release release;
       kernels_.decode.attend(p);
     }
-    const auto total = [](const auto& x) {
-      std::int64_t sum = 0;
-      for (std::size_t i = 0; i < x.size(); ++i) sum += x.data()[i];
-      return sum;
+    const auto total = [](const std::int32_t* first, const std::int32_t* last) {
+      return std::accumulate(first, last, std::int64_t{0});
     };
-    const std::int64_t seen = total(visible);
-    return nb::make_tuple(total(recomputed), seen * p.heads, total(full_rows), seen * store_.heads);
+    const std::int64_t seen = total(p.visible, p.visible + rows);
+    return nb::make_tuple(total(p.recomputed, p.full_rows), seen * p.heads, total(p.full_rows, p.visible),
+                          seen * store_.heads);
   }
 
  private:
@@ -156,7 +155,7 @@ void bind_decode(nb::module_& m) {
            "isa"_a, "key_codes"_a, "key_scales"_a, "key_errors"_a, "value_codes"_a, "value_scales"_a, "full_keys"_a,
            "full_values"_a, "full_key_scales"_a.none(), "full_value_scales"_a.none(), "mean"_a.none(), "key_bits"_a, "value_bits"_a, "centred"_a, "rotated"_a)
       .def("append", &KeyValueStore::append, "k"_a, "v"_a, "start"_a, "threads"_a)
-      .def("attend", &KeyValueStore::attend, "q"_a, "out"_a, "recomputed"_a, "full_rows"_a, "visible"_a, "first"_a,
+      .def("attend", &KeyValueStore::attend, "q"_a, "out"_a, "counts"_a, "first"_a,
            "last"_a, "mask"_a.none(), "causal"_a, "sinks"_a.none(), "scaling"_a, "softcap"_a, "scores_threshold"_a,
            "values_threshold"_a, "skip"_a, "strange"_a, "threads"_a);
 }

@@ -47,7 +47,8 @@ class LookaheadStore:
         ValueError
             A shape that doesn't fit what is there, or with `full="float16"` a number beyond 65504.
         """
-        keys, values = keys.detach().float(), values.detach().float()
+        if keys.dtype != torch.float32 or values.dtype != torch.float32:
+            keys, values = keys.float(), values.float()
         arrays = self._room(keys, values)
         overflow, strange = arrays.append(keys, values, self.last)
         if overflow:
@@ -186,16 +187,15 @@ class LookaheadStore:
             arrays = KeyValueArrays.empty(self.form, shape, (keys.shape[3], values.shape[3]), keys.device)
             self.arrays = arrays
         arrays = self.arrays
-        own = arrays.full_keys.shape
-        if (keys.shape[0], keys.shape[1], keys.shape[3]) != (own[0], own[1], own[3]) or values.shape[
-            3
-        ] != arrays.full_values.shape[3]:
+        batch, heads, _, size = arrays.full_keys.shape
+        value_size = arrays.full_values.shape[3]
+        if keys.shape != (batch, heads, count, size) or values.shape[3] != value_size:
             raise ValueError(
-                f"new keys {tuple(keys.shape)} and values {tuple(values.shape)} don't fit a store of batch {own[0]}, "
-                f"{own[1]} key heads and sizes {own[3]} and {arrays.full_values.shape[3]}"
+                f"new keys {tuple(keys.shape)} and values {tuple(values.shape)} don't fit a store of batch {batch}, "
+                f"{heads} key heads and sizes {size} and {value_size}"
             )
         if self.last == 0 and count and arrays.mean is not None:
-            mean = keys.mean(2)
+            mean = keys.detach().mean(2)
             arrays.mean.copy_(torch.where(mean.isfinite(), mean, 0.0))
         if self.last + count > arrays.capacity:
             shift = self.first // 16 * 16  # whole blocks move

@@ -31,7 +31,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     Parameters
     ----------
     config : transformers.PreTrainedConfig
-        The model's own object, whose attention implementation is looked up at every step.
+        The model's own object, whose attention implementation is looked up at every forward pass.
     keys, values : "int8" or "int4"
         The low-bit copies.
     scores_rule : str or Rule
@@ -81,15 +81,27 @@ class LookaheadCache(Cache):  # type: ignore[misc]
                     "and values of full and sliding attention; use transformers' DynamicCache"
                 )
         super().__init__(layers=layers)
+        self._first = next((n for n, own in enumerate(layers) if isinstance(own, LookaheadLayer)), 0)
+        self._decoding = self._attends_with_lamp()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values to a layer, and return all that its new queries may see; see `LookaheadLayer.update`."""
+        if layer_idx == self._first:  # configs are slow to ask
+            self._decoding = self._attends_with_lamp()
+        keys, values = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return keys, values
 
     def decoding(self) -> bool:
-        """Whether the model attends with "lamp-decode"."""
-        config = self.config
-        implementation: object = config._attn_implementation
-        if implementation == NAME:
+        """Whether the model attended with "lamp-decode" when its first layer was last updated."""
+        return self._decoding
+
+    def _attends_with_lamp(self) -> bool:
+        if self.config._attn_implementation == NAME:
             return True
-        decoder = config.get_text_config(decoder=True)
-        return decoder is not config and decoder._attn_implementation == NAME
+        decoder: Any = self.config.get_text_config(decoder=True)
+        return decoder is not self.config and decoder._attn_implementation == NAME
 
     @property
     def lookahead_layers(self) -> list[LookaheadLayer]:

@@ -106,7 +106,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         tensors of the right shape whose numbers are all NaN and whose attribute `lookahead` is a `View`. Under any
         other attention: the full copies in the dtype of the new ones.
         """
-        store, new = self.store, key_states.shape[2]
+        store = self.store
         fresh = store.last == store.first
         first = self._seen_from()
         moved = store.first
@@ -126,7 +126,6 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         keys = self._nothing.expand(batch, heads, last - first, key_states.shape[3])
         values = self._nothing.expand(batch, heads, last - first, value_states.shape[3])
         keys.lookahead = values.lookahead = view  # type: ignore[attr-defined]
-        assert new <= last - first
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

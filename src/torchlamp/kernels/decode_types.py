@@ -71,14 +71,29 @@ class Attended(NamedTuple):
 
     #: float32 (batch, queries, heads, value size).
     output: Tensor
-    #: int32 (batch, heads, queries): scores recomputed.
-    recomputed: Tensor
-    #: int32 (batch, key heads, queries): values read in full precision, each for all heads of its group.
-    full_rows: Tensor
-    #: int32 (batch, queries): keys that the query sees.
-    visible: Tensor
-    #: Sums over the call: scores recomputed and visible, values read in full and visible.
+    #: Sums over the call: scores recomputed and visible, values read in full and visible. A value is counted once for
+    #: all heads that share it.
     totals: tuple[int, int, int, int]
+    #: int32: `recomputed`, `full_rows` and `visible`, one behind the other.
+    counts: Tensor
+
+    @property
+    def recomputed(self) -> Tensor:
+        """Scores recomputed, int32 (batch, heads, queries)."""
+        batch, queries, heads, _ = self.output.shape
+        return self.counts[: batch * queries * heads].view(batch, heads, queries)
+
+    @property
+    def full_rows(self) -> Tensor:
+        """Values read in full precision, int32 (batch, key heads, queries)."""
+        batch, queries, heads, _ = self.output.shape
+        return self.counts[batch * queries * heads : -batch * queries].view(batch, -1, queries)
+
+    @property
+    def visible(self) -> Tensor:
+        """Keys that a query sees, int32 (batch, queries)."""
+        batch, queries, _, _ = self.output.shape
+        return self.counts[-batch * queries :].view(batch, queries)
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ def _attended(output: Tensor, recomputed: Tensor, large: Tensor, seen: Tensor) -
     full_rows, visible = large.sum(-1)[:, :, 0].int(), seen[:, 0, 0].sum(-1).int()
     heads, kv, count = recomputed.shape[1], full_rows.shape[1], int(visible.sum())
     totals = (int(recomputed.sum()), count * heads, int(full_rows.sum()), count * kv)
-    return Attended(output, recomputed, full_rows, visible, totals)
+    counts = torch.cat([recomputed.flatten(), full_rows.flatten(), visible.flatten()])
+    return Attended(output, totals, counts)
 
 
 def look_ahead(z: Tensor, r: Tensor, slope: Tensor | float) -> Tensor:
