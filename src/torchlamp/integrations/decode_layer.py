@@ -67,7 +67,7 @@ class LayerDecode(Forward):
         if not fast:  # the modules one by one
             return self.original(hidden_states, *args, **kwargs)
         batch, size = len(hidden_states), self.size
-        cosines, sines = (a.reshape(-1, size) for a in angles)
+        cosines, sines = (a.reshape(-1, size).contiguous() for a in angles)
         part, y = (
             cache.layers[self.number],
             torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
@@ -78,7 +78,7 @@ class LayerDecode(Forward):
             keys = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, 0]
             mask = keys.expand(batch, -1).contiguous().view(torch.uint8)
         scores, values, seen, neurons, columns, said = self.kernel().step(
-            hidden_states.reshape(batch, -1), cosines, sines, store.kernel(), store.length, first, mask, self.scaling,
+            hidden_states.reshape(batch, -1).contiguous(), cosines, sines, store.kernel(), store.length, first, mask, self.scaling,
             part.scores.threshold, part.values_storage.threshold, store.strange, y.view(batch, -1),
             torch.get_num_threads(),
         )  # fmt: skip

@@ -116,9 +116,9 @@ def attend(
     large = (~(known <= values_threshold) & ~(z <= 0)).view(batch, -1, group, queries, z.shape[-1])
     large = large.any(2)
     chosen = by_head(large)
-    output = torch.where(chosen, z, 0) @ by_head(full_values) + torch.where(chosen, 0, z) @ by_head(
-        low_values
-    )
+    # Values that aren't finite are always chosen; their low-bit copies, NaN, get the weight 0.
+    low_part = torch.where(chosen, 0, z) @ by_head(low_values.nan_to_num(0.0))
+    output = torch.where(chosen, z, 0) @ by_head(full_values) + low_part
     if sinks is None:  # a query that sees nothing gets the mean of all values
         blind = by_head(full_values).mean(-2, keepdim=True).expand_as(output)
         output = torch.where(seen.any(-1)[:, None, :, None], output, blind)

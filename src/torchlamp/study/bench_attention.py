@@ -46,6 +46,7 @@ class Contestant:
         self.store.append(heads.k, heads.v)
 
     def __call__(self, scores: float = SCORES.threshold, values: float = VALUES.threshold) -> Any:
+        """Attend with the layer's query."""
         return self.store.attend(
             self.heads.q,
             scaling=self.heads.q.shape[-1] ** -0.5,
@@ -145,11 +146,12 @@ def torch_calls(heads: Heads) -> dict[str, Callable[[], Tensor]]:
     low = [x.bfloat16() for x in (q, heads.k, heads.v)]
 
     def matmul() -> Tensor:
-        return (q @ heads.k.mT * size**-0.5).softmax(-1) @ heads.v
+        output: Tensor = (q @ heads.k.mT * size**-0.5).softmax(-1) @ heads.v
+        return output
 
     calls = (
         lambda: scaled_dot_product_attention(q, heads.k, heads.v),
-        lambda: scaled_dot_product_attention(*low),
+        lambda: scaled_dot_product_attention(low[0], low[1], low[2]),
         matmul,
     )
     return dict(zip(TORCH, calls, strict=True))
@@ -159,7 +161,8 @@ def exact(heads: Heads) -> Tensor:
     """The attention in float64: (1, heads, size)."""
     q = heads.q.view(1, heads.k.shape[1], -1, heads.q.shape[-1]).double()
     scores = q @ heads.k.double().mT * heads.q.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ heads.v.double()).view(1, heads.q.shape[1], -1)
+    output: Tensor = scores.softmax(-1) @ heads.v.double()
+    return output.view(1, heads.q.shape[1], -1)
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:

@@ -68,7 +68,9 @@ def write_gguf(model: Any, path: Path, tokenizer_from: Path | None = None) -> No
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise ValueError(f"weight {key!r}: llama.cpp's {kind.architecture} has no such tensor; can't be written")
+            raise ValueError(
+                f"weight {key!r}: llama.cpp's {kind.architecture} has no such tensor; can't be written"
+            )
         tensors[name] = _laid_out(key, tensor.float(), config, kind).contiguous().numpy()
     writer = gguf.GGUFWriter(path, kind.architecture)
     _add_settings(writer, config)
@@ -145,7 +147,9 @@ def _checked(config: Any) -> _Type:
     """The type of a model, all of whose settings llama.cpp has."""
     kind = _TYPES.get(config.model_type)
     if kind is None:
-        raise ValueError(f"model type {config.model_type!r} can't be written as GGUF: allowed are {', '.join(_TYPES)}")
+        raise ValueError(
+            f"model type {config.model_type!r} can't be written as GGUF: allowed are {', '.join(_TYPES)}"
+        )
     activation = getattr(config, "hidden_act", None) or config.hidden_activation
     gemma = config.model_type == "gemma3_text"
     ropes = [*config.rope_parameters.values()] if gemma else [config.rope_parameters]
@@ -163,7 +167,10 @@ def _checked(config: Any) -> _Type:
             "query_pre_attn_scalar": (config.query_pre_attn_scalar, config.head_dim),
             "attn_logit_softcapping": (config.attn_logit_softcapping, None),
             "final_logit_softcapping": (config.final_logit_softcapping, None),
-            "use_bidirectional_attention": (bool(getattr(config, "use_bidirectional_attention", False)), False),
+            "use_bidirectional_attention": (
+                bool(getattr(config, "use_bidirectional_attention", False)),
+                False,
+            ),
         }
     for name, (value, expected) in wanted.items():
         if value != expected:

@@ -150,11 +150,11 @@ class LlamaCpp:
             llama.cpp failed, or `close` was called.
         """
         self._clear()
-        return self._decode(self._checked(tokens), every=False)[0]
+        return self._decode(self._checked(tokens), every=False).reshape(-1)
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Read one token more; float32 (vocabulary,) logits of what follows it. Raises what `prefill` does."""
-        return self._decode(self._checked([token]), every=False)[0]
+        return self._decode(self._checked([token]), every=False).reshape(-1)
 
     def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Forget everything and read tokens; float32 (length, vocabulary), logits behind each of them.
@@ -215,7 +215,9 @@ class LlamaCpp:
             self._library.llama_synchronize(self._context)
             self.seconds += time.perf_counter() - began
             if status:
-                raise RuntimeError(f"llama.cpp can't decode {len(part)} tokens behind {self.length} (status {status})")
+                raise RuntimeError(
+                    f"llama.cpp can't decode {len(part)} tokens behind {self.length} (status {status})"
+                )
             self.length += len(part)
             for index in outputs:
                 pointer = self._library.llama_get_logits_ith(self._context, index)
@@ -255,7 +257,11 @@ def _library() -> Any:
     try:
         # By its name at run time: the package is optional, and has no types.
         return importlib.import_module("llama_cpp")
-    except (ImportError, OSError, RuntimeError) as error:  # the latter two: its shared library can't be loaded
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the latter two: its shared library can't be loaded
         raise ImportError(
             f"llama.cpp is needed for this and can't be imported ({error}); run: pip install 'torchlamp[bench]'"
         ) from error

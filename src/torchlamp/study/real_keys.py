@@ -14,7 +14,7 @@ _PIECE = 2048
 
 @dataclass(frozen=True)
 class Heads:
-    """One layer's last query and all its keys and values: float32 (1, heads, 1, size) and (1, key heads, keys, size)."""
+    """A layer's last query (1, heads, 1, size) and all its keys and values (1, key heads, keys, size), float32."""
 
     q: Tensor
     k: Tensor
