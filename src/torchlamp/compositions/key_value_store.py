@@ -187,7 +187,9 @@ class KeyValueStore:
         if count <= 0:
             return
         kept = slice(count, self.length)
-        keys, values = self.full_keys[:, :, kept].float(), self.full_values[:, :, kept].float()
+        # Copies: what is read here is written over.
+        keys = self.full_keys[:, :, kept].to(torch.float32, copy=True)
+        values = self.full_values[:, :, kept].to(torch.float32, copy=True)
         mean, strange = self.mean, self.strange
         self.length = 0
         if keys.shape[2]:

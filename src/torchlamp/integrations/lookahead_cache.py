@@ -1,5 +1,6 @@
 """A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         #: Tokens seen, and how many of them are no longer stored.
         self.seen = 0
         self.dropped = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LookaheadLayer":
+        # The config says which attention runs, and goes on being the model's.
+        memo[id(self.config)] = self.config
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; the store takes its sizes from the first append."""

@@ -66,8 +66,11 @@ def at_length(what: str, layers: list[Heads]) -> Bench:
         "int4, look-ahead": (replace(rotated, key_bits=4, value_bits=4), SCORES.threshold, VALUES.threshold),
         "int4, look-ahead off": (replace(rotated, key_bits=4, value_bits=4), _OFF, _OFF),
     }
-    calls, errors, notes = dict(torch_calls(layers[0])), {}, {}
-    for label, call in calls.items():
+    plain = torch_calls(layers[0])
+    calls: dict[str, Callable[[], object]] = {**plain}
+    errors: dict[str, list[float]] = {}
+    notes: dict[str, str] = {}
+    for label, call in plain.items():
         errors[label] = [relative_error(call(), exact(layers[0]))]
     for label, (options, scores, values) in variants.items():
         found = []
@@ -127,7 +130,8 @@ def over_lengths(heads: Heads) -> Bench:
 def over_rates(heads: Heads) -> Bench:
     """Cost over the share of scores recomputed, values read low-bit; the break-even is with the best of torch."""
     contestant = Contestant(heads, StoreOptions(hadamard=True))
-    calls, notes = dict(torch_calls(heads)), {}
+    calls: dict[str, Callable[[], object]] = {**torch_calls(heads)}
+    notes: dict[str, str] = {}
     for rate in (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2):
         threshold = _threshold(contestant, rate)
         label = f"{rate:.1%} of the scores recomputed"
@@ -179,4 +183,4 @@ def _threshold(contestant: Contestant, rate: float) -> float:
         middle = (low * high) ** 0.5
         attended = contestant(middle, _OFF)
         low, high = (middle, high) if attended.recomputed / attended.eligible > rate else (low, middle)
-    return (low * high) ** 0.5
+    return float((low * high) ** 0.5)
