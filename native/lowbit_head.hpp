@@ -2,8 +2,9 @@
 // softmax would amplify an error. docs/decoding.md proves that the argmax is the full-precision one.
 //
 // With the residual d_i = w_i - (low-bit row i), |d_i|_2 <= errors[i], and x = (16-bit copy) + e:
-//   |w_i.x - low_i| <= |d_i| |x| + |low row| |e| + rounding <= errors[i] |x| + N (|e| + |x| u),
-// N the largest norm of a row (of the copy, too) and u what float32 sums of either pass can lose.
+//   |low_i - full_i| <= |d_i| |x| + |low row| |e| + rounding <= errors[i] |x| + N (|e| + |x| unit) + tiny,
+// full_i being `full_dot`, N the largest norm of a row (of the copy, too), unit what the float32 sums of both passes and
+// of the bounds themselves can lose, and tiny what they can lose to underflow.
 #pragma once
 
 #include "lowbit_linear.hpp"
@@ -11,6 +12,7 @@
 namespace LAMP_ISA {
 
 constexpr std::ptrdiff_t kTokens = 4096;  // an item of work
+constexpr float kLeastNormal = std::numeric_limits<float>::min();
 
 struct HeadWork {
   Shorts x;
@@ -69,10 +71,16 @@ inline void head(const lamp::LowBitHead& p) {
     float* logits = p.logits + v * p.tokens;
     w.x.reserve(1, p.columns);
     w.x.set(0, x, p.columns);
-    const float norm = w.x.norm * (1.0f + 1e-6f), root = std::sqrt(static_cast<float>(p.columns));
-    const float unit = 0x1p-24f * (static_cast<float>(p.columns) / 8 + 32.0f);
-    const float slack = p.largest_norm * (w.x.residual + norm * unit);
-    const float best = best_lower_bound(p, logits, norm, w) - slack;
+    // Floors, so that norms among subnormal numbers, whose own rounding is large, are upper bounds too.
+    const float norm = std::max(w.x.norm * (1.0f + 1e-6f), kLeastNormal);
+    const float longest = std::max(p.largest_norm, kLeastNormal), root = std::sqrt(static_cast<float>(p.columns));
+    const float unit = 0x1p-24f * (static_cast<float>(p.columns) / 8 + 40.0f);
+    const float tiny = static_cast<float>(w.x.groups) * 0x1p-118f;
+    const float slack = longest * (w.x.residual + norm * unit) + tiny;
+    // Where a sum could overflow, and where x isn't finite, nothing is known of any token: all are recomputed.
+    const bool safe = longest * norm <= 0x1p125f;
+    const float best =
+        safe ? best_lower_bound(p, logits, norm, w) - slack : -std::numeric_limits<float>::infinity();
     const bool look = p.threshold >= 0.0f && p.threshold <= std::numeric_limits<float>::max();
     const float total = look ? exponentials(logits, p.tokens, best, p.threads) : 1.0f;
     // 2 z (1 - z) r <= 2 z r: below `cut` no weight exceeds the threshold, and no exponential is needed.

@@ -99,16 +99,11 @@ class LowBitMatrix(_Portable):
         TypeError
             When `x` isn't float32.
         """
-        _check(x, "vectors", "(vectors, columns)")
-        if x.shape[1] != self.columns:
-            raise ValueError(
-                f"vectors of shape {tuple(x.shape)} don't fit a matrix of {self.columns} columns: "
-                f"they must be (vectors, {self.columns})"
-            )
+        x = check_vectors(x, self.columns)
         if not native.available():
-            return twins_lowbit.products(self.codes, self.scales, self.bits, self.rows, _plain(x))
+            return twins_lowbit.products(self.codes, self.scales, self.bits, self.rows, x)
         out = torch.empty(len(x), self.rows)
-        self.kernel().products(_plain(x).contiguous(), out, torch.get_num_threads())
+        self.kernel().products(x, out, torch.get_num_threads())
         return out
 
     @property
@@ -180,6 +175,20 @@ class LowBitLines(_Portable):
     def dequantised(self) -> Tensor:
         """What the copy stands for: float32 (rows, columns), NaN in groups of 32 that aren't finite."""
         return twins_lowbit.unpack_lines(self.codes, self.scales, self.bits, self.columns)
+
+
+def check_vectors(x: Tensor, columns: int) -> Tensor:
+    """Vectors that a kernel can read: contiguous, without a gradient.
+
+    Raises ValueError and TypeError for what isn't float32 (vectors, columns) on the CPU.
+    """
+    _check(x, "vectors", "(vectors, columns)")
+    if x.shape[1] != columns:
+        raise ValueError(
+            f"vectors of shape {tuple(x.shape)} don't fit a matrix of {columns} columns: "
+            f"they must be (vectors, {columns})"
+        )
+    return _plain(x).contiguous()
 
 
 def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
