@@ -3,8 +3,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-
 from llama_models import VOCABULARY, gemma, kl, llama, logits, tokens
+
 from torchlamp.study import llama_cpp
 from torchlamp.study.gguf_export import write_gguf
 from torchlamp.study.llama_cpp import LlamaCpp, quantise
@@ -47,7 +47,7 @@ def test_float32_is_the_model(one):
     model, path = one
     ids = tokens(LENGTH)
     reference = logits(model, ids)
-    with LlamaCpp(path, LENGTH, cache_type="f32") as decoder:
+    with LlamaCpp(path, LENGTH, cache_type="f32", threads=1) as decoder:
         assert decoder.vocabulary == VOCABULARY
         assert kl(reference, decoder.logits(ids)) < 1e-6
         assert kl(reference[CONTEXT:], steps(decoder, ids)) < 1e-6
@@ -58,7 +58,7 @@ def test_cache_types_differ_in_accuracy(one):
     ids = tokens(LENGTH)
     reference, found = logits(model, ids), []
     for cache_type in ("f32", "f16", "q8_0"):
-        with LlamaCpp(path, LENGTH, cache_type=cache_type) as decoder:
+        with LlamaCpp(path, LENGTH, cache_type=cache_type, threads=1) as decoder:
             found.append(kl(reference[CONTEXT:], steps(decoder, ids)))
     assert found[0] < found[1] < found[2]
 
@@ -71,7 +71,7 @@ def test_quantised_files(one, tmp_path):
         target = tmp_path / f"{quantisation}.gguf"
         quantise(path, target, quantisation, threads=1)
         assert target.stat().st_size < path.stat().st_size
-        with LlamaCpp(target, LENGTH) as decoder:
+        with LlamaCpp(target, LENGTH, threads=1) as decoder:
             found.append(kl(reference[CONTEXT:], steps(decoder, ids)))
     assert 1e-6 < found[0] < found[1] / 10
 
@@ -80,14 +80,14 @@ def test_prompts_longer_than_a_batch(files):
     models, folder = files
     ids = tokens(700)
     reference = logits(models["llama"], ids)
-    with LlamaCpp(folder / "llama.gguf", 700, cache_type="f32") as decoder:
+    with LlamaCpp(folder / "llama.gguf", 700, cache_type="f32", threads=1) as decoder:
         assert kl(reference, decoder.logits(ids)) < 1e-6
         assert kl(reference[-1:], decoder.prefill(ids)[None]) < 1e-6
 
 
 def test_prefill_starts_anew(one):
     ids = tokens(40)
-    with LlamaCpp(one[1], 64) as decoder:
+    with LlamaCpp(one[1], 64, threads=1) as decoder:
         first = decoder.prefill(ids)
         decoder.step(3)
         assert np.array_equal(decoder.prefill(ids.tolist()), first)
@@ -96,7 +96,7 @@ def test_prefill_starts_anew(one):
 
 
 def test_logits_are_a_copy(one):
-    with LlamaCpp(one[1], 64) as decoder:
+    with LlamaCpp(one[1], 64, threads=1) as decoder:
         first = decoder.prefill([1, 2, 3])
         kept = first.copy()
         decoder.step(4)
@@ -106,10 +106,10 @@ def test_logits_are_a_copy(one):
 
 
 def test_wrong_tokens(one):
-    with LlamaCpp(one[1], 4) as decoder:
+    with LlamaCpp(one[1], 4, threads=1) as decoder:
         decoder.prefill([1, 2, 3])
         decoder.step(4)
-        with pytest.raises(ValueError, match="1 tokens behind 4: .* room for 0"):
+        with pytest.raises(ValueError, match=r"1 tokens behind 4: .* room for 0"):
             decoder.step(5)
         with pytest.raises(ValueError, match="token 320: the vocabulary has 0 to 319"):
             decoder.prefill([1, 320])
@@ -135,8 +135,8 @@ def test_wrong_settings(one, tmp_path, capfd):
         quantise(path, tmp_path / "out.gguf", "Q5_0")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no model")
-    with pytest.raises(OSError, match="can't load '.*broken.gguf': .*"):
+    with pytest.raises(OSError, match=r"can't load '.*broken.gguf': .*"):
         LlamaCpp(broken, 8)
-    with pytest.raises(OSError, match="can't quantise '.*broken.gguf' to Q8_0: .*"):
+    with pytest.raises(OSError, match=r"can't quantise '.*broken.gguf' to Q8_0: .*"):
         quantise(broken, tmp_path / "out.gguf", "Q8_0")
     assert capfd.readouterr() == ("", "")

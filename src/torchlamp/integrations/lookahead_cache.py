@@ -48,9 +48,10 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     def __deepcopy__(self, memo: dict[int, Any]) -> "LookaheadLayer":
         # The config says which attention runs, and goes on being the model's.
         memo[id(self.config)] = self.config
-        copied = self.__class__.__new__(self.__class__)
+        copied: LookaheadLayer = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
-        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
         return copied
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
