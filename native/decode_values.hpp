@@ -7,9 +7,9 @@
 namespace LAMP_ISA {
 
 // Beyond this, e^(recomputed logit - largest low-bit logit) is not worth trusting: the row starts again in full.
-constexpr float kSurprise = 60.0f;
-// Shares of the total below which a row's low-bit logits were far above all of its true ones.
-constexpr float kVanished = 0x1p-60f;
+constexpr float kSurprise = 8.0f;
+// Likewise where recomputation leaves less than this of the sum that probabilities were made with.
+constexpr float kVanished = 0.125f;
 
 // 2 z (1 - z) s r, the l1 change of the probabilities that a score's error r makes, with s the slope of the softcap.
 // That is linear in r, and says nothing once r exceeds a nat: there z counts as what it might be four standard errors
