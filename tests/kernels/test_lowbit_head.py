@@ -87,7 +87,9 @@ def test_low_bit_and_full_logits_are_within_the_bound(implementation, kind, bits
         slack = slack * (e + norms(x) * (columns / 8 + 40) * 2.0**-24) + groups * 2.0**-118
         assert ((low - exact).abs() <= head.head.errors.double() * norms(x) * 1.00001 + slack).all()
         full = head.run(x, EVERYTHING)[0].double()
-        assert ((full - exact).abs() <= unit(columns) * norms(x) * norms(weight).T + columns * 2.0**-149).all()
+        assert (
+            (full - exact).abs() <= unit(columns) * norms(x) * norms(weight).T + columns * 2.0**-149
+        ).all()
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "integers", "aligned", "on the grid", "zeros", "huge"])
