@@ -36,6 +36,20 @@ inline std::uint16_t to_f16(float x) {
   return static_cast<std::uint16_t>(sign | (rounded - (112u << 23)) >> 13);
 }
 
+// Row `row` of a copy of 16-bit integers <- x. A group that isn't finite gets the scale NaN.
+inline void keep_integers(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  const std::ptrdiff_t groups = (columns + kGroup - 1) / kGroup;
+  auto* to = static_cast<std::int16_t*>(const_cast<void*>(full.data)) + row * full.row;
+  auto* scales = const_cast<std::uint16_t*>(full.scales) + row * groups;
+  for (std::ptrdiff_t g = 0; g < groups; ++g) {
+    const std::ptrdiff_t first = g * kGroup, last = std::min(columns, first + kGroup);
+    scales[g] = scale_above(group_magnitude(x + first, last - first) / kLargestShort);
+    const float s = from_bf16(scales[g]);
+    for (std::ptrdiff_t i = first; i < last; ++i)
+      to[i] = static_cast<std::int16_t>(s > 0.0f ? std::clamp(std::nearbyint(x[i] / s), -kLargestShort, kLargestShort) : 0.0f);
+  }
+}
+
 // Row `row` of a full copy <- x; whether a finite number became infinite, and whether one was not finite.
 struct Kept {
   bool overflow = false, strange = false;
@@ -43,17 +57,19 @@ struct Kept {
 inline Kept keep_full(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
   // The store owns its arrays; kernels that read see them as constant.
   void* to = const_cast<void*>(full.data);
-  float largest = 0.0f, sum = 0.0f;
-  for (std::ptrdiff_t i = 0; i < columns; ++i) largest = std::max(largest, std::fabs(x[i])), sum += x[i] * 0.0f;
-  if (full.half)
-    for (std::ptrdiff_t i = 0; i < columns; ++i) static_cast<std::uint16_t*>(to)[row * full.row + i] = to_f16(x[i]);
-  else
-    std::copy_n(x, columns, static_cast<float*>(to) + row * full.row);
-  // 0 * x is NaN for an infinite x and for NaN.
-  Kept kept{false, sum != sum};
-  if (full.half && largest >= 65520.0f)
-    for (std::ptrdiff_t i = 0; i < columns; ++i)
+  float sum = 0.0f;
+  for (std::ptrdiff_t i = 0; i < columns; ++i) sum += x[i] * 0.0f;
+  Kept kept{false, sum != sum};  // 0 * x is NaN for an infinite x and for NaN
+  if (full.scales) {
+    keep_integers(full, row, x, columns);
+  } else if (full.half) {
+    for (std::ptrdiff_t i = 0; i < columns; ++i) {
+      static_cast<std::uint16_t*>(to)[row * full.row + i] = to_f16(x[i]);
       kept.overflow |= std::fabs(x[i]) >= 65520.0f && std::fabs(x[i]) <= std::numeric_limits<float>::max();
+    }
+  } else {
+    std::copy_n(x, columns, static_cast<float*>(to) + row * full.row);
+  }
   return kept;
 }
 

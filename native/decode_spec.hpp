@@ -31,14 +31,17 @@ struct KeyValues {
     l.codes += head * capacity * l.groups * group_bytes(l.bits), l.scales += head * capacity * l.groups;
     return l;
   }
-  static Full at(const Full& full, std::ptrdiff_t element) {
+  Full full_keys_of(std::ptrdiff_t head) const { return at(full_keys, head * capacity, keys.groups); }
+  Full full_values_of(std::ptrdiff_t head) const { return at(full_values, head * capacity, values.groups); }
+  const float* mean_of(std::ptrdiff_t head) const { return mean ? mean + head * size : nullptr; }
+
+ private:
+  static Full at(const Full& full, std::ptrdiff_t row, std::ptrdiff_t groups) {
     Full f = full;
-    f.data = static_cast<const char*>(full.data) + element * (full.half ? 2 : 4);
+    f.data = static_cast<const char*>(full.data) + row * full.row * (full.half || full.scales ? 2 : 4);
+    if (full.scales) f.scales += row * groups;
     return f;
   }
-  Full full_keys_of(std::ptrdiff_t head) const { return at(full_keys, head * capacity * size); }
-  Full full_values_of(std::ptrdiff_t head) const { return at(full_values, head * capacity * value_size); }
-  const float* mean_of(std::ptrdiff_t head) const { return mean ? mean + head * size : nullptr; }
 };
 
 // New keys and values, (batch, head, position, element) with contiguous elements, for positions start, start + 1, ...
@@ -67,6 +70,8 @@ struct Attend {
   float scaling = 1.0f, softcap = 0.0f;
   float scores_threshold = 0.0f;  // of 2 z (1 - z) s r; negative: recompute everything, infinite: nothing
   float values_threshold = 0.0f;  // of z; negative: read everything in full, infinite: nothing
+  // Values with z <= skip / keys for every head of a group are left out: of the normaliser less than half a unit.
+  float skip = 0x1p-24f;
   bool strange = false;           // values may be infinite or not a number: read every one of them in full
   std::int32_t* recomputed = nullptr;  // (batch, head, query): scores
   std::int32_t* full_rows = nullptr;   // (batch, key head, query): values, each for all heads of its group

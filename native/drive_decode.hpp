@@ -53,8 +53,7 @@ inline void prepare(const lamp::Attend& p, DecodeWork& work) {
   }
 }
 
-// A row from the full copies alone, for the rare one whose low-bit scores misled: infinite differences, or all of them
-// far above the true ones.
+// A row from the full copies alone, for the rare one whose low-bit scores misled.
 inline void attend_in_full(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t r, float* out) {
   const QueryRow& row = work.rows[static_cast<std::size_t>(r)];
   const std::ptrdiff_t kv = r / work.per_head;
@@ -127,7 +126,8 @@ inline void join_values(const lamp::Attend& p, DecodeWork& work) {
     const std::int32_t visible = p.visible[row.batch * p.queries + row.query];
     if (visible == 0) {
       attend_blind(p, r / work.per_head, sum);
-    } else if (unsafe || total < kVanished || (total != total && top == std::numeric_limits<float>::infinity())) {
+    } else if (unsafe || total < kVanished * work.sum[i] ||
+               (total != total && top == std::numeric_limits<float>::infinity())) {
       attend_in_full(p, work, r, sum);
       recomputed = visible;
     } else {

@@ -70,10 +70,31 @@ inline float full_dot(const T* row, const float* x, std::ptrdiff_t columns) {
   for (; k + vf::width <= columns; k += vf::width) sum[0] = fma(widen(row + k), load(x + k), sum[0]);
   float tail = 0.0f;
   for (; k < columns; ++k) tail = std::fma(widen_one(row + k), x[k], tail);
-  return LAMP_ISA::sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  return sum_halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+}
+
+// The same for a row of 16-bit integers with a scale for each group.
+inline float full_dot(const std::int16_t* row, const std::uint16_t* scales, const float* x, std::ptrdiff_t columns) {
+  vf total = zero();
+  float tail = 0.0f;
+  for (std::ptrdiff_t g = 0; g * kGroup < columns; ++g, row += kGroup, x += kGroup) {
+    const float scale = from_bf16(scales[g]);
+    const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
+    vf part = zero();
+    std::ptrdiff_t k = 0;
+    for (; k + vf::width <= count; k += vf::width) part = fma(widen_i16(row + k), load(x + k), part);
+    total = fma(part, set1(scale), total);
+    float rest = 0.0f;
+    for (; k < count; ++k) rest = std::fma(static_cast<float>(row[k]), x[k], rest);
+    tail = std::fma(rest, scale, tail);
+  }
+  return sum_halves(total) + tail;
 }
 
 inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  if (full.scales)
+    return full_dot(static_cast<const std::int16_t*>(full.data) + row * full.row,
+                    full.scales + row * ((columns + kGroup - 1) / kGroup), x, columns);
   if (full.half) return full_dot(static_cast<const std::uint16_t*>(full.data) + row * full.row, x, columns);
   return full_dot(static_cast<const float*>(full.data) + row * full.row, x, columns);
 }
@@ -124,7 +145,22 @@ inline void add_full(const T* row, float weight, std::ptrdiff_t columns, float* 
   for (; k < columns; ++k) out[k] = std::fma(weight, widen_one(row + k), out[k]);
 }
 
+inline void add_full(const std::int16_t* row, const std::uint16_t* scales, float weight, std::ptrdiff_t columns,
+                     float* out) {
+  for (std::ptrdiff_t g = 0; g * kGroup < columns; ++g, row += kGroup, out += kGroup) {
+    const float own = weight * from_bf16(scales[g]);
+    const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
+    std::ptrdiff_t k = 0;
+    for (; k + vf::width <= count; k += vf::width)
+      store(out + k, fma(set1(own), widen_i16(row + k), load(out + k)));
+    for (; k < count; ++k) out[k] = std::fma(own, static_cast<float>(row[k]), out[k]);
+  }
+}
+
 inline void add_full(const lamp::Full& full, std::ptrdiff_t row, float weight, std::ptrdiff_t columns, float* out) {
+  if (full.scales)
+    return add_full(static_cast<const std::int16_t*>(full.data) + row * full.row,
+                    full.scales + row * ((columns + kGroup - 1) / kGroup), weight, columns, out);
   if (full.half) return add_full(static_cast<const std::uint16_t*>(full.data) + row * full.row, weight, columns, out);
   add_full(static_cast<const float*>(full.data) + row * full.row, weight, columns, out);
 }

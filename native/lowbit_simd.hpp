@@ -77,6 +77,9 @@ inline vrows load_scales(const std::uint16_t* p) {
 inline vf widen_i8(const std::int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
+inline vf widen_i16(const std::int16_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))))};
+}
 // Sixteen 4-bit codes, the low or the high halves of sixteen bytes.
 inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
   const __m512i n = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -135,6 +138,9 @@ inline vrows load_scales(const std::uint16_t* p) {
 inline vf widen_i8(const std::int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
+inline vf widen_i16(const std::int16_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
   const __m256i eight = _mm256_set1_epi32(8);
   for (int i = 0; i < 2; ++i) {
@@ -190,6 +196,9 @@ inline vrows load_scales(const std::uint16_t* p) {
 inline vf widen_i8(const std::int8_t* p) {
   return lanes([&](int i) { return static_cast<float>(p[i]); });
 }
+inline vf widen_i16(const std::int16_t* p) {
+  return lanes([&](int i) { return static_cast<float>(p[i]); });
+}
 inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
   for (int v = 0; v < 16 / vf::width; ++v) {
     low[v] = lanes([&](int i) { return static_cast<float>((p[v * vf::width + i] & 15) - 8); });
@@ -201,6 +210,21 @@ inline vf widen(const std::uint16_t* p) {
 }
 
 #endif
+
+// Sum of the lanes, halves first: a short chain, where `sum` adds them one by one.
+inline float sum_halves(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x.v);
+#elif defined(__AVX2__)
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+#else
+  for (int half = vf::width / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+  return x.v[0];
+#endif
+}
 
 inline vf widen(const float* p) { return load(p); }
 inline float widen_one(const float* p) { return *p; }

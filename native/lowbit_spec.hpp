@@ -17,11 +17,13 @@ constexpr std::ptrdiff_t pair_bytes(int bits) { return bits == 4 ? 16 : bits == 
 // Bytes of a group of columns of one row, for rows that aren't in blocks (4 or 8 bits).
 constexpr std::ptrdiff_t group_bytes(int bits) { return bits == 4 ? 16 : 32; }
 
-// A full-precision matrix, row after row: float32 or float16.
+// A full-precision matrix, row after row: float32, float16, or 16-bit integers with a bfloat16 scale for each group of
+// columns, [row][group]. The integers take float16's memory, keep any magnitude, and are ten times as accurate.
 struct Full {
   const void* data = nullptr;
   bool half = false;
   std::ptrdiff_t row = 0;  // elements from a row to the next
+  const std::uint16_t* scales = nullptr;  // of integers; null for floats
 };
 
 // A low-bit copy in blocks: codes [block][pair of columns][row of the block] (see pair_bytes), scales as bfloat16

@@ -241,8 +241,21 @@ def test_generate(tiny_folder):
     result = run("generate", tiny_folder, "the quick brown", "--tokens", "5", "--policy", "ps4+strict:0.1")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("the quick brown")
-    assert "tokens/s) under ps4+strict:0.1" in result.stdout
-    assert "of the scores recomputed" in result.stdout
+    assert "5 tokens under ps4+strict:0.1: " in result.stdout
+    assert "in full precision: scores " in result.stdout
+
+
+def test_generate_low_bit_and_compare(tiny_folder):
+    result = run("generate", tiny_folder, "the quick brown", "--tokens", "5", "--compare")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("the quick brown") == 2
+    assert "5 tokens float32: " in result.stdout
+    assert "5 tokens under look-ahead: " in result.stdout
+    for said in ("scores ", "lm_head ", "memory: weights ", "times the tokens per second of float32", "same"):
+        assert said in result.stdout
+    alone = run("generate", tiny_folder, "the quick brown", "--tokens", "3", "--policy", "lm_head=int8")
+    assert "3 tokens under lm_head=int8" in alone.stdout
+    assert "'qvk'" in error_line(run("generate", tiny_folder, "the", "--policy", "qvk=int8"))
 
 
 def test_generate_shows_no_special_tokens(tiny_folder):

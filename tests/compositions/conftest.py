@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torchlamp.kernels import native
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -13,3 +15,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(
+    params=["torch", *(name for name in native.INSTRUCTION_SETS if native.features()[name][0] in "ia")]
+)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch twins, then every native instruction set that this machine runs."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)

@@ -112,6 +112,23 @@ def test_the_heads_largest_logits_are_full_ones(build, tokens, top):
     assert torch.equal(model(x).logits, model(x).logits)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_greedy_text_is_that_of_the_full_head(model, tokens, bits):
+    x = tokens(2, 9)
+    want = generated(model, x, 30)
+    with prepare(model, f"lm_head=int{bits}") as prepared:
+        assert torch.equal(generated(model, x, 30), want)
+    assert 0 < prepared.statistics.recompute_rates["lm_head"] <= 1
+
+
+@pytest.mark.parametrize("policy", [decoding.DEFAULT, decoding.FAST])
+def test_named_policies_can_be_read(build, policy):
+    with prepare(build("llama"), policy) as prepared:
+        assert decoding.DecodePolicy.parse(str(prepared.policy)) == decoding.DecodePolicy.parse(policy)
+    with prepare(build("llama")) as prepared:
+        assert prepared.policy == decoding.DecodePolicy.parse(decoding.DEFAULT)
+
+
 def test_generate_makes_a_look_ahead_cache_unless_told_otherwise(build, tokens):
     model, x = build("llama"), tokens(1, 7)
     with prepare(model, GUARDED) as prepared:

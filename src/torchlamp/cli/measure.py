@@ -114,7 +114,9 @@ def evaluate(
 @app.command()
 @one_line_errors
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="scores, forward or evaluate.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="scores, forward, evaluate, attention, decode or soak.")
+    ],
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures there.")] = None,
     threads: Threads = None,
 ) -> None:

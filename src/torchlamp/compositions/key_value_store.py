@@ -187,7 +187,9 @@ class KeyValueStore:
         if count <= 0:
             return
         kept = slice(count, self.length)
-        keys, values = self.full_keys[:, :, kept].float(), self.full_values[:, :, kept].float()
+        # Copies: what is read here is written over.
+        keys = self.full_keys[:, :, kept].to(torch.float32, copy=True)
+        values = self.full_values[:, :, kept].to(torch.float32, copy=True)
         mean, strange = self.mean, self.strange
         self.length = 0
         if keys.shape[2]:
@@ -390,7 +392,14 @@ class KeyValueStore:
         return Attended(output, int(recomputed.sum()), count * heads, int(full_rows.sum()), count * kv_heads)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_native": None}
+        # torch pickles no uint16.
+        scales = {n: t.view(torch.int16) for n, t in vars(self).items() if n.endswith("_scales")}
+        return {**vars(self), **scales, "_native": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for name in [name for name in state if name.endswith("_scales")]:
+            setattr(self, name, state[name].view(torch.uint16))
 
 
 def _unit_stride(x: Tensor) -> Tensor:

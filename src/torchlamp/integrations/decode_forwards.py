@@ -24,7 +24,7 @@ class DecodeForward(Forward):
         if x.ndim != 3 or x.shape[1] != 1 or args or kwargs:
             return self.original(x, *args, **kwargs)
         check_float32(self.module, x)
-        return forward_only(self.decode(x.detach().reshape(len(x), -1)).unsqueeze(1), x)
+        return forward_only(self.decode(x.detach().reshape(len(x), -1).contiguous()).unsqueeze(1), x)
 
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to (batch, outputs)."""
@@ -45,7 +45,7 @@ class LinearDecode(DecodeForward):
         ready = self.group.waiting
         if ready is None or ready[0] is not x or self.index not in ready[1]:
             check_float32(self.module, x)
-            parts = self.group.outputs(x.detach().reshape(len(x), -1))
+            parts = self.group.outputs(x.detach().reshape(len(x), -1).contiguous())
             ready = (x, {i: forward_only(part.unsqueeze(1), x) for i, part in enumerate(parts)})
         output = ready[1].pop(self.index)
         self.group.waiting = ready if ready[1] else None

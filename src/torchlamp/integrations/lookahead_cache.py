@@ -1,5 +1,6 @@
 """A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torchlamp.compositions.key_value_store import KeyValueStore, StoreOptions
 #: Name of the attention implementation whose decoding reads the low-bit copies.
 NAME = "lamp-decode"
 _FULL = {"float16": torch.float16, "float32": torch.float32}
-#: Places behind a sliding window that are kept before the store moves its end to the front.
 _SLACK = 256
 
 
@@ -39,9 +39,20 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.record_past = False
+        #: Places behind a sliding window that are kept before the store moves its end to the front.
+        self.slack = _SLACK
         #: Tokens seen, and how many of them are no longer stored.
         self.seen = 0
         self.dropped = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LookaheadLayer":
+        # The config says which attention runs, and goes on being the model's.
+        memo[id(self.config)] = self.config
+        copied: LookaheadLayer = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; the store takes its sizes from the first append."""
@@ -61,7 +72,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         count = key_states.shape[-2]
         if self.sliding_window is not None and not self.record_past:
             spare = self.store.length - (self.sliding_window - 1)
-            if spare >= max(_SLACK, self.sliding_window) or (spare > 0 and count > 1):
+            if spare >= max(self.slack, self.sliding_window) or (spare > 0 and count > 1):
                 self._drop(spare)
         before = self.store.length
         self.store.append(key_states, value_states)
@@ -88,7 +99,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Whether one more token needs neither new memory nor moving."""
         if self.sliding_window is not None and not self.record_past:
             spare = self.store.length - (self.sliding_window - 1)
-            if spare >= max(_SLACK, self.sliding_window):
+            if spare >= max(self.slack, self.sliding_window):
                 return False
         return 0 < self.store.length < self.store.capacity
 
@@ -142,7 +153,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen -= removed
         self.store.crop(self.store.length - removed)
         if window is not None and self.record_past:
-            self._drop(self.store.length - (window - 1) - _SLACK)
+            self._drop(self.store.length - (window - 1) - self.slack)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -57,7 +57,7 @@ class LowBitHead:
                 "nothing can be proven of its argmax, leave it in full precision"
             )
         norm = max(
-            (float(slab.double().norm(dim=1).max()) for slab in weight.split(_SLAB_ROWS) if len(slab)),
+            (float(slab.double().norm(dim=1).max()) for slab in torch.split(weight, _SLAB_ROWS) if len(slab)),
             default=0.0,
         )
         rows = weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()

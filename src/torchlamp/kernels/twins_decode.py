@@ -8,6 +8,10 @@ from torch import Tensor
 
 from torchlamp.kernels.twins_lowbit import quantise_vector
 
+#: As in native/decode_values.hpp: how far a recomputed logit may lie above the largest low-bit one, and what must be
+#: left of the sum of exponentials.
+_SURPRISE, _VANISHED = 8.0, 0.125
+
 
 def hadamard(x: Tensor) -> Tensor:
     """The last dimension, a power of two, times the Hadamard matrix over the root of its size."""
@@ -116,9 +120,19 @@ def attend(
     large = (~(known <= values_threshold) & ~(z <= 0)).view(batch, -1, group, queries, z.shape[-1])
     large = large.any(2)
     chosen = by_head(large)
-    output = torch.where(chosen, z, 0) @ by_head(full_values) + torch.where(chosen, 0, z) @ by_head(
-        low_values
+    # Values that aren't finite are always chosen; their low-bit copies, NaN, get the weight 0.
+    low_part = torch.where(chosen, 0, z) @ by_head(low_values.nan_to_num(0.0))
+    output = torch.where(chosen, z, 0) @ by_head(full_values) + low_part
+    # Probabilities that low-bit scores misled by more than this decided nothing well: such rows are done in full.
+    ends = [low.masked_fill(~visible, -torch.inf), *([] if sink is None else [sink])]
+    top = torch.cat(ends, -1).amax(-1, keepdim=True)
+    before, after = (
+        torch.exp(torch.cat([y, *ends[1:]], -1) - top).sum(-1, keepdim=True) for y in (ends[0], better)
     )
+    misled = ((better - top) > _SURPRISE).any(-1, keepdim=True) | (after < _VANISHED * before)
+    again = torch.where(misled, visible, again)
+    in_full = probabilities(full) @ by_head(full_values)
+    output = torch.where(misled, in_full, output)
     if sinks is None:  # a query that sees nothing gets the mean of all values
         blind = by_head(full_values).mean(-2, keepdim=True).expand_as(output)
         output = torch.where(seen.any(-1)[:, None, :, None], output, blind)

@@ -23,6 +23,7 @@ BENCHMARKS = {
     "evaluate": "torchlamp.study.bench_evaluate",
     "attention": "torchlamp.study.bench_attention",
     "decode": "torchlamp.study.bench_decode",
+    "soak": "torchlamp.study.bench_soak",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.compositions.decode_policy import DecodePolicy
-from torchlamp.integrations.decoding import DEFAULT
+from torchlamp.integrations.decoding import DEFAULT, FAST
 from torchlamp.study.bench import Bench, Target, Timing
 from torchlamp.study.bench_greedy import greedy
 from torchlamp.study.decoders import Decoder, PreparedDecoder, TransformersDecoder
@@ -27,6 +27,7 @@ MODELS = ("smollm2-135m", "gemma3-270m")
 CONTEXTS = (256, 4096)
 STEPS, TURN = 64, 8
 REFERENCE, LOOKAHEAD, UNGUARDED = "transformers float32 sdpa", "look-ahead", "the same, look-ahead off"
+EIGHT_BITS = "look-ahead, mostly 8 bits"
 SPEEDUP, MOST_KL = 2.5, 1e-4
 #: Threads that another contestant left spinning have gone to sleep by then.
 _PAUSE = 0.003
@@ -61,6 +62,7 @@ def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, 
         REFERENCE: lambda: TransformersDecoder(model),
         LOOKAHEAD: lambda: PreparedDecoder(model, policy),
         UNGUARDED: lambda: PreparedDecoder(model, policy.unguarded()),
+        EIGHT_BITS: lambda: PreparedDecoder(model, FAST),
     }
     for label, sites in (
         ("only the attention", ("scores", "values")),
@@ -139,8 +141,14 @@ def as_bench(title: str, steps: dict[str, Steps]) -> Bench:
     ]
     q8 = by_label.get("llama.cpp Q8_0")
     if q8 is not None and q8.kl is not None:
-        targets += [
-            Target("times the tokens/s of Q8_0", q8.median / ours.median, 1.0, at_least=True),
-            Target("KL / KL of Q8_0", (ours.kl or 0.0) / q8.kl, 1.0),
-        ]
+        for timing in (ours, by_label[EIGHT_BITS]):
+            targets += [
+                Target(
+                    f"{timing.label}: times the tokens/s of Q8_0",
+                    q8.median / timing.median,
+                    1.0,
+                    at_least=True,
+                ),
+                Target(f"{timing.label}: KL / KL of Q8_0", (timing.kl or 0.0) / q8.kl, 1.0),
+            ]
     return Bench(title, timings, targets)
