@@ -144,9 +144,7 @@ def test_what_is_not_finite_gives_what_float32_gives(implementation, name, bad, 
     assert torch.equal(got[1].isinf(), want[1].isinf())
     assert recomputed >= 50
     assert read >= 50 or pair[1] == NOTHING
-    assert same_bits(got[[0, 2]], mlp.run(x[[0, 2]], *pair)[0]) or bool(
-        (got[[0, 2]] - want[[0, 2]]).norm() < 1
-    )
+    torch.testing.assert_close(got[[0, 2]], mlp.run(x[[0, 2]], *pair)[0], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -82,10 +82,10 @@ class LowBitMlp:
         neurons = len(gate)
         norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
         columns = down.detach().T.contiguous()
-        norms[:neurons] = columns.norm(dim=1)
-        errors[:neurons] = (down - copy.dequantised()).norm(dim=0)
+        norms[:neurons] = _norms(columns)
+        errors[:neurons] = _norms(columns - copy.dequantised().T)
         full = columns.half()
-        if not ((columns - full.float()).norm(dim=1) <= _HALF_UNIT * norms[:neurons]).all():
+        if not (_norms(columns - full.float()) <= _HALF_UNIT * norms[:neurons]).all():
             full = columns
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
@@ -180,6 +180,12 @@ def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
     return functional.gelu(a, approximate="tanh"), 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * root * (
         1 + 3 * cube * a * a
     )
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """2-norms of rows, float32, whose squares float32 may not hold."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.float()
 
 
 def _limit(threshold: float, size: Tensor) -> Tensor:
