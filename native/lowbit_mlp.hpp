@@ -17,7 +17,8 @@ struct Slope {
 };
 
 inline Slope silu(vf a) {
-  const vf s = set1(1.0f) / (set1(1.0f) + exp(min(set1(88.0f), zero() - a)));
+  vf s = set1(1.0f) / (set1(1.0f) + exp(min(set1(88.0f), zero() - a)));
+  s = select(gt(set1(-88.0f), a), zero(), s);  // exp ends there: s would stay at 6e-39, however large |a|
   return {a * s, s * fma(a, set1(1.0f) - s, set1(1.0f))};
 }
 
@@ -73,16 +74,24 @@ inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, const float* norms, st
     }
 }
 
+// What a weight is compared with. Weights that are infinite or NaN exceed every limit, and all exceed a limit of NaN.
+inline float limit(float threshold, float size) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  if (threshold < 0.0f) return -1.0f;
+  return threshold > kLargest ? kLargest : std::min(threshold * size, kLargest);
+}
+
 // Neurons [first, last) of one vector: flagged ones again, and the large terms of the output in full precision, which
 // leave zeros behind for the low-bit down projection.
 inline void mlp_look_ahead(const lamp::LowBitMlp& p, const float* x, const float* weight, float size,
                            std::ptrdiff_t first, std::ptrdiff_t last, float* h, float* out, std::int64_t* selected) {
+  const float up_limit = limit(p.up_threshold, size), down_limit = limit(p.down_threshold, size);
   for (std::ptrdiff_t j = first; j < last; ++j) {
-    if (!(weight[j] <= p.up_threshold * size)) {  // a NaN is recomputed
+    if (!(weight[j] <= up_limit)) {
       h[j] = activate_one(p.activation, full_dot(p.gate_full, j, x, p.columns)) * full_dot(p.up_full, j, x, p.columns);
       ++selected[0];
     }
-    if (!(std::fabs(h[j]) * p.down_errors[j] <= p.down_threshold * size)) {
+    if (!(std::fabs(h[j]) * p.down_errors[j] <= down_limit)) {
       add_full(p.down_full, j, h[j], p.outputs, out);
       h[j] = 0.0f, ++selected[1];
     }
@@ -113,7 +122,9 @@ inline void mlp(const lamp::LowBitMlp& p) {
   for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
     float total = 0.0f;
     for (std::ptrdiff_t item = 0; item < items; ++item) total += w.squares[static_cast<std::size_t>(item * p.vectors + v)];
-    sizes[static_cast<std::size_t>(v)] = std::sqrt(total);
+    // Where the sum overflows or a term isn't finite, nothing is known of any neuron.
+    const bool known = total <= std::numeric_limits<float>::max();
+    sizes[static_cast<std::size_t>(v)] = known ? std::sqrt(total) : std::numeric_limits<float>::quiet_NaN();
   }
   const auto blind = [](float threshold) { return threshold > std::numeric_limits<float>::max(); };
   if (!(blind(p.up_threshold) && blind(p.down_threshold))) {

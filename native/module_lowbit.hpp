@@ -69,7 +69,7 @@ inline Full full(const Table& x, std::ptrdiff_t rows, std::ptrdiff_t columns) {
   const auto type = x.dtype();
   const bool half = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 16;
   require(half || x.dtype() == nb::dtype<float>(), "a full copy must be float32 or float16");
-  require(length(x.shape(0)) == rows && length(x.shape(1)) == columns && (columns <= 1 || x.stride(1) == 1),
+  require(length(x.shape(0)) == rows && length(x.shape(1)) == columns && (rows == 0 || columns <= 1 || x.stride(1) == 1),
           "a full copy must have the shape of its low-bit copy and a contiguous last dimension");
   return {x.data(), half, x.stride(0)};
 }

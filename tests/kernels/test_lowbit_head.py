@@ -25,7 +25,7 @@ def one_thread():
 
 def unit(columns):
     """What a float32 sum loses at most, of the product of norms: docs/decoding.md counts the roundings."""
-    return (columns / 32 + 21) * 2.0**-24
+    return (columns / 32 + 16) * 2.0**-24
 
 
 def norms(x):

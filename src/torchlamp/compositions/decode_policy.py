@@ -60,7 +60,10 @@ class SiteStorage:
     def __str__(self) -> str:
         if self.rule == "none":
             return self.format
-        return f"{self.format}+{self.rule}" + ("" if self.parameter is None else f":{self.parameter:g}")
+        if self.parameter is None:
+            return f"{self.format}+{self.rule}"
+        short = f"{self.parameter:g}"
+        return f"{self.format}+{self.rule}:{short if float(short) == self.parameter else self.parameter}"
 
     @classmethod
     def parse(cls, text: str, site: str) -> "SiteStorage":
@@ -126,11 +129,8 @@ class DecodePolicy:
         for one, other in _TOGETHER:
             if (one in sites) != (other in sites):
                 raise ValueError(f"sites {one} and {other} are decoded by one kernel: name both, or neither")
-        entries = tuple(
-            (site, given if isinstance(given := sites[site], SiteStorage) else SiteStorage.parse(given, site))
-            for site in SITES
-            if site in sites
-        )
+        # What is given as an object is checked, too: not every site's kernel has every format and rule.
+        entries = tuple((site, SiteStorage.parse(str(sites[site]), site)) for site in SITES if site in sites)
         object.__setattr__(self, "entries", entries)
 
     @classmethod

@@ -23,6 +23,7 @@ from torchlamp.integrations.decode_forwards import (
     mlp_decode,
 )
 from torchlamp.integrations.decode_layer import LayerDecode, can_fuse
+from torchlamp.integrations.huggingface import NAME as SIMULATION
 from torchlamp.integrations.lookahead_cache import LookaheadCache
 from torchlamp.integrations.site_forwards import Forward, beneath, set_forward
 from torchlamp.integrations.sites import Sites
@@ -146,20 +147,35 @@ def prepare(
         )
     if top < 1:
         raise ValueError(f"top={top}: give at least 1")
-    if any(isinstance(vars(module).get("forward"), Forward) for module in model.modules()):
+    if model.dtype != torch.float32:
+        raise TypeError(
+            f"the model is {model.dtype}: low-bit copies are made of float32, load it with dtype=torch.float32"
+        )
+    if _taken(model):
         raise ValueError("the model is prepared, or under a policy, already: undo that first")
     if policy is None:
         policy = _possible(model)
     parsed = DecodePolicy.parse(policy)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     prepared = Prepared(model, parsed, DecodeStatistics(), Memory(sum(sizes.values())), cache_options)
-    forwards = _forwards(prepared, Sites(model), top)
-    for forward in forwards:
-        _put(prepared, forward)
     if "scores" in parsed.sites:
         prepared.cache()  # refuses options that can't be
-        _use_cache(prepared)
+    forwards = _forwards(prepared, Sites(model), top)
+    try:
+        for forward in forwards:
+            _put(prepared, forward)
+        if "scores" in parsed.sites:
+            _use_cache(prepared)
+    except BaseException:
+        prepared.undo()
+        raise
     return prepared
+
+
+def _taken(model: PreTrainedModel) -> bool:
+    """Whether a policy, of decoding or of simulation, has replaced something of the model."""
+    ours = any(isinstance(vars(module).get("forward"), Forward) for module in model.modules())
+    return ours or model.config._attn_implementation in (NAME, SIMULATION)
 
 
 def _possible(model: PreTrainedModel) -> DecodePolicy:
@@ -221,6 +237,8 @@ def _use_cache(prepared: Prepared) -> None:
     model = prepared.model
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    prepared._undo.append(functools.partial(model.set_attn_implementation, before))
+    own = vars(model).get(_GENERATE)  # other tools replace it, too
     original = getattr(model, _GENERATE)
 
     @functools.wraps(original)
@@ -233,7 +251,5 @@ def _use_cache(prepared: Prepared) -> None:
         return original(generation_config, model_kwargs, *args, **kwargs)
 
     setattr(model, _GENERATE, with_lookahead_cache)
-    prepared._undo += [
-        functools.partial(delattr, model, _GENERATE),
-        functools.partial(model.set_attn_implementation, before),
-    ]
+    give_back = functools.partial(delattr, model, _GENERATE)
+    prepared._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))

@@ -11,25 +11,28 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchlamp.kernels import native
-from torchlamp.kernels.lowbit import LowBitMatrix
+from torchlamp.kernels.lowbit import LowBitMatrix, check_vectors
 from torchlamp.kernels.twins_lowbit import ROWS, block_count
 
 #: Activations that the kernel knows, by the names it is told.
 ACTIVATIONS = ("silu", "gelu_tanh")
+_LARGEST = torch.finfo(torch.float32).max
+#: What float16 loses of a normal number, relative to it.
+_HALF_UNIT = 2.0**-11
 
 
-@dataclass
+@dataclass(eq=False)
 class LowBitMlp:
     """down(phi(gate x) * up x) with low-bit copies; neuron j owns row j of gate and up, and column j of down.
 
     Made by `pack`. The full-precision rows of gate and up are the given weights themselves; the columns of the down
-    projection are a float16 copy, transposed so that each is contiguous.
+    projection are a float16 copy, transposed so that each is contiguous; where float16 can't hold them, float32.
     """
 
     gate: LowBitMatrix
     up: LowBitMatrix
     down: LowBitMatrix
-    #: (neurons, columns) float32, (neurons, columns) float32, (neurons, outputs) float16.
+    #: (neurons, columns) float32, (neurons, columns) float32, (neurons, outputs) float16 or float32.
     gate_full: Tensor
     up_full: Tensor
     down_full: Tensor
@@ -66,21 +69,31 @@ class LowBitMlp:
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r}: the kernel knows {' and '.join(ACTIVATIONS)}")
-        if gate.shape != up.shape or gate.shape[0] != down.shape[1]:
+        if (
+            {w.ndim for w in (gate, up, down)} != {2}
+            or gate.shape != up.shape
+            or gate.shape[0] != down.shape[1]
+        ):
             shapes = ", ".join(str(tuple(w.shape)) for w in (gate, up, down))
-            raise ValueError(f"gate, up and down of shapes {shapes} are no gated MLP")
+            raise ValueError(
+                f"gate, up and down of shapes {shapes} are no gated MLP: give (n, k), (n, k), (m, n)"
+            )
         copy = LowBitMatrix.pack(down.detach(), down_bits)
         neurons = len(gate)
         norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
-        norms[:neurons] = down.norm(dim=0)
-        errors[:neurons] = (down - copy.dequantised()).norm(dim=0)
+        columns = down.detach().T.contiguous()
+        norms[:neurons] = _norms(columns)
+        errors[:neurons] = _norms(columns - copy.dequantised().T)
+        full = columns.half()
+        if not (_norms(columns - full.float()) <= _HALF_UNIT * norms[:neurons]).all():
+            full = columns
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
             LowBitMatrix.pack(up.detach(), up_bits),
             copy,
             _rows(gate),
             _rows(up),
-            down.detach().T.contiguous().half(),
+            full,
             norms,
             errors,
             activation,
@@ -101,7 +114,15 @@ class LowBitMlp:
         -------
         tuple
             float32 (vectors, outputs); neurons recomputed; columns of the down projection read in full precision.
+
+        Raises
+        ------
+        ValueError
+            Vectors of another shape or device.
+        TypeError
+            Vectors that aren't float32.
         """
+        x = check_vectors(x, self.gate.columns)
         if not native.available():
             return self.twin(x, up_threshold, down_threshold)
         y = x.new_empty(len(x), self.down_full.shape[1])
@@ -117,19 +138,20 @@ class LowBitMlp:
         spread = x.norm(dim=1, keepdim=True) / columns**0.5
         weight = norms * spread * torch.hypot(slope * b * self.gate.errors, value * self.up.errors)
         size = (value * b * norms).norm(dim=1, keepdim=True)
-        # Written so that a NaN is recomputed.
-        again = ~(weight <= up_threshold * size)
+        # Written so that a NaN is recomputed; where the sum overflows nothing is known of any neuron.
+        size = torch.where(size.isfinite(), size, torch.nan)
+        again = ~(weight <= _limit(up_threshold, size))
         a = torch.where(again, x @ self.gate_full.T, a)
         b = torch.where(again, x @ self.up_full.T, b)
         h = activate(self.activation, a)[0] * b
-        full = ~(h.abs() * errors <= down_threshold * size)
+        full = ~(h.abs() * errors <= _limit(down_threshold, size))
         y = torch.where(full, h, 0) @ self.down_full.float() + self.down.products(torch.where(full, 0, h))
         return y, int(again.sum()), int(full.sum())
 
     @property
     def bytes(self) -> tuple[int, int]:
         """Memory of the low-bit copies, and of the full-precision copy of the down projection."""
-        return self.gate.bytes + self.up.bytes + self.down.bytes, 2 * self.down_full.numel()
+        return self.gate.bytes + self.up.bytes + self.down.bytes, self.down_full.nbytes
 
     def kernel(self) -> Any:
         """The native object, made anew after a copy and when another instruction set is asked for."""
@@ -158,6 +180,19 @@ def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
     return functional.gelu(a, approximate="tanh"), 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * root * (
         1 + 3 * cube * a * a
     )
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """2-norms of rows, float32, whose squares float32 may not hold."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.float()
+
+
+def _limit(threshold: float, size: Tensor) -> Tensor:
+    """What weights are compared with; those that aren't finite exceed every limit, and all exceed NaN."""
+    if threshold < 0:
+        return torch.full_like(size, -1.0)
+    return torch.full_like(size, _LARGEST) if threshold > _LARGEST else (threshold * size).clamp(max=_LARGEST)
 
 
 def _rows(weight: Tensor) -> Tensor:
