@@ -36,20 +36,6 @@ inline std::uint16_t to_f16(float x) {
   return static_cast<std::uint16_t>(sign | (rounded - (112u << 23)) >> 13);
 }
 
-// Row `row` of a copy of 16-bit integers <- x. A group that isn't finite gets the scale NaN.
-inline void keep_integers(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
-  const std::ptrdiff_t groups = (columns + kGroup - 1) / kGroup;
-  auto* to = static_cast<std::int16_t*>(const_cast<void*>(full.data)) + row * full.row;
-  auto* scales = const_cast<std::uint16_t*>(full.scales) + row * groups;
-  for (std::ptrdiff_t g = 0; g < groups; ++g) {
-    const std::ptrdiff_t first = g * kGroup, last = std::min(columns, first + kGroup);
-    scales[g] = scale_above(group_magnitude(x + first, last - first) / kLargestShort);
-    const float s = from_bf16(scales[g]);
-    for (std::ptrdiff_t i = first; i < last; ++i)
-      to[i] = static_cast<std::int16_t>(s > 0.0f ? std::clamp(std::nearbyint(x[i] / s), -kLargestShort, kLargestShort) : 0.0f);
-  }
-}
-
 // Row `row` of a full copy <- x; whether a finite number became infinite, and whether one was not finite.
 struct Kept {
   bool overflow = false, strange = false;
@@ -60,9 +46,7 @@ inline Kept keep_full(const lamp::Full& full, std::ptrdiff_t row, const float* x
   float sum = 0.0f;
   for (std::ptrdiff_t i = 0; i < columns; ++i) sum += x[i] * 0.0f;
   Kept kept{false, sum != sum};  // 0 * x is NaN for an infinite x and for NaN
-  if (full.scales) {
-    keep_integers(full, row, x, columns);
-  } else if (full.half) {
+  if (full.half) {
     for (std::ptrdiff_t i = 0; i < columns; ++i) {
       static_cast<std::uint16_t*>(to)[row * full.row + i] = to_f16(x[i]);
       kept.overflow |= std::fabs(x[i]) >= 65520.0f && std::fabs(x[i]) <= std::numeric_limits<float>::max();
@@ -86,7 +70,7 @@ inline void append(lamp::Append& p) {
     const float* k = p.k + head / s.heads * p.k_batch + head % s.heads * p.k_head;
     const float* v = p.v + head / s.heads * p.v_batch + head % s.heads * p.v_head;
     const lamp::Blocks keys = s.keys_of(head);
-    const lamp::Lines values = s.values_of(head);
+    const lamp::RowPairs values = s.values_of(head);
     const lamp::Full full_keys = s.full_keys_of(head), full_values = s.full_values_of(head);
     const float* mean = s.mean_of(head);
     thread_local std::vector<float> buffer;
@@ -95,14 +79,14 @@ inline void append(lamp::Append& p) {
     for (std::ptrdiff_t at = std::max(from, p.start); at < std::min(from + kTogether, end); ++at) {
       const float *key = k + (at - p.start) * p.k_row, *value = v + (at - p.start) * p.v_row;
       for (std::ptrdiff_t i = 0; i < s.size; ++i) x[i] = mean ? key[i] - mean[i] : key[i];
-      const Kept a = keep_full(full_keys, at, s.centred ? x : key, s.size);
+      const Kept a = keep_full(full_keys, at, key, s.size);
       const Kept b = keep_full(full_values, at, value, s.value_size);
       if (s.rotated) rotate(x, s.size);
       pack_block_row(keys, at, x, s.size);
       // What can't be represented is never trusted: see drive_decode.hpp.
       if (!(keys.errors[at] <= std::numeric_limits<float>::max()))
         keys.errors[at] = std::numeric_limits<float>::quiet_NaN();
-      pack_line(values, at, value, s.value_size);
+      pack_pair_row(values, at, value, s.value_size);
       if (a.overflow || b.overflow) overflow.store(true, std::memory_order_relaxed);
       if (b.strange) strange.store(true, std::memory_order_relaxed);
     }

@@ -60,8 +60,7 @@ inline unsigned visible_bits(const lamp::Attend& p, const QueryRow& row, std::pt
 
 // A score from the full-precision copies.
 inline float full_score(const lamp::Attend& p, const QueryRow& row, const lamp::Full& keys, std::ptrdiff_t position) {
-  const float y = full_dot(keys, position, row.q, p.store.size) * p.scaling;
-  return p.store.centred ? y + row.offset : y;
+  return full_dot(keys, position, row.q, p.store.size) * p.scaling;
 }
 inline float first_lane(vf x) {
   alignas(64) float lane[vf::width];

@@ -13,10 +13,9 @@ namespace lamp {
 // Low-bit keys are of (k - mean), rotated by a normalised Hadamard matrix where `rotated`.
 struct KeyValues {
   Blocks keys;         // of the first key head
-  Lines values;        // likewise
+  RowPairs values;     // likewise
   Full full_keys, full_values;
   const float* mean = nullptr;  // (batches * heads, size), or null: nothing is subtracted
-  bool centred = false;         // whether the full copy of the keys, too, is of (k - mean)
   bool rotated = false;
   std::ptrdiff_t batches = 0, heads = 0, capacity = 0, size = 0, value_size = 0;
 
@@ -26,20 +25,19 @@ struct KeyValues {
     b.codes += block * b.block_codes(), b.scales += block * b.block_scales(), b.errors += head * capacity;
     return b;
   }
-  Lines values_of(std::ptrdiff_t head) const {
-    Lines l = values;
-    l.codes += head * capacity * l.groups * group_bytes(l.bits), l.scales += head * capacity * l.groups;
-    return l;
+  RowPairs values_of(std::ptrdiff_t head) const {
+    RowPairs p = values;
+    p.codes += head * (capacity / 2) * p.pair_codes(), p.scales += head * (capacity / kPackRows) * p.block_scales();
+    return p;
   }
-  Full full_keys_of(std::ptrdiff_t head) const { return at(full_keys, head * capacity, keys.groups); }
-  Full full_values_of(std::ptrdiff_t head) const { return at(full_values, head * capacity, values.groups); }
+  Full full_keys_of(std::ptrdiff_t head) const { return at(full_keys, head * capacity); }
+  Full full_values_of(std::ptrdiff_t head) const { return at(full_values, head * capacity); }
   const float* mean_of(std::ptrdiff_t head) const { return mean ? mean + head * size : nullptr; }
 
  private:
-  static Full at(const Full& full, std::ptrdiff_t row, std::ptrdiff_t groups) {
+  static Full at(const Full& full, std::ptrdiff_t row) {
     Full f = full;
-    f.data = static_cast<const char*>(full.data) + row * full.row * (full.half || full.scales ? 2 : 4);
-    if (full.scales) f.scales += row * groups;
+    f.data = static_cast<const char*>(full.data) + row * full.row * (full.half ? 2 : 4);
     return f;
   }
 };
@@ -70,8 +68,9 @@ struct Attend {
   float scaling = 1.0f, softcap = 0.0f;
   float scores_threshold = 0.0f;  // of 2 z (1 - z) s r; negative: recompute everything, infinite: nothing
   float values_threshold = 0.0f;  // of z; negative: read everything in full, infinite: nothing
-  // Values with z <= skip / keys for every head of a group are left out: of the normaliser less than half a unit.
-  float skip = 0x1p-24f;
+  // Values with z <= skip / keys for every head of a group are left out: together less than `skip` of the weights, and
+  // 8-bit copies alone err by more.
+  float skip = 0x1p-9f;
   bool strange = false;           // values may be infinite or not a number: read every one of them in full
   std::int32_t* recomputed = nullptr;  // (batch, head, query): scores
   std::int32_t* full_rows = nullptr;   // (batch, key head, query): values, each for all heads of its group

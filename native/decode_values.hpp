@@ -2,6 +2,8 @@
 // from the copy that each one's probability asks for.
 #pragma once
 
+#include <array>
+
 #include "decode_scores.hpp"
 
 namespace LAMP_ISA {
@@ -29,14 +31,8 @@ inline void ask_for(const void* start, std::ptrdiff_t bytes) {
   for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
 }
 inline void ask_for(const lamp::Full& full, std::ptrdiff_t row, std::ptrdiff_t columns) {
-  const std::ptrdiff_t bytes = full.half || full.scales ? 2 : 4, groups = (columns + kGroup - 1) / kGroup;
+  const std::ptrdiff_t bytes = full.half ? 2 : 4;
   ask_for(static_cast<const char*>(full.data) + row * full.row * bytes, columns * bytes);
-  if (full.scales) __builtin_prefetch(full.scales + row * groups);
-}
-inline void ask_for(const lamp::Lines& lines, std::ptrdiff_t row) {
-  const std::ptrdiff_t bytes = lines.groups * lamp::group_bytes(lines.bits);
-  ask_for(lines.codes + row * bytes, bytes);
-  __builtin_prefetch(lines.scales + row * lines.groups);
 }
 
 // Positions that wait for their memory.
@@ -97,80 +93,145 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
   found.total = sum(total);
 }
 
-// The strips of low-bit rows of one query, four heads each, and its output.
-struct ValueStrips {
-  std::vector<Strip> strips;
-  void flush(const lamp::Lines& lines, DecodeWork& work, std::ptrdiff_t first_row, std::ptrdiff_t s) {
-    for (std::size_t c = 0; c < strips.size(); ++c) {
-      const std::ptrdiff_t v = static_cast<std::ptrdiff_t>(4 * c), heads = std::min<std::ptrdiff_t>(4, work.group - v);
-      float* out[4];
-      for (std::ptrdiff_t i = 0; i < heads; ++i) out[i] = work.part(first_row + v + i, s);
-      if (heads == 4) add_lines<4>(lines, strips[c], out);
-      if (heads == 3) add_lines<3>(lines, strips[c], out);
-      if (heads == 2) add_lines<2>(lines, strips[c], out);
-      if (heads == 1) add_lines<1>(lines, strips[c], out);
-      strips[c].count = 0;
-    }
-  }
+// Rows to be read in full that wait for their memory, with their weights, one array for each head.
+struct FullRows : Waiting {
+  std::vector<std::array<float, kMost>> weights;
 };
+
+// out[v] += sum over rows of weight * row, rows in full precision: a group of columns, all rows, then the next.
+template <int Vectors>
+inline void add_full_rows(const lamp::Full& full, const FullRows& rows, std::ptrdiff_t first, std::ptrdiff_t columns,
+                          float* const* out) {
+  constexpr int kParts = kGroup / vf::width;
+  const std::array<float, FullRows::kMost>* weights = rows.weights.data() + first;
+  const std::ptrdiff_t whole = columns / kGroup;
+  for (std::ptrdiff_t g = 0; g < whole; ++g) {
+    vf sum[Vectors][kParts];
+    for (int v = 0; v < Vectors; ++v)
+      for (int i = 0; i < kParts; ++i) sum[v][i] = load(out[v] + g * kGroup + i * vf::width);
+    for (int r = 0; r < rows.count; ++r) {
+      const std::ptrdiff_t row = rows.at[r], at = row * full.row + g * kGroup;
+      vf part[kParts];
+      for (int i = 0; i < kParts; ++i) {
+        const std::ptrdiff_t k = at + i * vf::width;
+        part[i] = full.half ? widen(static_cast<const std::uint16_t*>(full.data) + k)
+                            : load(static_cast<const float*>(full.data) + k);
+      }
+      for (int v = 0; v < Vectors; ++v) {
+        const vf w = set1(weights[v][static_cast<std::size_t>(r)]);
+        for (int i = 0; i < kParts; ++i) sum[v][i] = fma(w, part[i], sum[v][i]);
+      }
+    }
+    for (int v = 0; v < Vectors; ++v)
+      for (int i = 0; i < kParts; ++i) store(out[v] + g * kGroup + i * vf::width, sum[v][i]);
+  }
+  if (whole * kGroup == columns) return;
+  // The columns behind the last whole group, as rows of their own.
+  lamp::Full rest = full;
+  rest.data = static_cast<const char*>(full.data) + whole * kGroup * (full.half ? 2 : 4);
+  for (int r = 0; r < rows.count; ++r)
+    for (int v = 0; v < Vectors; ++v)
+      add_full(rest, rows.at[r], weights[v][static_cast<std::size_t>(r)], columns - whole * kGroup,
+               out[v] + whole * kGroup);
+}
+
+inline void add_full_rows(const lamp::Full& full, const FullRows& rows, std::ptrdiff_t columns, float* const* out,
+                          std::ptrdiff_t vectors) {
+  std::ptrdiff_t v = 0;
+  for (; v + 4 <= vectors; v += 4) add_full_rows<4>(full, rows, v, columns, out + v);
+  if (vectors - v == 3) add_full_rows<3>(full, rows, v, columns, out + v);
+  if (vectors - v == 2) add_full_rows<2>(full, rows, v, columns, out + v);
+  if (vectors - v == 1) add_full_rows<1>(full, rows, v, columns, out + v);
+}
+
+// What sums the values of one split for one query of all heads of a group; a thread keeps its memory.
+struct ValueSums {
+  FullRows full;
+  Window windows[2];
+  std::vector<float> least, bound;  // limits of e^(logit - top), for each head
+  std::vector<float*> out;
+};
+
+// Which of sixteen rows a head of the group needs at all, and which it needs in full, as bits.
+struct Needed {
+  unsigned any = 0, large = 0;
+};
+inline Needed needed(const DecodeWork& work, const ValueSums& sums, const float* weights) {
+  constexpr unsigned kLanes = (1u << vf::width) - 1u;
+  Needed found;
+  for (int k = 0; k < kRows; k += vf::width) {
+    vmask tiny = le(load(weights + k), set1(sums.least[0])), small = le(load(weights + k), set1(sums.bound[0]));
+    for (std::ptrdiff_t g = 1; g < work.group; ++g) {
+      const vf e = load(weights + g * work.width + k);
+      tiny = mask_and(tiny, le(e, set1(sums.least[static_cast<std::size_t>(g)])));
+      small = mask_and(small, le(e, set1(sums.bound[static_cast<std::size_t>(g)])));
+    }
+    found.any |= (~bits(tiny) & kLanes) << k, found.large |= (~bits(small) & kLanes) << k;
+  }
+  return found;
+}
 
 // The values of one split, weighted, for one query of all heads of a group. A row is read once for all of them: in
 // full if any head gives it more than the threshold, not at all if no head gives it more than skip / keys: what is left
-// out is together less than `skip` of the row's probability.
+// out is together less than `skip` of the row's probability. Weights of rows read in full become 0.
 inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t query,
                                std::ptrdiff_t s) {
-  const lamp::Lines lines = p.store.values_of(kv);
+  const lamp::RowPairs rows = p.store.values_of(kv);
   const lamp::Full full = p.store.full_values_of(kv);
   const std::ptrdiff_t first_row = kv * work.per_head + query * work.group;
   const std::ptrdiff_t begin = s * work.split, end = std::min(work.width, begin + work.split);
-  for (std::ptrdiff_t g = 0; g < work.group; ++g) std::fill_n(work.part(first_row + g, s), work.padded, 0.0f);
-  thread_local ValueStrips own;
-  own.strips.resize(static_cast<std::size_t>((work.group + 3) / 4));
-  for (Strip& strip : own.strips) strip.count = 0;
-  const vf bound = set1(p.strange ? -1.0f : p.values_threshold);
-  const vf least = set1(p.strange ? 0.0f : p.skip / static_cast<float>(p.last - p.first));
-  std::int32_t full_count = 0;
-  int count = 0;
-  Waiting waiting;
-  const auto add_waiting = [&] {
-    for (int i = 0; i < waiting.count; ++i)
-      for (std::ptrdiff_t g = 0; g < work.group; ++g)
-        add_full(full, work.origin + waiting.at[i], work.weight(first_row + g)[waiting.at[i]], p.store.value_size,
-                 work.part(first_row + g, s));
-    full_count += waiting.count, waiting.count = 0;
-  };
-  for (std::ptrdiff_t j = begin; j < end; j += kRows) {
-    unsigned any = 0, large = 0;
-    for (std::ptrdiff_t g = 0; g < work.group; ++g) {
-      const float* e = work.weight(first_row + g) + j;
-      const vf inverse = set1(1.0f / work.sum[static_cast<std::size_t>(first_row + g)]);
-      constexpr unsigned kLanes = (1u << vf::width) - 1u;
-      for (int k = 0; k < kRows; k += vf::width) {
-        const vf raw = load(e + k), z = raw * inverse;
-        any |= (~bits(le(z, least)) & kLanes) << k;
-        large |= (~bits(le(z, bound)) & ~bits(le(raw, zero())) & kLanes) << k;
-      }
-    }
-    for (unsigned left = any & ~large; left; left &= left - 1) {
-      const int lane = std::countr_zero(left);
-      ask_for(lines, work.origin + j + lane);
-      for (std::size_t c = 0; c < own.strips.size(); ++c) {
-        Strip& strip = own.strips[c];
-        strip.rows[count] = work.origin + j + lane;
-        for (std::ptrdiff_t i = 0; i < std::min<std::ptrdiff_t>(4, work.group - static_cast<std::ptrdiff_t>(4 * c)); ++i)
-          strip.weights[i][count] = work.weight(first_row + static_cast<std::ptrdiff_t>(4 * c) + i)[j + lane];
-        strip.count = count + 1;
-      }
-      if (++count == kStrip) own.flush(lines, work, first_row, s), count = 0;
-    }
-    for (; large; large &= large - 1) {
-      if (waiting.count == Waiting::kMost) add_waiting();
-      const std::ptrdiff_t at = waiting.at[waiting.count++] = j + std::countr_zero(large);
-      ask_for(full, work.origin + at, p.store.value_size);
-    }
+  float* weights = work.weight(first_row);
+  thread_local ValueSums own;
+  ValueSums& sums = own;
+  const std::size_t heads = static_cast<std::size_t>(work.group);
+  sums.least.resize(heads), sums.bound.resize(heads), sums.out.resize(heads), sums.full.weights.resize(heads);
+  Window *before = &sums.windows[0], *now = &sums.windows[1];
+  sums.full.count = before->count = 0;
+  for (std::ptrdiff_t g = 0; g < work.group; ++g) {
+    const std::size_t i = static_cast<std::size_t>(g);
+    const float sum = work.sum[static_cast<std::size_t>(first_row + g)], bound = p.values_threshold * sum;
+    sums.least[i] = p.skip / static_cast<float>(p.last - p.first) * sum;
+    sums.bound[i] = bound > 0.0f && !p.strange ? bound : 0.0f;
+    sums.out[i] = work.part(first_row + g, s);
+    std::fill_n(sums.out[i], work.padded, 0.0f);
   }
-  add_waiting();
-  if (count) own.flush(lines, work, first_row, s);
+  std::int32_t full_count = 0;
+  const auto add_full_ones = [&] {
+    add_full_rows(full, sums.full, p.store.value_size, sums.out.data(), work.group);
+    full_count += sums.full.count, sums.full.count = 0;
+  };
+  const auto add_window = [&](const Window& window, const Window& next) {
+    add_pairs(rows, window, next, weights + window.first - work.origin, work.width, sums.out.data(), work.group);
+  };
+  const std::ptrdiff_t together = window_rows(rows);
+  for (std::ptrdiff_t j = begin; j < end; j += together) {
+    Window& window = *now;
+    window.first = work.origin + j, window.rows = static_cast<int>(std::min(together, end - j));
+    window.count = 0;
+    for (int i = 0; i < window.rows; i += kRows) {
+      const Needed need = needed(work, sums, weights + j + i);
+      for (unsigned large = need.large; large; large &= large - 1) {
+        if (sums.full.count == FullRows::kMost) add_full_ones();
+        const std::ptrdiff_t at = j + i + std::countr_zero(large);
+        for (std::size_t g = 0; g < heads; ++g) {
+          float& weight = weights[static_cast<std::ptrdiff_t>(g) * work.width + at];
+          sums.full.weights[g][static_cast<std::size_t>(sums.full.count)] = weight, weight = 0.0f;
+        }
+        sums.full.at[sums.full.count++] = work.origin + at;
+        ask_for(full, work.origin + at, p.store.value_size);
+      }
+      const unsigned low = need.any & ~need.large;
+      for (unsigned left = (low | low >> 1) & 0x5555u; left; left &= left - 1) {
+        const int pair = (i + std::countr_zero(left)) / 2;
+        window.pairs[window.count++] = pair;
+      }
+    }
+    if (before->count) add_window(*before, *now);
+    std::swap(before, now);
+  }
+  now->count = 0;
+  if (before->count) add_window(*before, *now);
+  add_full_ones();
   return full_count;
 }
 

@@ -14,14 +14,6 @@ inline void pack_blocks(const lamp::Blocks& blocks, const lamp::Rows& rows, int 
   });
 }
 
-inline void pack_lines(const lamp::Lines& lines, const lamp::Rows& rows, int threads) {
-  constexpr std::ptrdiff_t kTogether = 64;
-  lamp::parallel(threads, (rows.count + kTogether - 1) / kTogether, [&](std::ptrdiff_t item) {
-    const std::ptrdiff_t last = std::min(rows.count, (item + 1) * kTogether);
-    for (std::ptrdiff_t r = item * kTogether; r < last; ++r) pack_line(lines, r, rows.at(r), rows.columns);
-  });
-}
-
 // Blocks that one item of work takes: enough to be worth the hand-over, few enough to share out evenly.
 inline std::ptrdiff_t blocks_together(std::ptrdiff_t blocks) { return std::clamp<std::ptrdiff_t>(blocks / 16, 1, 64); }
 

@@ -16,19 +16,23 @@ struct Slope {
   vf value, slope;
 };
 
+inline vf sigmoid(vf a) {
+  const vf s = set1(1.0f) / (set1(1.0f) + exp(min(set1(88.0f), zero() - a)));
+  return select(gt(set1(-88.0f), a), zero(), s);  // exp ends there: s would stay at 6e-39, however large |a|
+}
+
 inline Slope silu(vf a) {
-  vf s = set1(1.0f) / (set1(1.0f) + exp(min(set1(88.0f), zero() - a)));
-  s = select(gt(set1(-88.0f), a), zero(), s);  // exp ends there: s would stay at 6e-39, however large |a|
+  const vf s = sigmoid(a);
   return {a * s, s * fma(a, set1(1.0f) - s, set1(1.0f))};
 }
 
 inline Slope gelu_tanh(vf a) {
   constexpr float kRoot = 0.7978845608028654f, kCube = 0.044715f;  // sqrt(2 / pi)
   const vf square = a * a;
-  const vf t = tanh(set1(kRoot) * a * fma(set1(kCube), square, set1(1.0f)));
-  const vf half = set1(0.5f) * (set1(1.0f) + t);
-  const vf inner = set1(kRoot) * fma(set1(3.0f * kCube), square, set1(1.0f));
-  return {a * half, fma(set1(0.5f) * a * fnma(t, t, set1(1.0f)), inner, half)};
+  // (1 + tanh u) / 2 is the sigmoid of 2 u, in which nothing cancels for negative u.
+  const vf s = sigmoid(set1(2.0f * kRoot) * a * fma(set1(kCube), square, set1(1.0f)));
+  const vf inner = set1(2.0f * kRoot) * fma(set1(3.0f * kCube), square, set1(1.0f));
+  return {a * s, s * fma(a * (set1(1.0f) - s), inner, set1(1.0f))};
 }
 
 inline Slope activate(lamp::Activation kind, vf a) { return kind == lamp::Activation::silu ? silu(a) : gelu_tanh(a); }

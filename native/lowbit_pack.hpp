@@ -80,18 +80,23 @@ inline void pack_block_row(const lamp::Blocks& b, std::ptrdiff_t row, const floa
   b.errors[row] = residual_norm(squares);
 }
 
-// Row `row` of a line copy <- x[0, columns).
-inline void pack_line(const lamp::Lines& l, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
-  const std::ptrdiff_t bytes = lamp::group_bytes(l.bits);
+// Row `row` of a copy in pairs of rows <- x[0, columns).
+inline void pack_pair_row(const lamp::RowPairs& p, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  std::uint8_t* codes = p.codes + row / 2 * p.pair_codes();
+  std::uint16_t* scales = p.scales + row / kRows * p.block_scales() + row % kRows;
+  const std::ptrdiff_t second = row % 2;
   double squares = 0.0;
   int c[kGroup];
-  for (std::ptrdiff_t g = 0; g < l.groups; ++g) {
-    std::uint8_t* p = l.codes + (row * l.groups + g) * bytes;
-    l.scales[row * l.groups + g] =
-        quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), l.bits, c, squares);
+  for (std::ptrdiff_t g = 0; g < p.groups; ++g, codes += lamp::row_pair_bytes(p.bits)) {
+    scales[g * kRows] =
+        quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), p.bits, c, squares);
     for (int i = 0; i < kGroup; ++i) {
-      if (l.bits == 8) p[i] = static_cast<std::uint8_t>(c[i]);
-      if (l.bits == 4 && i < 16) p[i] = static_cast<std::uint8_t>((c[i] + 8) | (c[i + 16] + 8) << 4);
+      if (p.bits == 8) {
+        codes[2 * i + second] = static_cast<std::uint8_t>(c[i]);
+      } else {
+        const int other = second ? codes[i] & 15 : codes[i] & 0xf0;
+        codes[i] = static_cast<std::uint8_t>(other | (c[i] + 8) << 4 * second);
+      }
     }
   }
 }

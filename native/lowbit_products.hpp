@@ -73,67 +73,104 @@ inline float full_dot(const T* row, const float* x, std::ptrdiff_t columns) {
   return sum_halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
-// The same for a row of 16-bit integers with a scale for each group.
-inline float full_dot(const std::int16_t* row, const std::uint16_t* scales, const float* x, std::ptrdiff_t columns) {
-  vf total = zero();
-  float tail = 0.0f;
-  for (std::ptrdiff_t g = 0; g * kGroup < columns; ++g, row += kGroup, x += kGroup) {
-    const float scale = from_bf16(scales[g]);
-    const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
-    vf part = zero();
-    std::ptrdiff_t k = 0;
-    for (; k + vf::width <= count; k += vf::width) part = fma(widen_i16(row + k), load(x + k), part);
-    total = fma(part, set1(scale), total);
-    float rest = 0.0f;
-    for (; k < count; ++k) rest = std::fma(static_cast<float>(row[k]), x[k], rest);
-    tail = std::fma(rest, scale, tail);
-  }
-  return sum_halves(total) + tail;
-}
-
 inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
-  if (full.scales)
-    return full_dot(static_cast<const std::int16_t*>(full.data) + row * full.row,
-                    full.scales + row * ((columns + kGroup - 1) / kGroup), x, columns);
   if (full.half) return full_dot(static_cast<const std::uint16_t*>(full.data) + row * full.row, x, columns);
   return full_dot(static_cast<const float*>(full.data) + row * full.row, x, columns);
 }
 
-// A row with its weights, one for each of the vectors that are summed together.
-constexpr int kStrip = 32;  // rows taken together: their codes stay in the first-level cache
-struct Strip {
-  std::ptrdiff_t rows[kStrip];
-  float weights[4][kStrip];
-  int count = 0;
+// Rows that are summed together, weights beside them; those with weight 0 in all vectors aren't read.
+constexpr int kWindow = 128;  // at most: sums of so many products fit 32 bits
+struct Window {
+  std::ptrdiff_t first = 0;  // row, a multiple of kRows
+  int rows = 0;              // likewise
+  int pairs[kWindow / 2];    // those to read
+  int count = 0;             // of pairs
 };
 
-// out[v][group] += sum over the strip of weight[v] * row: one group of columns, all rows, then the next.
+// Rows of a window: its codes and those of the next, asked for meanwhile, fit the first-level cache.
+inline std::ptrdiff_t window_rows(const lamp::RowPairs& p) {
+  return std::clamp<std::ptrdiff_t>(2 * 8192 / p.pair_codes() / kRows * kRows, kRows, kWindow);
+}
+
+// Weights (>= 0) times the rows' scales as 16-bit integers: the sum over a window then is one of integers. Returns what
+// the integer 1 stands for.
+inline float weight_shorts(const float* weights, const float* scales, int rows, std::int16_t* shorts) {
+  vf most = zero();
+  for (int i = 0; i < rows; i += vf::width) most = max(load(weights + i) * load(scales + i), most);
+  // Below this the integers get fewer bits, so that the inverse stays finite.
+  const float own = std::max(largest_halves(most), 0x1p-110f) / kLargestShort;
+  const vf inverse = set1(1.0f / own);
+  for (int i = 0; i < rows; i += kRows) {
+    vrows x;
+    for (int k = 0; k < kRowVectors; ++k)
+      x.v[k] = load(weights + i + k * vf::width) * load(scales + i + k * vf::width) * inverse;
+    store_shorts(shorts + i, x);
+  }
+  return own;
+}
+
+// out[v][column] += sum over the window of weight * row: one group of columns, all rows, then the next. Weights
+// [vector][row of the window], `stride` from a vector to the next. The next window's codes are asked for on the way, one
+// line for each that is used: a burst of requests would wait for free buffers, and then nothing be on its way.
 template <int Bits, int Vectors>
-inline void add_lines(const lamp::Lines& l, const Strip& strip, float* const* out) {
-  constexpr int kParts = kGroup / vf::width;
-  for (std::ptrdiff_t g = 0; g < l.groups; ++g) {
-    vf sum[Vectors][kParts];
-    for (int v = 0; v < Vectors; ++v)
-      for (int i = 0; i < kParts; ++i) sum[v][i] = load(out[v] + g * kGroup + i * vf::width);
-    for (int r = 0; r < strip.count; ++r) {
-      const std::ptrdiff_t at = strip.rows[r] * l.groups + g;
-      vf part[kParts];
-      widen_group<Bits>(l.codes + at * lamp::group_bytes(Bits), part);
-      const float scale = from_bf16(l.scales[at]);
-      for (int v = 0; v < Vectors; ++v) {
-        const vf w = set1(strip.weights[v][r] * scale);
-        for (int i = 0; i < kParts; ++i) sum[v][i] = fma(w, part[i], sum[v][i]);
+inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
+                      std::ptrdiff_t stride, float* const* out) {
+  constexpr std::ptrdiff_t kBytes = lamp::pair_bytes(Bits);
+  // Sixteen columns at a time, twice in one go where the registers hold the sums.
+  constexpr int kTogether = vf::width == kRows ? 2 : 1;
+  const std::ptrdiff_t pair_codes = p.pair_codes();
+  const std::uint8_t* own_codes = p.codes + window.first / 2 * pair_codes;
+  const std::uint8_t* next_codes = p.codes + next.first / 2 * pair_codes;
+  for (std::ptrdiff_t g = 0; g < p.groups; ++g) {
+    alignas(64) float scales[kWindow];
+    alignas(64) std::int16_t shorts[Vectors][kWindow];
+    float own[Vectors];
+    for (int i = 0; i < window.rows; i += kRows)
+      rows_store(scales + i, load_scales(p.scales + (window.first + i) / kRows * p.block_scales() + g * kRows));
+    for (int v = 0; v < Vectors; ++v) own[v] = weight_shorts(weights + v * stride, scales, window.rows, shorts[v]);
+    for (int half = 0; half < kGroup / kRows; half += kTogether) {
+      vsums sums[Vectors][kTogether];
+      for (auto& of_vector : sums)
+        for (auto& s : of_vector) s = sums_zero();
+      const std::uint8_t* codes = own_codes + g * lamp::row_pair_bytes(Bits) + half * kBytes;
+      for (int r = 0; r < window.count; ++r) {
+        const int pair = window.pairs[r];
+        if (half == 0 && r < next.count) __builtin_prefetch(next_codes + next.pairs[r] * pair_codes + g * lamp::row_pair_bytes(Bits));
+        vpairs columns[kTogether];
+        for (int i = 0; i < kTogether; ++i) columns[i] = load_pairs<Bits>(codes + pair * pair_codes + i * kBytes);
+        for (int v = 0; v < Vectors; ++v) {
+          std::int32_t both;
+          std::memcpy(&both, shorts[v] + 2 * pair, sizeof both);
+          for (int i = 0; i < kTogether; ++i) sums[v][i] = multiply_add(columns[i], both, sums[v][i]);
+        }
       }
+      for (int r = window.count; half == 0 && r < next.count; ++r)
+        __builtin_prefetch(next_codes + next.pairs[r] * pair_codes + g * lamp::row_pair_bytes(Bits));
+      for (int v = 0; v < Vectors; ++v)
+        for (int i = 0; i < kTogether; ++i) {
+          const vrows sum = to_rows(sums[v][i]);
+          float* to = out[v] + g * kGroup + (half + i) * kRows;
+          for (int k = 0; k < kRowVectors; ++k, to += vf::width) store(to, fma(sum.v[k], set1(own[v]), load(to)));
+        }
     }
-    for (int v = 0; v < Vectors; ++v)
-      for (int i = 0; i < kParts; ++i) store(out[v] + g * kGroup + i * vf::width, sum[v][i]);
   }
 }
 
-template <int Vectors>
-inline void add_lines(const lamp::Lines& l, const Strip& strip, float* const* out) {
-  if (l.bits == 4) return add_lines<4, Vectors>(l, strip, out);
-  add_lines<8, Vectors>(l, strip, out);
+// The same for any number of vectors.
+template <int Bits>
+inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
+                      std::ptrdiff_t stride, float* const* out, std::ptrdiff_t vectors) {
+  std::ptrdiff_t v = 0;
+  for (; v + 4 <= vectors; v += 4) add_pairs<Bits, 4>(p, window, next, weights + v * stride, stride, out + v);
+  if (vectors - v == 3) add_pairs<Bits, 3>(p, window, next, weights + v * stride, stride, out + v);
+  if (vectors - v == 2) add_pairs<Bits, 2>(p, window, next, weights + v * stride, stride, out + v);
+  if (vectors - v == 1) add_pairs<Bits, 1>(p, window, next, weights + v * stride, stride, out + v);
+}
+
+inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
+                      std::ptrdiff_t stride, float* const* out, std::ptrdiff_t vectors) {
+  if (p.bits == 4) return add_pairs<4>(p, window, next, weights, stride, out, vectors);
+  add_pairs<8>(p, window, next, weights, stride, out, vectors);
 }
 
 // out += weight * a full-precision row.
@@ -145,22 +182,7 @@ inline void add_full(const T* row, float weight, std::ptrdiff_t columns, float* 
   for (; k < columns; ++k) out[k] = std::fma(weight, widen_one(row + k), out[k]);
 }
 
-inline void add_full(const std::int16_t* row, const std::uint16_t* scales, float weight, std::ptrdiff_t columns,
-                     float* out) {
-  for (std::ptrdiff_t g = 0; g * kGroup < columns; ++g, row += kGroup, out += kGroup) {
-    const float own = weight * from_bf16(scales[g]);
-    const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
-    std::ptrdiff_t k = 0;
-    for (; k + vf::width <= count; k += vf::width)
-      store(out + k, fma(set1(own), widen_i16(row + k), load(out + k)));
-    for (; k < count; ++k) out[k] = std::fma(own, static_cast<float>(row[k]), out[k]);
-  }
-}
-
 inline void add_full(const lamp::Full& full, std::ptrdiff_t row, float weight, std::ptrdiff_t columns, float* out) {
-  if (full.scales)
-    return add_full(static_cast<const std::int16_t*>(full.data) + row * full.row,
-                    full.scales + row * ((columns + kGroup - 1) / kGroup), weight, columns, out);
   if (full.half) return add_full(static_cast<const std::uint16_t*>(full.data) + row * full.row, weight, columns, out);
   add_full(static_cast<const float*>(full.data) + row * full.row, weight, columns, out);
 }

@@ -70,22 +70,14 @@ inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {
   return {_mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, _mm512_set1_epi32(pair)))};
 }
 inline vrows to_rows(vsums x) { return {{{_mm512_cvtepi32_ps(x.v)}}}; }
-inline vrows load_scales(const std::uint16_t* p) {
+inline vf widen_bf16(const std::uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return {{{_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))}}};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-inline vf widen_i8(const std::int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
-inline vf widen_i16(const std::int16_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))))};
-}
-// Sixteen 4-bit codes, the low or the high halves of sixteen bytes.
-inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
-  const __m512i n = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i eight = _mm512_set1_epi32(8);
-  low[0] = {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_and_si512(n, _mm512_set1_epi32(15)), eight))};
-  high[0] = {_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_srli_epi32(n, 4), eight))};
+inline vrows load_scales(const std::uint16_t* p) { return {{widen_bf16(p)}}; }
+// Integers to nearest; what isn't a number or doesn't fit gives any.
+inline void store_shorts(std::int16_t* p, const vrows& x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x.v[0].v)));
 }
 inline vf widen(const std::uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -127,27 +119,16 @@ inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {
            _mm256_add_epi32(c.v[1], _mm256_madd_epi16(a.v[1], x))}};
 }
 inline vrows to_rows(vsums x) { return {{{_mm256_cvtepi32_ps(x.v[0])}, {_mm256_cvtepi32_ps(x.v[1])}}}; }
+inline vf widen_bf16(const std::uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
 inline vrows load_scales(const std::uint16_t* p) {
-  vrows r;
-  for (int i = 0; i < kRowVectors; ++i) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
-    r.v[i] = {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
-  }
-  return r;
+  return {{widen_bf16(p), widen_bf16(p + 8)}};
 }
-inline vf widen_i8(const std::int8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
-inline vf widen_i16(const std::int16_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
-inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
-  const __m256i eight = _mm256_set1_epi32(8);
-  for (int i = 0; i < 2; ++i) {
-    const __m256i n = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)));
-    low[i] = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(n, _mm256_set1_epi32(15)), eight))};
-    high[i] = {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_srli_epi32(n, 4), eight))};
-  }
+inline void store_shorts(std::int16_t* p, const vrows& x) {
+  const __m256i mixed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.v[0].v), _mm256_cvtps_epi32(x.v[1].v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 inline vf widen(const std::uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
@@ -188,21 +169,18 @@ inline vrows to_rows(const vsums& x) {
     r.v[i] = lanes([&](int lane) { return static_cast<float>(x.v[i * vf::width + lane]); });
   return r;
 }
+inline vf widen_bf16(const std::uint16_t* p) {
+  return lanes([&](int i) { return from_bf16(p[i]); });
+}
 inline vrows load_scales(const std::uint16_t* p) {
   vrows r;
-  for (int i = 0; i < kRowVectors; ++i) r.v[i] = lanes([&](int lane) { return from_bf16(p[i * vf::width + lane]); });
+  for (int i = 0; i < kRowVectors; ++i) r.v[i] = widen_bf16(p + i * vf::width);
   return r;
 }
-inline vf widen_i8(const std::int8_t* p) {
-  return lanes([&](int i) { return static_cast<float>(p[i]); });
-}
-inline vf widen_i16(const std::int16_t* p) {
-  return lanes([&](int i) { return static_cast<float>(p[i]); });
-}
-inline void widen_i4(const std::uint8_t* p, vf* low, vf* high) {
-  for (int v = 0; v < 16 / vf::width; ++v) {
-    low[v] = lanes([&](int i) { return static_cast<float>((p[v * vf::width + i] & 15) - 8); });
-    high[v] = lanes([&](int i) { return static_cast<float>((p[v * vf::width + i] >> 4) - 8); });
+inline void store_shorts(std::int16_t* p, const vrows& x) {
+  for (int i = 0; i < kRows; ++i) {
+    const float n = std::nearbyint(x.v[i / vf::width].v[i % vf::width]);
+    p[i] = static_cast<std::int16_t>(std::fabs(n) <= 32767.0f ? n : 0.0f);
   }
 }
 inline vf widen(const std::uint16_t* p) {
@@ -210,6 +188,19 @@ inline vf widen(const std::uint16_t* p) {
 }
 
 #endif
+
+// x where the lane's bit is set, 0 elsewhere.
+inline vf keep(unsigned lanes_kept, vf x) {
+#if defined(__AVX512F__)
+  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes_kept), x.v)};
+#elif defined(__AVX2__)
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes_kept)), lane);
+  return {_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bit, lane)))};
+#else
+  return lanes([&](int i) { return lanes_kept >> i & 1u ? x.v[i] : 0.0f; });
+#endif
+}
 
 // Sum of the lanes, halves first: a short chain, where `sum` adds them one by one.
 inline float sum_halves(vf x) {
@@ -226,17 +217,21 @@ inline float sum_halves(vf x) {
 #endif
 }
 
+// The largest lane, none of them NaN.
+inline float largest_halves(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x.v);
+#elif defined(__AVX2__)
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+#else
+  return largest(x);
+#endif
+}
+
 inline vf widen(const float* p) { return load(p); }
 inline float widen_one(const float* p) { return *p; }
 inline float widen_one(const std::uint16_t* p) { return from_f16(*p); }
-
-// The group of kGroup codes at p as floats, in the order of the columns; 4-bit bytes hold columns i and i + 16.
-template <int Bits>
-inline void widen_group(const std::uint8_t* p, vf* out) {
-  if constexpr (Bits == 4)
-    widen_i4(p, out, out + 16 / vf::width);
-  else
-    for (int i = 0; i < kGroup / vf::width; ++i) out[i] = widen_i8(reinterpret_cast<const std::int8_t*>(p) + i * vf::width);
-}
 
 }  // namespace LAMP_ISA

@@ -14,16 +14,14 @@ constexpr int kPackGroup = 32;  // columns that share a scale
 constexpr int largest_code(int bits) { return bits == 4 ? 7 : bits == 8 ? 127 : 2047; }
 // Bytes of a pair of columns of a block of rows: 12 bits are 32 bytes of high and 16 bytes of low parts.
 constexpr std::ptrdiff_t pair_bytes(int bits) { return bits == 4 ? 16 : bits == 8 ? 32 : 48; }
-// Bytes of a group of columns of one row, for rows that aren't in blocks (4 or 8 bits).
-constexpr std::ptrdiff_t group_bytes(int bits) { return bits == 4 ? 16 : 32; }
+// Bytes of a group of columns of two rows (4 or 8 bits).
+constexpr std::ptrdiff_t row_pair_bytes(int bits) { return bits == 4 ? 32 : 64; }
 
-// A full-precision matrix, row after row: float32, float16, or 16-bit integers with a bfloat16 scale for each group of
-// columns, [row][group]. The integers take float16's memory, keep any magnitude, and are ten times as accurate.
+// A full-precision matrix, row after row: float32 or float16.
 struct Full {
   const void* data = nullptr;
   bool half = false;
   std::ptrdiff_t row = 0;  // elements from a row to the next
-  const std::uint16_t* scales = nullptr;  // of integers; null for floats
 };
 
 // A low-bit copy in blocks: codes [block][pair of columns][row of the block] (see pair_bytes), scales as bfloat16
@@ -39,12 +37,17 @@ struct Blocks {
   std::ptrdiff_t block_scales() const { return groups * kPackRows; }
 };
 
-// A low-bit copy row after row (4 or 8 bits): codes [row][group][bytes], scales [row][group].
-struct Lines {
+// A low-bit copy whose rows lie two by two (4 or 8 bits), to be summed with weights: codes [pair of rows][column][row of
+// the pair], of 4 bits both in one byte, the first row low; scales [block of rows][group][row of the block]. There are
+// whole blocks of rows.
+struct RowPairs {
   std::uint8_t* codes = nullptr;
   std::uint16_t* scales = nullptr;
   int bits = 8;
   std::ptrdiff_t groups = 0;
+
+  std::ptrdiff_t pair_codes() const { return groups * row_pair_bytes(bits); }
+  std::ptrdiff_t block_scales() const { return groups * kPackRows; }
 };
 
 // Rows of float32 numbers, `columns` contiguous each, to be quantised.
@@ -130,7 +133,6 @@ struct LowBitLayer {
 
 struct LowBitKernels {
   void (*pack_blocks)(const Blocks&, const Rows&, int threads);
-  void (*pack_lines)(const Lines&, const Rows&, int threads);
   void (*products)(const LowBitProducts&);
   void (*mlp)(const LowBitMlp&);
   void (*head)(const LowBitHead&);

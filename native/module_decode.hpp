@@ -17,7 +17,7 @@ class KeyValueStore {
   // as decode_spec.hpp has them; mean (batch * key heads * size,) or None.
   KeyValueStore(std::string isa, Bytes key_codes, Halves key_scales, Array<float, 1> key_errors, Bytes value_codes,
                 Halves value_scales, Full4 full_keys, Full4 full_values, std::optional<Floats<1>> mean, int key_bits,
-                int value_bits, bool centred, bool rotated)
+                int value_bits, bool rotated)
       : kernels_(kernels(isa)), key_codes_(key_codes), key_scales_(key_scales), key_errors_(key_errors),
         value_codes_(value_codes), value_scales_(value_scales), full_keys_(full_keys), full_values_(full_values),
         mean_(mean) {
@@ -38,15 +38,14 @@ class KeyValueStore {
     s.full_keys = {full_keys.data(), half, s.size}, s.full_values = {full_values.data(), half, s.value_size};
     s.keys = {key_codes.data(), key_scales.data(), key_errors.data(), key_bits, groups(s.size)};
     s.values = {value_codes.data(), value_scales.data(), value_bits, groups(s.value_size)};
-    s.centred = centred, s.rotated = rotated;
+    s.rotated = rotated;
     const std::ptrdiff_t heads = s.batches * s.heads, rows = heads * s.capacity, blocks = rows / kPackRows;
     require(row_major(key_codes) && row_major(key_scales) && row_major(key_errors) && row_major(value_codes) &&
                 row_major(value_scales) && length(key_codes.size()) == blocks * s.keys.block_codes() &&
                 length(key_scales.size()) == blocks * s.keys.block_scales() && length(key_errors.size()) == rows &&
-                length(value_codes.size()) == rows * s.values.groups * group_bytes(value_bits) &&
+                length(value_codes.size()) == rows / 2 * s.values.pair_codes() &&
                 length(value_scales.size()) == rows * s.values.groups,
             "the low-bit arrays must be contiguous and of the store's size");
-    require(!centred || mean, "a centred copy needs a mean");
     if (mean) {
       require(row_major(*mean) && length(mean->size()) == heads * s.size, "the mean must have size heads * size");
       s.mean = mean->data();

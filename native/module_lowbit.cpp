@@ -4,20 +4,6 @@
 namespace lamp::python {
 namespace {
 
-void pack_lines(const std::string& isa, Floats<2> x, Bytes codes, Halves scales, int bits, int threads) {
-  require_bits(bits, false);
-  Lines lines{codes.data(), scales.data(), bits, (length(x.shape(1)) + kPackGroup - 1) / kPackGroup};
-  const std::ptrdiff_t rows = length(x.shape(0));
-  require(x.shape(1) <= 1 || x.stride(1) == 1, "x must have a contiguous last dimension");
-  require(row_major(codes) && row_major(scales) && length(codes.size()) == rows * lines.groups * group_bytes(bits) &&
-              length(scales.size()) == rows * lines.groups,
-          "codes and scales must be contiguous and of the matrix's size");
-  const Rows from{x.data(), rows, length(x.shape(1)), x.stride(0)};
-  const Kernels& k = kernels(isa);
-  const nb::gil_scoped_release release;
-  k.lowbit.pack_lines(lines, from, threads);
-}
-
 std::tuple<std::int64_t, std::int64_t> head(const std::string& isa, const BlockMatrix& matrix, Table rows, Floats<2> x,
                                             Array<float, 2> logits, float largest_norm, float largest_error,
                                             std::ptrdiff_t top, float threshold, int threads) {
@@ -56,7 +42,6 @@ void bind_lowbit(nb::module_& m) {
   bind_layer(m);
   m.def("head", &head, "isa"_a, "matrix"_a, "rows"_a, "x"_a, "logits"_a, "largest_norm"_a, "largest_error"_a, "top"_a,
         "threshold"_a, "threads"_a);
-  m.def("pack_lines", &pack_lines, "isa"_a, "x"_a, "codes"_a, "scales"_a, "bits"_a, "threads"_a);
 }
 
 }  // namespace lamp::python

@@ -77,16 +77,20 @@ class Pool {
         const int index = static_cast<int>(workers_.size());
         workers_.emplace_back([this, index, seen = round_.load()] { loop(index, seen); });
       }
-      job_ = &job, wanted_ = helpers, running_.store(helpers);
+      job_ = &job, wanted_ = helpers;
       round_.fetch_add(1);
       if (asleep_ > 0) wake_.notify_all();
     }
     job.work();
+    {
+      // A worker that comes only now has nothing left to do: on a busy machine it may be long in coming.
+      const std::lock_guard<std::mutex> guard(lock_);
+      job_ = nullptr;
+    }
     const auto finished = [this] { return running_.load() == 0; };
-    const bool soon = spin_until(finished);
+    if (spin_until(finished)) return true;
     std::unique_lock<std::mutex> guard(lock_);
-    if (!soon) done_.wait(guard, finished);
-    job_ = nullptr;
+    done_.wait(guard, finished);
     return true;
   }
 
@@ -106,6 +110,7 @@ class Pool {
         seen = round_.load();
         if (index >= wanted_ || !job_) continue;
         job = job_;
+        running_.fetch_add(1);
       }
       job->work();
       const std::lock_guard<std::mutex> guard(lock_);
@@ -122,8 +127,8 @@ class Pool {
   std::atomic<unsigned long> round_{0};
 };
 
-// The pool is never destroyed: its threads sleep between calls until the process ends. A forked child has none of its parent's
-// threads, so it starts a pool of its own.
+// The pool is never destroyed: its threads sleep between calls until the process ends. A forked child has none of its
+// parent's threads, so it starts a pool of its own.
 Pool& pool() {
   static std::mutex lock;
   static Pool* current = nullptr;

@@ -71,13 +71,41 @@ int code_in_block(const std::vector<std::uint8_t>& codes, int bits, std::ptrdiff
   return bits == 8 ? high : high * 16 + nibble(2 * kBlock + lane);
 }
 
-int code_in_line(const std::vector<std::uint8_t>& codes, int bits, std::ptrdiff_t groups, std::ptrdiff_t row,
-                 std::ptrdiff_t column) {
-  const std::ptrdiff_t group = row * groups + column / kColumns, i = column % kColumns;
-  if (bits == 8) return signed_byte(codes[static_cast<std::size_t>(group * 32 + i)]);
-  const std::uint8_t byte = codes[static_cast<std::size_t>(group * 16 + i % 16)];
-  return (i < 16 ? byte & 15 : byte >> 4) - 8;
-}
+// The values of one key head of a store, appended in two parts.
+struct PairedRows {
+  std::vector<std::uint8_t> codes, key_codes;
+  std::vector<std::uint16_t> scales, key_scales;
+  std::vector<float> full, keys, key_errors;
+  int bits;
+  std::ptrdiff_t rows, groups;
+
+  PairedRows(int bits_, std::ptrdiff_t rows_, std::ptrdiff_t groups_)
+      : codes(static_cast<std::size_t>(rows_ * groups_ * kColumns * bits_ / 8)),
+        key_codes(static_cast<std::size_t>(rows_ * kColumns)), scales(static_cast<std::size_t>(rows_ * groups_)),
+        key_scales(static_cast<std::size_t>(rows_)), full(static_cast<std::size_t>(rows_ * groups_ * kColumns)),
+        keys(static_cast<std::size_t>(rows_)), key_errors(keys), bits(bits_), rows(rows_), groups(groups_) {}
+
+  void append(const lamp::Kernels& kernels, const lamp::Rows& from, int threads) {
+    lamp::Append p;
+    lamp::KeyValues& store = p.store;
+    store.batches = store.heads = store.size = 1, store.value_size = from.columns, store.capacity = rows;
+    store.keys = {key_codes.data(), key_scales.data(), key_errors.data(), 8, 1};
+    store.values = {codes.data(), scales.data(), bits, groups};
+    store.full_keys = {keys.data(), false, 1}, store.full_values = {full.data(), false, from.columns};
+    p.k = keys.data(), p.k_row = 0, p.v_row = from.row, p.threads = threads;
+    for (const std::ptrdiff_t end : {from.count / 2, from.count}) {
+      p.v = from.at(p.start), p.count = end - p.start;
+      kernels.decode.append(p);
+      p.start = end;
+    }
+  }
+  int code(std::ptrdiff_t row, std::ptrdiff_t column) const {
+    const std::ptrdiff_t at = row / 2 * groups * kColumns + column;
+    if (bits == 8) return signed_byte(codes[static_cast<std::size_t>(2 * at + row % 2)]);
+    const std::uint8_t byte = codes[static_cast<std::size_t>(at)];
+    return (row % 2 ? byte >> 4 : byte & 15) - 8;
+  }
+};
 
 float draw(std::mt19937& random, int kind) {
   std::normal_distribution<float> gauss;
@@ -113,13 +141,12 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
   kernels.lowbit.pack_blocks(p.matrix, from, p.threads);
   kernels.lowbit.products(p);
 
-  std::vector<std::uint8_t> line_codes(size(bits == 12 ? 0 : rows * groups * kColumns * bits / 8));
-  std::vector<std::uint16_t> line_scales(size(bits == 12 ? 0 : rows * groups));
-  if (bits != 12) kernels.lowbit.pack_lines({line_codes.data(), line_scales.data(), bits, groups}, from, p.threads);
+  PairedRows values(bits == 12 ? 8 : bits, padded, groups);
+  values.append(kernels, from, p.threads);
 
   std::vector<std::vector<Group>> own;
   for (std::ptrdiff_t v = 0; v < vectors; ++v) own.push_back(quantise(x.data() + v * columns, columns, 32767, true));
-  bool packed = true, lined = true, bounded = true, multiplied = true;
+  bool packed = true, paired = true, bounded = true, multiplied = true;
   for (std::ptrdiff_t r = 0; r < rows; ++r) {
     const float* row = columns ? weight.data() + r * stride : nullptr;
     const std::vector<Group> want = quantise(row, columns, lamp::largest_code(bits), false);
@@ -130,8 +157,7 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
       const auto at = size((r / kBlock * groups + k / kColumns) * kBlock + r % kBlock);
       packed = packed && code == code_in_block(codes, bits, groups, r, k) && scales[at] == group.pattern;
       if (bits != 12)
-        lined = lined && code == code_in_line(line_codes, bits, groups, r, k) &&
-                line_scales[size(r * groups + k / kColumns)] == group.pattern;
+        paired = paired && code == values.code(r, k) && values.scales[at] == group.pattern;
       const long double left = k < columns ? row[k] - static_cast<long double>(group.scale) * code : 0.0L;
       squares += left * left;
     }
@@ -151,7 +177,7 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
   for (std::ptrdiff_t r = rows; r < padded; ++r) bounded = bounded && errors[size(r)] == -1.0f;  // not theirs to write
   const std::string which = std::string(" ") + kernels.name + " bits=" + std::to_string(bits) + " " +
                             std::to_string(rows) + "x" + std::to_string(columns) + " data=" + std::to_string(kind);
-  check(packed, "pack_blocks" + which), check(lined, "pack_lines" + which);
+  check(packed, "pack_blocks" + which), check(paired, "values appended" + which);
   check(bounded, "errors" + which), check(multiplied, "low-bit products" + which);
 }
 

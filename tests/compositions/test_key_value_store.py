@@ -90,8 +90,10 @@ def test_kernel_equals_twin(
     assert abs(kernel.full_values - twin.full_values) <= slack
     assert (kernel.eligible, kernel.eligible_values) == (twin.eligible, twin.eligible_values)
     exactly = (kernel.recomputed, kernel.full_values) == (twin.recomputed, twin.full_values)
+    # The kernel rounds a value's weight to 1/32767 of the largest in its window.
+    rounded = 1e-4 + keys * 0.5 / 32767 * float(v.abs().max())
     torch.testing.assert_close(
-        kernel.output, twin.output, rtol=1e-4 if exactly else 0.2, atol=1e-4 if exactly else 0.2
+        kernel.output, twin.output, rtol=1e-4 if exactly else 0.2, atol=rounded if exactly else 0.2
     )
 
 

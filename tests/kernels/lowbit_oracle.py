@@ -65,19 +65,20 @@ def blocks(rows, bits):
     return packed.reshape(-1), patterns.reshape(-1)
 
 
-def lines(rows, bits):
-    """The same of a copy in lines."""
+def pairs(rows, bits):
+    """The same of a copy in pairs of rows."""
     codes, scales = quantise(rows, bits)
-    groups = len(scales[0]) if rows else 0
-    packed = np.zeros((len(rows), groups, 32 * bits // 8), np.uint8)
+    groups, count = (len(scales[0]) if rows else 0), -(-len(rows) // 16)
+    packed = np.zeros((8 * count, 32 * groups, bits // 4), np.uint8)
+    patterns = np.zeros((count, groups, 16), np.uint16)
     for r, row in enumerate(codes):
         for column, code in enumerate(row):
-            g, i = divmod(column, 32)
             if bits == 8:
-                packed[r, g, i] = code % 256
+                packed[r // 2, column, r % 2] = code % 256
             else:
-                packed[r, g, i % 16] |= (code + 8) << (4 if i >= 16 else 0)
-    patterns = np.array([[np.array(s).view(np.uint16) for s in row] for row in scales], np.uint16)
+                packed[r // 2, column, 0] |= (code + 8) << 4 * (r % 2)
+        for g, scale in enumerate(scales[r]):
+            patterns[r // 16, g, r % 16] = np.array(scale).view(np.uint16)
     return packed.reshape(-1), patterns.reshape(-1)
 
 

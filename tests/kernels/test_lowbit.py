@@ -12,7 +12,7 @@ from lowbit_oracle import quantise, shorts
 from operands import NATIVE, draw, same_bits
 
 from torchlamp.kernels import native, twins_lowbit
-from torchlamp.kernels.lowbit import LowBitLines, LowBitMatrix
+from torchlamp.kernels.lowbit import LowBitMatrix
 
 #: The fixtures only choose an implementation, once for all examples.
 over_shapes = settings(
@@ -180,9 +180,6 @@ def test_copies_and_pickles(implementation, again):
     del matrix
     assert same_bits(other.products(x), want)
     assert (other.rows, other.columns, other.bits, other.bytes) == (20, 40, 12, 64 * 32 * 3 // 2 + 2 * 64)
-    rows = LowBitLines.pack(draw("gaussian", 3, 40), 4)
-    assert same_bits(again(rows).dequantised(), rows.dequantised())
-    assert (rows.rows, rows.columns, rows.bits, rows.bytes) == (3, 40, 4, 3 * 32 + 2 * 6)
 
 
 def test_the_kernels_may_change_after_packing(monkeypatch):

@@ -71,9 +71,11 @@ def test_kernel_and_twin(
     for threshold, number in zip((up_threshold, down_threshold), counts, strict=True):
         if threshold in (NOTHING, EVERYTHING):
             assert number == (0 if threshold == NOTHING else count * neurons)
-    h = phi(name, x @ mlp.gate_full.T) * (x @ mlp.up_full.T)
-    scale = (h.abs() * mlp.norms[:neurons]).sum(1)
-    allowed = 1e-4 * scale + (differ > 0) * 0.1 * scale
+    a, b = x @ mlp.gate_full.T, x @ mlp.up_full.T
+    scale = ((phi(name, a) * b).abs() * mlp.norms[:neurons]).sum(1)
+    # torch's GELU takes 1 + tanh, of which little is left for negative a; the kernel does not.
+    cancelled = 2.0**-22 * ((a * b).abs() * mlp.norms[:neurons]).sum(1)
+    allowed = 1e-4 * scale + cancelled + (differ > 0) * 0.1 * scale
     assert ((got - want).norm(dim=1) <= allowed + 1e-12).all()
 
 

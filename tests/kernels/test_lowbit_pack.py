@@ -3,11 +3,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lowbit_oracle import KINDS, LARGEST, blocks, lines, quantise, shorts
+from lowbit_oracle import KINDS, LARGEST, blocks, pairs, quantise, shorts
 from operands import draw
 
 from torchlamp.kernels import native, twins_lowbit
-from torchlamp.kernels.lowbit import LowBitLines, LowBitMatrix
+from torchlamp.kernels.lowbit import LowBitMatrix
 
 #: The fixtures only choose an implementation, once for all examples.
 over_shapes = settings(
@@ -43,14 +43,23 @@ def test_blocks_equal_the_twin_byte_for_byte(instruction_set, rows, columns, bit
     same_errors(copy.block_errors, errors)
 
 
-@over_shapes
-@given(sizes, sizes, st.sampled_from([4, 8]), kinds, seeds)
-def test_lines_equal_the_twin_byte_for_byte(instruction_set, rows, columns, bits, kind, seed):
-    x = matrix(kind, rows, columns, seed)
-    copy = LowBitLines.pack(x, bits)
-    codes, scales = twins_lowbit.pack_lines(x, bits)
-    assert torch.equal(copy.codes, codes)
-    assert torch.equal(copy.scales.view(torch.int16), scales.view(torch.int16))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(32, 70), (16, 1), (48, 32)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pairs_of_rows_equal_the_oracle(kind, rows, columns, bits):
+    x = matrix(kind, rows, columns, seed=3)
+    integers, patterns = twins_lowbit.quantise_rows(x, bits)
+    codes, scales = twins_lowbit.join_pairs(integers, patterns, bits)
+    want_codes, want_scales = pairs(x.tolist(), bits)
+    assert np.array_equal(codes.flatten().numpy(), want_codes)
+    assert np.array_equal(scales.flatten().numpy(), want_scales)
+    back = twins_lowbit.split_pairs(codes, scales, bits)
+    assert torch.equal(back[0], integers)
+    assert torch.equal(back[1], patterns)
+    whole = twins_lowbit.unpack_blocks(*twins_lowbit.pack_blocks(x, bits)[:2], bits, rows, columns)
+    assert torch.equal(
+        twins_lowbit.unpack_pairs(codes, scales, bits, columns).nan_to_num(7.0), whole.nan_to_num(7.0)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,12 +75,6 @@ def test_copies_equal_the_oracle(implementation, kind, rows, columns, bits):
     factors = torch.tensor(np.array(factors, dtype=np.float32)).repeat_interleave(32, 1)
     want = (torch.tensor(integers).float() * factors)[:, :columns]
     assert torch.equal(copy.dequantised().nan_to_num(7.0), want.nan_to_num(7.0))
-    if bits != 12:
-        line_copy = LowBitLines.pack(x, bits)
-        codes, scales = lines(x.tolist(), bits)
-        assert np.array_equal(line_copy.codes.flatten().numpy(), codes)
-        assert np.array_equal(line_copy.scales.flatten().numpy(), scales)
-        assert torch.equal(line_copy.dequantised().nan_to_num(7.0), want.nan_to_num(7.0))
 
 
 @over_shapes
@@ -143,9 +146,8 @@ def test_rows_that_fill_up_a_block_are_zeros(implementation):
     assert copy.bytes == 64 * 8 + 2 * 32
 
 
-@pytest.mark.parametrize("pack", [LowBitMatrix.pack, LowBitLines.pack])
-def test_any_strides_and_any_number_of_threads(implementation, pack):
-    x = draw("wide", 150, 70)
+def test_any_strides_and_any_number_of_threads(implementation):
+    x, pack = draw("wide", 150, 70), LowBitMatrix.pack
     want = pack(x, 8)
     spread = torch.zeros(150, 140)[:, ::2].copy_(x)
     negated = torch.complex(torch.zeros(150, 70), -x).conj().imag
@@ -170,9 +172,8 @@ def test_any_strides_and_any_number_of_threads(implementation, pack):
     ("pack", "x", "bits", "error", "message"),
     [
         (LowBitMatrix.pack, torch.ones(2, 2), 5, ValueError, "bits=5: LowBitMatrix takes 4, 8 or 12"),
-        (LowBitLines.pack, torch.ones(2, 2), 12, ValueError, "bits=12: LowBitLines takes 4 or 8"),
         (LowBitMatrix.pack, torch.ones(2), 4, ValueError, r"shape \(rows, columns\), got \(2,\)"),
-        (LowBitLines.pack, torch.ones(1, 2, 2), 4, ValueError, r"got \(1, 2, 2\)"),
+        (LowBitMatrix.pack, torch.ones(1, 2, 2), 4, ValueError, r"got \(1, 2, 2\)"),
         (LowBitMatrix.pack, torch.ones(2, 2).half(), 4, TypeError, r"float16: convert with .float\(\)"),
         (LowBitMatrix.pack, torch.ones(2, 2, device="meta"), 4, ValueError, r"got meta: move with .cpu\(\)"),
     ],

@@ -302,7 +302,7 @@ class KeyValueStore:
         if made is None or made[0] != isa:
             kernel = native.extension().KeyValueStore(
                 isa, self.key_codes, self.key_scales, self.key_errors, self.value_codes, self.value_scales,
-                self.full_keys, self.full_values, self.mean, self.options.key_bits, self.options.value_bits, False,
+                self.full_keys, self.full_values, self.mean, self.options.key_bits, self.options.value_bits,
                 self.options.hadamard,
             )  # fmt: skip
             self._native = made = (isa, kernel)
@@ -317,8 +317,10 @@ class KeyValueStore:
         moved = keys if self.mean is None else keys - self.mean.view(batch, heads, 1, size)
         if self.options.hadamard:
             moved = twins_decode.hadamard(moved)
-        value_codes = self.value_codes.view(batch * heads, self.capacity, -1)
-        value_scales = self.value_scales.view(batch * heads, self.capacity, -1)
+        # Values lie in pairs of rows and their scales in blocks: those that are there already keep their part.
+        first, last = self.length // ROWS, -(-(self.length + count) // ROWS)
+        value_codes = self.value_codes.view(batch * heads, self.capacity // 2, -1)[:, 8 * first : 8 * last]
+        value_scales = self.value_scales.view(batch * heads, self.capacity // ROWS, -1)[:, first:last]
         to, source = torch.arange(self.length, self.length + count), torch.arange(count)
         for head in range(batch * heads):
             packed = twins_lowbit.pack_blocks(moved.reshape(-1, count, size)[head], self.options.key_bits)
@@ -333,10 +335,11 @@ class KeyValueStore:
                 own[to // ROWS, :, to % ROWS] = new.view(shape)[source // ROWS, :, source % ROWS]
             errors = self.key_errors.view(batch * heads, -1)[head, places]
             errors[~errors.isfinite()] = torch.nan
-            lines = values.reshape(-1, count, values.shape[3])[head]
-            value_codes[head, places], value_scales[head, places] = twins_lowbit.pack_lines(
-                lines, self.options.value_bits
-            )
+            bits = self.options.value_bits
+            integers, patterns = twins_lowbit.split_pairs(value_codes[head], value_scales[head], bits)
+            rows = values.reshape(-1, count, values.shape[3])[head]
+            integers[to - ROWS * first], patterns[to - ROWS * first] = twins_lowbit.quantise_rows(rows, bits)
+            value_codes[head], value_scales[head] = twins_lowbit.join_pairs(integers, patterns, bits)
         return _OVERFLOW * overflow + _STRANGE * (not values.isfinite().all())
 
     def _low_keys(self) -> Tensor:
@@ -366,9 +369,9 @@ class KeyValueStore:
                 self.length - first - queries
             )
         seen = mask.expand(batch, queries, -1)
-        values = twins_lowbit.unpack_lines(
-            self.value_codes.view(batch * kv_heads * self.capacity, -1),
-            self.value_scales.view(batch * kv_heads * self.capacity, -1),
+        values = twins_lowbit.unpack_pairs(
+            self.value_codes.view(batch * kv_heads * self.capacity // 2, -1),
+            self.value_scales.view(batch * kv_heads * self.capacity // ROWS, -1),
             self.options.value_bits,
             value_size,
         ).view(batch, kv_heads, self.capacity, value_size)

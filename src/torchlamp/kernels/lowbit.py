@@ -1,8 +1,8 @@
 """Low-bit copies of matrices, packed and multiplied by the native kernel where it runs and by its torch twin elsewhere.
 
-`LowBitMatrix` is for products with vectors, `LowBitLines` for rows that are picked one by one. Both are made of plain
-tensors, so that they can be copied, pickled and shared between threads. The layouts, and the formulas that both
-kinds of kernels follow, are in `torchlamp.kernels.twins_lowbit`; `docs/decoding.md` says what they are for.
+They are made of plain tensors, so that they can be copied, pickled and shared between threads. The layout, and the
+formulas that both kinds of kernels follow, are in `torchlamp.kernels.twins_lowbit`; `docs/decoding.md` says what they
+are for.
 """
 
 from dataclasses import dataclass, field
@@ -14,24 +14,12 @@ from torch import Tensor
 from torchlamp.kernels import native, twins_lowbit
 from torchlamp.kernels.twins_lowbit import ROWS, block_count, code_bytes, group_count
 
-#: Bits of a code that each layout can have.
-BLOCK_BITS, LINE_BITS = (4, 8, 12), (4, 8)
-
-
-class _Portable:
-    """Copies and pickles: without the native object, and with scales in a dtype that torch can pickle."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.pop("_native", None)
-        return {**state, "scales": state["scales"].view(torch.int16)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
+#: Bits that a code can have.
+BITS = (4, 8, 12)
 
 
 @dataclass(eq=False)
-class LowBitMatrix(_Portable):
+class LowBitMatrix:
     """A low-bit copy of a matrix (rows, columns): integers of 4, 8 or 12 bits, a bfloat16 scale per row and 32 columns.
 
     Made by `pack`. Products with it read `bytes` bytes. An infinity or NaN in the matrix makes the products of its row
@@ -68,7 +56,8 @@ class LowBitMatrix(_Portable):
         TypeError
             For other dtypes.
         """
-        _check_bits(bits, BLOCK_BITS, "LowBitMatrix")
+        if bits not in BITS:
+            raise ValueError(f"bits={bits}: LowBitMatrix takes 4, 8 or 12")
         _check(weight, "a weight", "(rows, columns)")
         rows, columns = weight.shape
         if native.available():
@@ -131,50 +120,12 @@ class LowBitMatrix(_Portable):
             self._native = made = (isa, kernel)
         return made[1]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the native object, and with scales in a dtype that torch can pickle.
+        return {**self.__dict__, "_native": None, "scales": self.scales.view(torch.int16)}
 
-@dataclass(eq=False)
-class LowBitLines(_Portable):
-    """A low-bit copy of a matrix (rows, columns), row after row: integers of 4 or 8 bits, a bfloat16 scale per group.
-
-    Made by `pack`; what picks rows from it is told where the tensors lie.
-    """
-
-    #: uint8 (rows, bytes of a row) and uint16 (rows, groups): the layout of `twins_lowbit.pack_lines`.
-    codes: Tensor
-    scales: Tensor
-    bits: int
-    columns: int
-
-    @classmethod
-    @torch.no_grad()
-    def pack(cls, weight: Tensor, bits: int) -> "LowBitLines":
-        """Quantise a matrix (rows, columns), float32 on the CPU, to 4 or 8 bits; raises as `LowBitMatrix.pack` does."""
-        _check_bits(bits, LINE_BITS, "LowBitLines")
-        _check(weight, "a weight", "(rows, columns)")
-        rows, columns = weight.shape
-        isa = native.instruction_set()
-        if isa is None:
-            return cls(*twins_lowbit.pack_lines(_plain(weight), bits), bits, columns)
-        codes = torch.empty(rows, code_bytes(bits, columns), dtype=torch.uint8)
-        scales = torch.empty(rows, group_count(columns), dtype=torch.uint16)
-        native.extension().pack_lines(
-            isa, _last_contiguous(weight), codes.view(-1), scales.view(-1), bits, torch.get_num_threads()
-        )
-        return cls(codes, scales, bits, columns)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix."""
-        return len(self.codes)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of codes and scales."""
-        return self.codes.numel() + 2 * self.scales.numel()
-
-    def dequantised(self) -> Tensor:
-        """What the copy stands for: float32 (rows, columns), NaN in groups of 32 that aren't finite."""
-        return twins_lowbit.unpack_lines(self.codes, self.scales, self.bits, self.columns)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
 
 
 def check_vectors(x: Tensor, columns: int) -> Tensor:
@@ -199,11 +150,6 @@ def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, T
         torch.zeros(padded * group_count(columns), dtype=torch.uint16),
         torch.zeros(padded),
     )
-
-
-def _check_bits(bits: int, allowed: tuple[int, ...], what: str) -> None:
-    if bits not in allowed:
-        raise ValueError(f"bits={bits}: {what} takes {', '.join(map(str, allowed[:-1]))} or {allowed[-1]}")
 
 
 def _check(x: Tensor, what: str, shape: str) -> None:

@@ -7,8 +7,8 @@ quotient. Where a group holds an infinity or NaN its scale is NaN, and so is eve
 Two layouts. In blocks, sixteen rows lie together, [block][pair of columns][row of the block], 4, 8 or 12 bits a code:
 a pair of 4-bit codes is a byte (first column low, both plus 8); one of 8-bit codes two bytes; 12-bit codes have their
 high 8 bits like 8-bit codes and behind those of all sixteen rows their low 4 bits like 4-bit ones, but not plus 8. In
-lines, rows follow each other, 4 or 8 bits a code, and a byte of two 4-bit codes holds the columns i and i + 16 of its
-group. Rows that fill up the last block are bytes of zeros.
+pairs of rows, [pair of rows][column][row of the pair], 4 or 8 bits a code, two 4-bit codes in a byte (first row low,
+both plus 8); scales lie as in blocks. Rows that fill up the last block are bytes of zeros.
 """
 
 import torch
@@ -78,27 +78,45 @@ def unpack_blocks(codes: Tensor, scales: Tensor, bits: int, rows: int, columns: 
 
 
 @torch.no_grad()
-def pack_lines(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix row after row.
-
-    `x` float32 (rows, columns), `bits` 4 or 8; codes uint8 (rows, code_bytes) and scales, bfloat16 patterns as uint16
-    (rows, groups), both byte for byte those of the native kernel.
-    """
+def quantise_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int32 (rows, groups * 32) and scales, bfloat16 patterns in int16 (rows, groups), of float32 rows."""
     codes, scales, _ = _quantise(x, bits)
-    first, second = codes.view(*scales.shape, 2, GROUP // 2).unbind(2)
-    packed = _nibbles(first + 8, second + 8) if bits == 4 else _byte(codes)
-    return packed.reshape(len(x), code_bytes(bits, x.shape[1])), scales.view(torch.uint16)
+    return codes, scales
 
 
 @torch.no_grad()
-def unpack_lines(codes: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:
-    """What a copy in lines stands for: float32 (rows, columns), NaN where a group's scale is."""
+def join_pairs(integers: Tensor, patterns: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The layout in pairs of rows.
+
+    `integers` (rows, groups * 32) and `patterns` int16 (rows, groups), whole blocks of rows; codes uint8 (rows / 2,
+    2 * code_bytes) and scales uint16 (rows / 16, groups * 16), both byte for byte those of the native kernel.
+    """
+    first, second = integers.view(len(integers) // 2, 2, -1).unbind(1)
+    packed = (
+        _nibbles(first + 8, second + 8) if bits == 4 else _byte(torch.stack([first, second], -1)).flatten(1)
+    )
+    scales = patterns.view(len(patterns) // ROWS, ROWS, -1).transpose(1, 2).flatten(1)
+    return packed, scales.contiguous().view(torch.uint16)
+
+
+@torch.no_grad()
+def split_pairs(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What `join_pairs` was given."""
     if bits == 4:
-        packed = codes.view(*scales.shape, GROUP // 2).to(torch.int32)
-        integers = torch.cat([packed & 15, packed >> 4], dim=-1) - 8
+        both = codes.to(torch.int32)
+        integers = torch.stack([both & 15, both >> 4], dim=1) - 8
     else:
-        integers = codes.view(torch.int8).to(torch.int32)
-    return _scaled(integers, _widen_scales(scales), torch.float32)[:, :columns]
+        integers = codes.view(torch.int8).to(torch.int32).view(len(codes), -1, 2).transpose(1, 2)
+    patterns = scales.view(torch.int16).view(len(scales), -1, ROWS).transpose(1, 2)
+    rows = 2 * len(codes)
+    return integers.reshape(rows, -1), patterns.reshape(rows, -1)
+
+
+@torch.no_grad()
+def unpack_pairs(codes: Tensor, scales: Tensor, bits: int, columns: int) -> Tensor:
+    """What a copy in pairs of rows stands for: float32 (rows, columns), NaN where a group's scale is."""
+    integers, patterns = split_pairs(codes, scales, bits)
+    return _scaled(integers, _widen_scales(patterns), torch.float32)[:, :columns]
 
 
 @torch.no_grad()

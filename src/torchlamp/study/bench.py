@@ -115,15 +115,20 @@ def _record(name: str, found: list[Bench], where: dict[str, Any]) -> dict[str, A
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], repeats: int, work: dict[str, float] | None = None
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    work: dict[str, float] | None = None,
+    pause: float = 0.0,
 ) -> list[Timing]:
     """Time every call `repeats` times, all of them in turns, after one turn that isn't counted.
 
-    `work` gives the rounded FMAs of the calls that do any.
+    `work` gives the rounded FMAs of the calls that do any. `pause` seconds pass before each call, in which threads that
+    another one left spinning go to sleep.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             call()
             if turn:
