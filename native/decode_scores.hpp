@@ -71,6 +71,11 @@ inline float logit(const lamp::Attend& p, float y) {
   return p.softcap > 0.0f ? first_lane(tanh(set1(y / p.softcap))) * p.softcap : y;
 }
 
+// Rows that are picked one by one wait for memory, each in turn, unless they are asked for well before they are used.
+inline void ask_for(const void* start, std::ptrdiff_t bytes) {
+  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
+}
+
 // Logits of the keys of one split for every query of a key head, and their sums of exponentials. A score that is no
 // number, since a group of the key or the query isn't finite, comes from the full copies at once.
 inline void score_split(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t s) {

@@ -26,10 +26,6 @@ inline vf look_ahead(vf z, vf r, const float* slope) {
   return select(far, high * set1(2.0f) * r, w);
 }
 
-// Rows that are picked one by one wait for memory, each in turn, unless they are asked for well before they are used.
-inline void ask_for(const void* start, std::ptrdiff_t bytes) {
-  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
-}
 inline void ask_for(const lamp::Full& full, std::ptrdiff_t row, std::ptrdiff_t columns) {
   const std::ptrdiff_t bytes = full.half ? 2 : 4;
   ask_for(static_cast<const char*>(full.data) + row * full.row * bytes, columns * bytes);

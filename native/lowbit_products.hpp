@@ -6,21 +6,26 @@
 
 namespace LAMP_ISA {
 
+// Bytes ahead of their use at which codes are asked for: processors look ahead by themselves, but not beyond a page.
+constexpr std::ptrdiff_t kAhead = 2048;
+
 // out[v][row] = sum over columns of row * vector v, for the sixteen rows of a block and Vectors vectors.
 template <int Bits, int Vectors>
-inline void block_dot(const std::uint8_t* codes, const std::uint16_t* scales, std::ptrdiff_t groups,
+LAMP_OWN_FUNCTION inline void block_dot(const std::uint8_t* codes, const std::uint16_t* scales, std::ptrdiff_t groups,
                       const std::int16_t* const* x, const float* const* x_scale, vrows* out) {
-  constexpr std::ptrdiff_t kBytes = lamp::pair_bytes(Bits);
+  constexpr std::ptrdiff_t kBytes = lamp::pair_bytes(Bits), kPairsOfLine = Bits == 4 ? 4 : Bits == 8 ? 2 : 1;
   for (int v = 0; v < Vectors; ++v) out[v] = rows_zero();
   for (std::ptrdiff_t g = 0; g < groups; ++g) {
     vsums sums[Vectors];
     for (auto& s : sums) s = sums_zero();
     for (int pair = 0; pair < kGroup / 2; ++pair, codes += kBytes) {
+      if (pair % kPairsOfLine == 0) __builtin_prefetch(codes + kAhead);
       const vpairs rows = load_pairs<Bits>(codes);
       for (int v = 0; v < Vectors; ++v) {
         std::int32_t both;
         std::memcpy(&both, x[v] + g * kGroup + 2 * pair, sizeof both);
         sums[v] = multiply_add(rows, both, sums[v]);
+        pin(sums[v]);
       }
     }
     const vrows scale = load_scales(scales + g * kRows);
@@ -92,21 +97,61 @@ inline std::ptrdiff_t window_rows(const lamp::RowPairs& p) {
   return std::clamp<std::ptrdiff_t>(2 * 8192 / p.pair_codes() / kRows * kRows, kRows, kWindow);
 }
 
-// Weights (>= 0) times the rows' scales as 16-bit integers: the sum over a window then is one of integers. Returns what
+// Weights (>= 0) times the rows' scales as 16-bit integers: the sum over a window then is one of integers. `own` is what
 // the integer 1 stands for.
-inline float weight_shorts(const float* weights, const float* scales, int rows, std::int16_t* shorts) {
-  vf most = zero();
-  for (int i = 0; i < rows; i += vf::width) most = max(load(weights + i) * load(scales + i), most);
-  // Below this the integers get fewer bits, so that the inverse stays finite.
-  const float own = std::max(largest_halves(most), 0x1p-110f) / kLargestShort;
-  const vf inverse = set1(1.0f / own);
-  for (int i = 0; i < rows; i += kRows) {
-    vrows x;
-    for (int k = 0; k < kRowVectors; ++k)
-      x.v[k] = load(weights + i + k * vf::width) * load(scales + i + k * vf::width) * inverse;
-    store_shorts(shorts + i, x);
+template <int Vectors>
+inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const float* scales, int rows,
+                          std::int16_t (*shorts)[kWindow], float* own) {
+  vf most[Vectors], inverse[Vectors];
+  for (auto& m : most) m = zero();
+  for (int i = 0; i < rows; i += vf::width) {
+    const vf scale = load(scales + i);
+    for (int v = 0; v < Vectors; ++v) most[v] = max(load(weights + v * stride + i) * scale, most[v]);
   }
-  return own;
+  for (int v = 0; v < Vectors; ++v) {
+    // Below the limit the integers get fewer bits, so that the inverse stays finite.
+    const float largest = std::max(largest_halves(most[v]), 0x1p-110f);
+    own[v] = largest * (1.0f / kLargestShort), inverse[v] = set1(kLargestShort / largest);
+  }
+  for (int i = 0; i < rows; i += kRows) {
+    vrows scale;
+    for (int k = 0; k < kRowVectors; ++k) scale.v[k] = load(scales + i + k * vf::width);
+    for (int v = 0; v < Vectors; ++v) {
+      vrows x;
+      for (int k = 0; k < kRowVectors; ++k)
+        x.v[k] = load(weights + v * stride + i + k * vf::width) * scale.v[k] * inverse[v];
+      store_shorts(shorts[v] + i, x);
+    }
+  }
+}
+
+// Sixteen columns, or twice as many, of add_pairs. A function of its own, for the reason that lowbit_simd.hpp gives.
+template <int Bits, int Vectors, int Together>
+[[gnu::noinline]] inline void add_columns(const std::uint8_t* codes, std::ptrdiff_t pair_codes, const Window& window,
+                        const std::int16_t (*shorts)[kWindow], const float* own, float* const* out,
+                        std::ptrdiff_t column) {
+  vsums sums[Vectors * Together];
+  for (auto& s : sums) s = sums_zero();
+  for (int r = 0; r < window.count; ++r) {
+    const int pair = window.pairs[r];
+    vpairs columns[Together];
+    for (int i = 0; i < Together; ++i)
+      columns[i] = load_pairs<Bits>(codes + pair * pair_codes + i * lamp::pair_bytes(Bits));
+    for (int v = 0; v < Vectors; ++v) {
+      std::int32_t both;
+      std::memcpy(&both, shorts[v] + 2 * pair, sizeof both);
+      for (int i = 0; i < Together; ++i) {
+        vsums& s = sums[v * Together + i];
+        s = multiply_add(columns[i], both, s);
+      }
+    }
+  }
+  for (int v = 0; v < Vectors; ++v)
+    for (int i = 0; i < Together; ++i) {
+      const vrows sum = to_rows(sums[v * Together + i]);
+      float* to = out[v] + column + i * kRows;
+      for (int k = 0; k < kRowVectors; ++k, to += vf::width) store(to, fma(sum.v[k], set1(own[v]), load(to)));
+    }
 }
 
 // out[v][column] += sum over the window of weight * row: one group of columns, all rows, then the next. Weights
@@ -127,32 +172,13 @@ inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Windo
     float own[Vectors];
     for (int i = 0; i < window.rows; i += kRows)
       rows_store(scales + i, load_scales(p.scales + (window.first + i) / kRows * p.block_scales() + g * kRows));
-    for (int v = 0; v < Vectors; ++v) own[v] = weight_shorts(weights + v * stride, scales, window.rows, shorts[v]);
-    for (int half = 0; half < kGroup / kRows; half += kTogether) {
-      vsums sums[Vectors][kTogether];
-      for (auto& of_vector : sums)
-        for (auto& s : of_vector) s = sums_zero();
-      const std::uint8_t* codes = own_codes + g * lamp::row_pair_bytes(Bits) + half * kBytes;
-      for (int r = 0; r < window.count; ++r) {
-        const int pair = window.pairs[r];
-        if (half == 0 && r < next.count) __builtin_prefetch(next_codes + next.pairs[r] * pair_codes + g * lamp::row_pair_bytes(Bits));
-        vpairs columns[kTogether];
-        for (int i = 0; i < kTogether; ++i) columns[i] = load_pairs<Bits>(codes + pair * pair_codes + i * kBytes);
-        for (int v = 0; v < Vectors; ++v) {
-          std::int32_t both;
-          std::memcpy(&both, shorts[v] + 2 * pair, sizeof both);
-          for (int i = 0; i < kTogether; ++i) sums[v][i] = multiply_add(columns[i], both, sums[v][i]);
-        }
-      }
-      for (int r = window.count; half == 0 && r < next.count; ++r)
-        __builtin_prefetch(next_codes + next.pairs[r] * pair_codes + g * lamp::row_pair_bytes(Bits));
-      for (int v = 0; v < Vectors; ++v)
-        for (int i = 0; i < kTogether; ++i) {
-          const vrows sum = to_rows(sums[v][i]);
-          float* to = out[v] + g * kGroup + (half + i) * kRows;
-          for (int k = 0; k < kRowVectors; ++k, to += vf::width) store(to, fma(sum.v[k], set1(own[v]), load(to)));
-        }
-    }
+    weight_shorts<Vectors>(weights, stride, scales, window.rows, shorts, own);
+    const std::uint8_t* codes = own_codes + g * lamp::row_pair_bytes(Bits);
+    for (int r = 0; r < next.count; ++r)
+      __builtin_prefetch(next_codes + next.pairs[r] * pair_codes + g * lamp::row_pair_bytes(Bits));
+    for (int half = 0; half < kGroup / kRows; half += kTogether)
+      add_columns<Bits, Vectors, kTogether>(codes + half * kBytes, pair_codes, window, shorts, own, out,
+                                            g * kGroup + half * kRows);
   }
 }
 

@@ -202,6 +202,17 @@ inline vf keep(unsigned lanes_kept, vf x) {
 #endif
 }
 
+// Loops over integer sums are functions of their own where there are sixteen registers, and each sum is pinned to its
+// registers: else GCC spills some to the stack, and every addition waits for the store of the one before. It makes a
+// factor of 1.6 for three and four vectors.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define LAMP_OWN_FUNCTION [[gnu::noinline]]
+inline void pin(vsums& x) { asm volatile("" : "+x"(x.v[0]), "+x"(x.v[1])); }
+#else
+#define LAMP_OWN_FUNCTION
+inline void pin(vsums&) {}
+#endif
+
 // Sum of the lanes, halves first: a short chain, where `sum` adds them one by one.
 inline float sum_halves(vf x) {
 #if defined(__AVX512F__)

@@ -29,7 +29,7 @@ long process_id() {
 
 // Decoding makes hundreds of short calls a token, with little between them: waking a thread that sleeps costs more than
 // such a call, so threads look for work (and the caller for the end) for so long before they sleep.
-constexpr auto kSpin = std::chrono::microseconds(60);
+constexpr auto kSpin = std::chrono::microseconds(250);
 
 template <class Done>
 bool spin_until(Done done) {

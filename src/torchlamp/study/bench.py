@@ -123,12 +123,14 @@ def interleaved(
     """Time every call `repeats` times, all of them in turns, after one turn that isn't counted.
 
     `work` gives the rounded FMAs of the calls that do any. `pause` seconds pass before each call, in which threads that
-    another one left spinning go to sleep.
+    another one left spinning go to sleep; then the call is made once untimed, so that its own are awake.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            time.sleep(pause)
+            if pause:
+                time.sleep(pause)
+                call()
             start = time.perf_counter()
             call()
             if turn:

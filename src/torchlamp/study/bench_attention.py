@@ -1,7 +1,7 @@
 """One token's attention over a long look-ahead cache against torch's own, on keys of a real model.
 
-Every contestant goes through some layers one after the other, as decoding does: its threads are awake, and what it
-reads is no longer in the caches. Times are per layer.
+Every contestant goes through some layers one after the other, twice, and is timed the second time, as decoding does:
+its threads are awake, and what it reads is no longer in the caches. Times are per layer.
 """
 
 import copy
