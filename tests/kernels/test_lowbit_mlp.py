@@ -73,7 +73,7 @@ def test_kernel_and_twin(
             assert number == (0 if threshold == NOTHING else count * neurons)
     a, b = x @ mlp.gate_full.T, x @ mlp.up_full.T
     scale = ((phi(name, a) * b).abs() * mlp.norms[:neurons]).sum(1)
-    # torch's GELU takes 1 + tanh, of which little is left for negative a; the kernel does not.
+    # Full sums may differ in their last bits, and torch's GELU, by which `scale` is measured, takes 1 + tanh.
     cancelled = 2.0**-22 * ((a * b).abs() * mlp.norms[:neurons]).sum(1)
     allowed = 1e-4 * scale + cancelled + (differ > 0) * 0.1 * scale
     assert ((got - want).norm(dim=1) <= allowed + 1e-12).all()

@@ -176,10 +176,9 @@ def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
         s = torch.sigmoid(a)
         return functional.silu(a), s * (1 + a * (1 - s))
     root, cube = (2 / torch.pi) ** 0.5, 0.044715
-    t = torch.tanh(root * (a + cube * a**3))
-    return functional.gelu(a, approximate="tanh"), 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * root * (
-        1 + 3 * cube * a * a
-    )
+    # (1 + tanh u) / 2 is the sigmoid of 2 u, in which nothing cancels for negative u.
+    s = torch.sigmoid(2 * root * (a + cube * a**3))
+    return a * s, s * (1 + 2 * root * a * (1 - s) * (1 + 3 * cube * a**2))
 
 
 def _norms(rows: Tensor) -> Tensor:
