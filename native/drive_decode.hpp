@@ -9,7 +9,7 @@
 namespace LAMP_ISA {
 
 // Low-bit bytes below which waking another thread costs more than it gains.
-constexpr std::ptrdiff_t kAlone = 192 * 1024;
+constexpr std::ptrdiff_t kAlone = 64 * 1024;
 
 inline void prepare(const lamp::Attend& p, DecodeWork& work) {
   const lamp::KeyValues& store = p.store;

@@ -66,8 +66,8 @@ class LayerDecode(Forward):
         )
         if not fast:  # the modules one by one
             return self.original(hidden_states, *args, **kwargs)
-        batch, size = len(hidden_states), self.size
-        cosines, sines = (a.reshape(-1, size).contiguous() for a in angles)
+        batch = len(hidden_states)
+        cosines, sines = cache.angles_of(angles, self.size)
         part, y = (
             cache.layers[self.number],
             torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
@@ -77,11 +77,11 @@ class LayerDecode(Forward):
         if mask is not None:
             keys = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, 0]
             mask = keys.expand(batch, -1).contiguous().view(torch.uint8)
-        x = hidden_states.reshape(batch, -1).contiguous()
+        x = hidden_states.detach().reshape(batch, -1).contiguous()
         thresholds = (part.scores.threshold, part.values_storage.threshold)
         scores, values, seen, neurons, columns, said = self.kernel().step(
-            x, cosines, sines, store.kernel(), store.length, first, mask, self.scaling, *thresholds, store.strange,
-            y.view(batch, -1), torch.get_num_threads(),
+            x.numpy(), cosines, sines, store.kernel(), store.length, first, mask, self.scaling, *thresholds,
+            store.strange, y.view(batch, -1).numpy(), torch.get_num_threads(),
         )  # fmt: skip
         part.appended(said)
         record = self.statistics.record

@@ -248,6 +248,17 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             for kind in kinds
         ]
         super().__init__(layers=layers)
+        self._angles: list[tuple[Any, tuple[Any, Any]]] = []
+
+    def angles_of(self, angles: Any, size: int) -> tuple[Any, Any]:
+        """Cosines and sines as arrays (batch or 1, size); all layers of a step share the pair of tensors they come from."""
+        for pair, arrays in self._angles:
+            if pair is angles:
+                return arrays
+        cosines, sines = (a.reshape(-1, size).contiguous().numpy() for a in angles)
+        # Models with sliding windows have two kinds of layers.
+        self._angles = [(angles, (cosines, sines)), *self._angles[:1]]
+        return cosines, sines
 
     @property
     def memory(self) -> tuple[int, int]:

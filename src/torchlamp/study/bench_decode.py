@@ -8,16 +8,18 @@ The logits of all steps give the KL to the float32 model.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import QuantizedCache
 
 from torchlamp.compositions.decode_policy import DecodePolicy
 from torchlamp.integrations.decoding import DEFAULT, FAST
 from torchlamp.study.bench import Bench, Target, Timing
 from torchlamp.study.bench_greedy import greedy
-from torchlamp.study.decoders import Decoder, PreparedDecoder, TransformersDecoder
+from torchlamp.study.decoders import Decoder, PreparedDecoder, TransformersDecoder, dynamic_int8
 from torchlamp.study.llama_files import LlamaFiles, llama_files
 from torchlamp.study.models import load
 from torchlamp.study.off_grid import off_grid
@@ -72,9 +74,28 @@ def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, 
     ):
         alone = policy.without(*(site for site, _ in policy.entries if site not in sites))
         made[label] = lambda alone=alone: PreparedDecoder(model, alone)  # type: ignore[misc]
+    made |= _others(model)
     if llama is not None:
         for quantisation in ("Q8_0", "Q4_0"):
             made[f"llama.cpp {quantisation}"] = lambda q=quantisation: llama.decoder(q, length)  # type: ignore[misc]
+    return made
+
+
+def _others(model: Any) -> dict[str, Callable[[], Decoder]]:
+    """What else transformers and torch offer, where its packages are there: a quantised cache, dynamic 8-bit layers."""
+    made: dict[str, Callable[[], Decoder]] = {}
+    for backend, package, bits in (("hqq", "hqq", 8), ("quanto", "optimum.quanto", 4)):
+        try:
+            import_module(package)
+        except ImportError:
+            continue
+
+        def cache(backend: str = backend, bits: int = bits) -> Any:
+            return QuantizedCache(backend, model.config, nbits=bits)
+
+        label = f"transformers QuantizedCache, {backend} {bits} bits"
+        made[label] = lambda cache=cache: TransformersDecoder(model, cache)  # type: ignore[misc]
+    made["torch dynamic int8"] = lambda: TransformersDecoder(dynamic_int8(model))
     return made
 
 

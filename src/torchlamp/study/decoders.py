@@ -67,3 +67,14 @@ def sharing_copy(model: nn.Module) -> Any:
     """A copy of a model whose parameters and buffers are the model's own."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)
+
+
+def dynamic_int8(model: nn.Module) -> Any:
+    """A copy of a model whose linear layers are torch's dynamic int8 ones: 8-bit weights and activations, per tensor."""
+    import warnings
+
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to move to another package
+        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
