@@ -251,7 +251,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self._angles: list[tuple[Any, tuple[Any, Any]]] = []
 
     def angles_of(self, angles: Any, size: int) -> tuple[Any, Any]:
-        """Cosines and sines as arrays (batch or 1, size); all layers of a step share the pair of tensors they come from."""
+        """Cosines and sines as arrays (batch or 1, size); the layers of a step share the tensors they come from."""
         for pair, arrays in self._angles:
             if pair is angles:
                 return arrays

@@ -84,7 +84,9 @@ def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, 
 def _others(model: Any) -> dict[str, Callable[[], Decoder]]:
     """What else transformers and torch offer, where its packages are there: a quantised cache, dynamic 8-bit layers."""
     made: dict[str, Callable[[], Decoder]] = {}
-    for backend, package, bits in (("hqq", "hqq", 8), ("quanto", "optimum.quanto", 4)):
+    # transformers' quantised cache takes models without sliding windows alone.
+    windows = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    for backend, package, bits in () if windows else (("hqq", "hqq", 8), ("quanto", "optimum.quanto", 4)):
         try:
             import_module(package)
         except ImportError:

@@ -70,11 +70,12 @@ def sharing_copy(model: nn.Module) -> Any:
 
 
 def dynamic_int8(model: nn.Module) -> Any:
-    """A copy of a model whose linear layers are torch's dynamic int8 ones: 8-bit weights and activations, per tensor."""
+    """A copy of a model with torch's dynamic int8 linear layers: 8-bit weights and activations, per tensor."""
     import warnings
 
     from torch.ao.quantization import quantize_dynamic
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is to move to another package
-        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        quantised: Any = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
+    return quantised
