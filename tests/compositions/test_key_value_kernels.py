@@ -54,7 +54,9 @@ def test_copies_are_the_twins_byte_for_byte(kv_heads, cuts, size, value_size, bi
     # A rotation's sums may round otherwise in the twin, and an error is a bound.
     exact = {"value_codes", "value_scales", "full_keys", "full_values"}
     for name in TENSORS if kernel else ():
-        one, other = (t[name].view(torch.int16) if t[name].dtype == torch.uint16 else t[name] for t in (kernel, twin))
+        one, other = (
+            t[name].view(torch.int16) if t[name].dtype == torch.uint16 else t[name] for t in (kernel, twin)
+        )
         if name in exact or (name != "key_errors" and not options.hadamard):
             assert torch.equal(one, other), name
 
@@ -62,7 +64,7 @@ def test_copies_are_the_twins_byte_for_byte(kv_heads, cuts, size, value_size, bi
 @pytest.mark.parametrize("group", [1, 3, 4, 5])
 @pytest.mark.parametrize(("keys", "size"), [(129, 64), (700, 128), (2500, 64), (5000, 32)])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_many_windows_and_splits(instruction_set, keys, size, group, bits):
+def test_many_windows_and_splits(implementation, keys, size, group, bits):
     generator = torch.Generator().manual_seed(keys)
     q = torch.randn(1, 2 * group, 1, size, generator=generator) * 4
     k, v = torch.randn(2, 1, 2, keys, size, generator=generator)
