@@ -189,19 +189,6 @@ inline vf widen(const std::uint16_t* p) {
 
 #endif
 
-// x where the lane's bit is set, 0 elsewhere.
-inline vf keep(unsigned lanes_kept, vf x) {
-#if defined(__AVX512F__)
-  return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes_kept), x.v)};
-#elif defined(__AVX2__)
-  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  const __m256i bit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes_kept)), lane);
-  return {_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bit, lane)))};
-#else
-  return lanes([&](int i) { return lanes_kept >> i & 1u ? x.v[i] : 0.0f; });
-#endif
-}
-
 // Loops over integer sums are functions of their own where there are sixteen registers, and each sum is pinned to its
 // registers: else GCC spills some to the stack, and every addition waits for the store of the one before. It makes a
 // factor of 1.6 for three and four vectors.
