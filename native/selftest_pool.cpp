@@ -110,13 +110,18 @@ void test_shared_matrix(const lamp::Kernels& kernels) {
   check(wrong == 0, std::string("a matrix shared by threads ") + kernels.name);
 }
 
-// A forked child starts a pool of its own. ThreadSanitizer doesn't follow threads that are born after a fork.
+// A forked child starts a pool of its own. ThreadSanitizer doesn't follow threads that are born after a fork. The fork is
+// made by the youngest thread: QEMU's user mode gives a child's new threads the numbers after its own, and aborts where
+// one of the parent's had that number.
 void test_fork() {
 #if (defined(__unix__) || defined(__APPLE__)) && !defined(__SANITIZE_THREAD__)
-  const pid_t child = ::fork();
-  if (child == 0) ::_exit(once(3, 50) && throws(2) ? 0 : 1);
   int status = 1;
-  check(child > 0 && ::waitpid(child, &status, 0) == child && status == 0, "pool in a forked child");
+  std::thread([&status] {
+    const pid_t child = ::fork();
+    if (child == 0) ::_exit(once(3, 50) && throws(2) ? 0 : 1);
+    if (child > 0) ::waitpid(child, &status, 0);
+  }).join();
+  check(status == 0, "pool in a forked child");
   check(once(3, 50), "pool after a fork");
 #endif
 }
