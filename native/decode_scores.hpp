@@ -17,8 +17,9 @@ struct QueryRow {
 
 // What one row found in one split of the keys.
 struct RowSplit {
-  float top = -std::numeric_limits<float>::infinity();  // largest low-bit logit
-  float sum = 0.0f;    // of e^(logit - top), before recomputation
+  float top = -std::numeric_limits<float>::infinity();    // largest low-bit logit
+  float shift = -std::numeric_limits<float>::infinity();  // at most kHeadroom below it
+  float sum = 0.0f;    // of e^(logit - shift), before recomputation
   float total = 0.0f;  // of e^(logit - the row's largest), after it
   std::int32_t recomputed = 0;
   bool unsafe = false;  // a recomputed logit is far above what the low-bit ones promised
@@ -29,7 +30,7 @@ struct DecodeWork {
   Shorts shorts;
   std::vector<QueryRow> rows;
   std::vector<float> rotated;
-  std::vector<float> weights;  // (rows, width): logits, then e^(logit - top), then e^(logit - the row's largest)
+  std::vector<float> weights;  // (rows, width): e^(logit - shift), then e^(logit - the row's largest)
   std::vector<float> slopes;   // (rows, width): derivatives of the softcap, if there is one
   std::vector<RowSplit> found;  // (rows, splits)
   std::vector<float> partial;  // (rows, splits, padded value size)
@@ -76,63 +77,94 @@ inline void ask_for(const void* start, std::ptrdiff_t bytes) {
   for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
 }
 
-// Logits of the keys of one split for every query of a key head, and their sums of exponentials. A score that is no
-// number, since a group of the key or the query isn't finite, comes from the full copies at once.
+// Logits this far above the one that a split's exponentials refer to still have exponentials, and sums of them, within
+// float32; beyond it the split refers to a larger one.
+constexpr float kHeadroom = 16.0f;
+
+// The softmax of a row over a split, as its logits come: each is read once, while the next keys are on their way.
+struct Running {
+  float* e = nullptr;  // of the row, from the beginning of its split
+  float shift = -std::numeric_limits<float>::infinity();
+  vf top = set1(shift), sum = zero();
+
+  // The logits of positions [at, at + kRows).
+  void add(const vrows& y, std::ptrdiff_t at) {
+    vf most = set1(-std::numeric_limits<float>::infinity());  // first: max(NaN, x) is x
+    for (int k = 0; k < kRowVectors; ++k) most = max(y.v[k], most);
+    if (bits(gt(most, set1(shift + kHeadroom)))) refer_to(largest(most), at);
+    top = max(most, top);
+    const vf shifted = set1(shift > -std::numeric_limits<float>::infinity() ? shift : 0.0f);
+    for (int k = 0; k < kRowVectors; ++k) {
+      const vf term = exp(y.v[k] - shifted);
+      store(e + at + k * vf::width, term);
+      sum = sum + term;
+    }
+  }
+
+ private:
+  void refer_to(float larger, std::ptrdiff_t end) {
+    const vf factor = exp(set1(shift - larger));
+    for (std::ptrdiff_t j = 0; j < end; j += vf::width) store(e + j, load(e + j) * factor);
+    sum = sum * factor, shift = larger;
+  }
+};
+
+// What a logit needs that isn't plain: scores that are no number come from the full copies at once, there may be a
+// softcap, and some positions aren't seen.
+inline vrows finish(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t r, std::ptrdiff_t s,
+                    std::ptrdiff_t at, const vrows& plain, unsigned seen, unsigned finite) {
+  const QueryRow& row = work.rows[static_cast<std::size_t>(r)];
+  alignas(64) float y[kRows];
+  rows_store(y, plain);
+  for (unsigned odd = seen & ~finite; odd; odd &= odd - 1) {
+    const int lane = std::countr_zero(odd);
+    y[lane] = full_score(p, row, p.store.full_keys_of(kv), at + lane);
+    ++work.at(r, s).recomputed;
+  }
+  if (p.softcap > 0.0f) {
+    float* slope = work.slope(r) + (at - work.origin);
+    for (int k = 0; k < kRows; k += vf::width) {
+      const vf t = tanh(load(y + k) / set1(p.softcap));
+      store(y + k, t * set1(p.softcap)), store(slope + k, set1(1.0f) - t * t);
+    }
+  }
+  for (int lane = 0; lane < kRows; ++lane)
+    if (!(seen >> lane & 1u)) y[lane] = -std::numeric_limits<float>::infinity();
+  return rows_load(y);
+}
+
+// Logits of the keys of one split for every query of a key head, and their exponentials.
 inline void score_split(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t s) {
   const lamp::Blocks keys = p.store.keys_of(kv);
-  const lamp::Full full = p.store.full_keys_of(kv);
   const std::ptrdiff_t first_row = kv * work.per_head;
   const std::ptrdiff_t begin = s * work.split, end = std::min(work.width, begin + work.split);
-  const vf scaling = set1(p.scaling), lowest = set1(-std::numeric_limits<float>::infinity());
-  const vf huge = set1(std::numeric_limits<float>::max());
+  const vf scaling = set1(p.scaling), huge = set1(std::numeric_limits<float>::max());
   alignas(64) float sums[4 * kRows];
   for (std::ptrdiff_t v = 0; v < work.per_head; v += 4) {
     const std::ptrdiff_t some = std::min<std::ptrdiff_t>(4, work.per_head - v);
+    Running running[4];
+    for (std::ptrdiff_t i = 0; i < some; ++i) running[i].e = work.weight(first_row + v + i) + begin;
     for (std::ptrdiff_t j = begin; j < end; j += kRows) {
       const std::ptrdiff_t at = work.origin + j;
       block_dots(keys, at / kRows, work.shorts, first_row + v, some, sums);
       for (std::ptrdiff_t i = 0; i < some; ++i) {
-        const QueryRow& row = work.rows[static_cast<std::size_t>(first_row + v + i)];
-        float* to = work.weight(first_row + v + i) + j;
-        float* slope = work.slope(first_row + v + i);
-        float* y = sums + i * kRows;
+        const std::ptrdiff_t r = first_row + v + i;
+        const QueryRow& row = work.rows[static_cast<std::size_t>(r)];
         const unsigned seen = visible_bits(p, row, at);
         unsigned finite = 0;
-        for (int k = 0; k < kRows; k += vf::width) {
-          const vf scaled = fma(load(y + k), scaling, set1(row.offset));
-          store(y + k, scaled);
-          finite |= bits(le(abs(scaled), huge)) << k;
+        vrows y = rows_load(sums + i * kRows);
+        for (int k = 0; k < kRowVectors; ++k) {
+          y.v[k] = fma(y.v[k], scaling, set1(row.offset));
+          finite |= bits(le(abs(y.v[k]), huge)) << (k * vf::width);
         }
-        for (unsigned odd = seen & ~finite; odd; odd &= odd - 1) {
-          const int lane = std::countr_zero(odd);
-          y[lane] = full_score(p, row, full, at + lane);
-          ++work.at(first_row + v + i, s).recomputed;
-        }
-        if (p.softcap > 0.0f)
-          for (int k = 0; k < kRows; k += vf::width) {
-            const vf t = tanh(load(y + k) / set1(p.softcap));
-            store(y + k, t * set1(p.softcap)), store(slope + j + k, set1(1.0f) - t * t);
-          }
-        if (seen != 0xffffu)
-          for (int lane = 0; lane < kRows; ++lane)
-            if (!(seen >> lane & 1u)) y[lane] = -std::numeric_limits<float>::infinity();
-        for (int k = 0; k < kRows; k += vf::width) store(to + k, load(y + k));
+        if ((seen & finite) != 0xffffu || p.softcap > 0.0f) y = finish(p, work, kv, r, s, at, y, seen, finite);
+        running[i].add(y, j - begin);
       }
     }
-  }
-  for (std::ptrdiff_t r = first_row; r < first_row + work.per_head; ++r) {
-    float* e = work.weight(r);
-    vf top = lowest, total = zero();
-    for (std::ptrdiff_t j = begin; j < end; j += vf::width) top = max(load(e + j), top);
-    RowSplit& found = work.at(r, s);
-    found.top = largest(top);
-    const vf shift = set1(found.top > -std::numeric_limits<float>::infinity() ? found.top : 0.0f);
-    for (std::ptrdiff_t j = begin; j < end; j += vf::width) {
-      const vf term = exp(load(e + j) - shift);
-      store(e + j, term);
-      total = total + term;
+    for (std::ptrdiff_t i = 0; i < some; ++i) {
+      RowSplit& found = work.at(first_row + v + i, s);
+      found.top = largest(running[i].top), found.shift = running[i].shift, found.sum = sum(running[i].sum);
     }
-    found.sum = sum(total);
   }
 }
 

@@ -70,7 +70,7 @@ struct Attend {
   float values_threshold = 0.0f;  // of z; negative: read everything in full, infinite: nothing
   // Values with z <= skip / keys for every head of a group are left out: together less than `skip` of the weights, and
   // 8-bit copies alone err by more.
-  float skip = 0x1p-9f;
+  float skip = 0x1p-8f;
   bool strange = false;           // values may be infinite or not a number: read every one of them in full
   std::int32_t* recomputed = nullptr;  // (batch, head, query): scores
   std::int32_t* full_rows = nullptr;   // (batch, key head, query): values, each for all heads of its group

@@ -38,14 +38,14 @@ struct Waiting {
   int count = 0;
 };
 
-// e^(logit - top) -> e^(logit - the row's largest), with what the rule selects recomputed on the way.
+// e^(logit - shift) -> e^(logit - the row's largest), with what the rule selects recomputed on the way.
 inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t r,
                             std::ptrdiff_t s) {
   const QueryRow& row = work.rows[static_cast<std::size_t>(r)];
   RowSplit& found = work.at(r, s);
   const float top = work.top[static_cast<std::size_t>(r)];
-  const bool some = found.top > -std::numeric_limits<float>::infinity();
-  const vf lift = set1(some ? first_lane(exp(set1(found.top - top))) : 0.0f);
+  const bool some = found.shift > -std::numeric_limits<float>::infinity();
+  const vf lift = set1(some ? first_lane(exp(set1(found.shift - top))) : 0.0f);
   const vf inverse = set1(1.0f / work.sum[static_cast<std::size_t>(r)]);
   const std::ptrdiff_t begin = s * work.split, end = std::min(work.width, begin + work.split);
   const float* errors = p.store.keys_of(kv).errors + work.origin;
@@ -56,6 +56,7 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
   if (!none) found.recomputed = 0;  // those of the first pass are selected again
   const vf bound = set1(p.scores_threshold), error_scale = set1(row.error_scale);
   Waiting waiting;
+  found.total = 0.0f;
   const auto recompute = [&] {
     alignas(64) float difference[Waiting::kMost], term[Waiting::kMost];
     for (int i = 0; i < waiting.count; ++i) {
@@ -64,9 +65,10 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
     }
     for (int i = waiting.count; i % vf::width; ++i) difference[i] = 0.0f;
     for (int i = 0; i < waiting.count; i += vf::width) store(term + i, exp(min(set1(kSurprise), load(difference + i))));
-    for (int i = 0; i < waiting.count; ++i) e[waiting.at[i]] = term[i];
+    for (int i = 0; i < waiting.count; ++i) found.total += e[waiting.at[i]] = term[i];
     found.recomputed += waiting.count, waiting.count = 0;
   };
+  vf total = zero();  // of those that aren't recomputed
   for (std::ptrdiff_t j = begin; j < end; j += kRows) {
     unsigned chosen = 0;
     for (int k = 0; k < kRows; k += vf::width) {
@@ -77,16 +79,16 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
       chosen |= (~bits(le(w, bound)) & ((1u << vf::width) - 1u)) << k;
     }
     if (chosen) chosen &= visible_bits(p, row, work.origin + j);
+    if (waiting.count + std::popcount(chosen) > Waiting::kMost) recompute();  // while all that waits is of earlier blocks
     for (; chosen; chosen &= chosen - 1) {
-      if (waiting.count == Waiting::kMost) recompute();
       const std::ptrdiff_t at = waiting.at[waiting.count++] = j + std::countr_zero(chosen);
       ask_for(full, work.origin + at, p.store.size);
+      e[at] = 0.0f;
     }
+    for (int k = 0; k < kRows; k += vf::width) total = total + load(e + j + k);
   }
   recompute();
-  vf total = zero();
-  for (std::ptrdiff_t j = begin; j < end; j += vf::width) total = total + load(e + j);
-  found.total = sum(total);
+  found.total += sum(total);
 }
 
 // Rows to be read in full that wait for their memory, with their weights, one array for each head.
@@ -199,16 +201,15 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
   const auto add_window = [&](const Window& window, const Window& next) {
     add_pairs(rows, window, next, weights + window.first - work.origin, work.width, sums.out.data(), work.group);
   };
-  const std::ptrdiff_t together = window_rows(rows);
-  for (std::ptrdiff_t j = begin; j < end; j += together) {
+  const int most = window_pairs(rows) - kRows / 2;
+  for (std::ptrdiff_t j = begin; j < end;) {
     Window& window = *now;
-    window.first = work.origin + j, window.rows = static_cast<int>(std::min(together, end - j));
-    window.count = 0;
-    for (int i = 0; i < window.rows; i += kRows) {
-      const Needed need = needed(work, sums, weights + j + i);
+    window.first = work.origin + j, window.rows = window.count = 0;
+    for (; j < end && window.rows < kWindow && window.count <= most; j += kRows, window.rows += kRows) {
+      const Needed need = needed(work, sums, weights + j);
       for (unsigned large = need.large; large; large &= large - 1) {
         if (sums.full.count == FullRows::kMost) add_full_ones();
-        const std::ptrdiff_t at = j + i + std::countr_zero(large);
+        const std::ptrdiff_t at = j + std::countr_zero(large);
         for (std::size_t g = 0; g < heads; ++g) {
           float& weight = weights[static_cast<std::ptrdiff_t>(g) * work.width + at];
           sums.full.weights[g][static_cast<std::size_t>(sums.full.count)] = weight, weight = 0.0f;
@@ -216,17 +217,17 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
         sums.full.at[sums.full.count++] = work.origin + at;
         ask_for(full, work.origin + at, p.store.value_size);
       }
-      const unsigned low = need.any & ~need.large;
-      for (unsigned left = (low | low >> 1) & 0x5555u; left; left &= left - 1) {
-        const int pair = (i + std::countr_zero(left)) / 2;
-        window.pairs[window.count++] = pair;
+      // Without branches, which nothing could foresee: what isn't needed is written over.
+      const unsigned low = need.any & ~need.large, pairs = low | low >> 1;
+      for (int i = 0; i < kRows / 2; ++i) {
+        window.pairs[window.count] = window.rows / 2 + i;
+        window.count += static_cast<int>(pairs >> (2 * i) & 1u);
       }
     }
     if (before->count) add_window(*before, *now);
     std::swap(before, now);
   }
-  now->count = 0;
-  if (before->count) add_window(*before, *now);
+  if (before->count) add_window(*before, *before);
   add_full_ones();
   return full_count;
 }

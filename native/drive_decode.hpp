@@ -98,8 +98,8 @@ inline void join_scores(const lamp::Attend& p, DecodeWork& work) {
     for (std::ptrdiff_t s = 0; s < work.splits; ++s) {
       const RowSplit& found = work.at(static_cast<std::ptrdiff_t>(r), s);
       // A split without visible logits adds nothing, one of NaN alone adds NaN.
-      if (found.top > -std::numeric_limits<float>::infinity())
-        sum += found.sum * std::exp(found.top - top);
+      if (found.shift > -std::numeric_limits<float>::infinity())
+        sum += found.sum * std::exp(found.shift - top);
       else
         sum += found.sum * 0.0f;
     }

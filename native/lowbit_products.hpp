@@ -88,52 +88,49 @@ constexpr int kWindow = 128;  // at most: sums of so many products fit 32 bits
 struct Window {
   std::ptrdiff_t first = 0;  // row, a multiple of kRows
   int rows = 0;              // likewise
-  int pairs[kWindow / 2];    // those to read
+  int pairs[kWindow / 2] = {};  // those to read
   int count = 0;             // of pairs
 };
 
-// Rows of a window: its codes and those of the next, asked for meanwhile, fit the first-level cache.
-inline std::ptrdiff_t window_rows(const lamp::RowPairs& p) {
-  return std::clamp<std::ptrdiff_t>(2 * 8192 / p.pair_codes() / kRows * kRows, kRows, kWindow);
+// Pairs of a window at most: its codes and those of the next, asked for meanwhile, fit the first-level cache.
+inline int window_pairs(const lamp::RowPairs& p) {
+  return static_cast<int>(std::clamp<std::ptrdiff_t>(8192 / p.pair_codes(), kRows / 2, kWindow / 2));
 }
 
 // Weights (>= 0) times the rows' scales as 16-bit integers: the sum over a window then is one of integers. `own` is what
-// the integer 1 stands for.
+// the integer 1 stands for, `largest` each vector's largest weight.
 template <int Vectors>
-inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const float* scales, int rows,
-                          std::int16_t (*shorts)[kWindow], float* own) {
-  vf most[Vectors], inverse[Vectors];
-  for (auto& m : most) m = zero();
-  for (int i = 0; i < rows; i += vf::width) {
-    const vf scale = load(scales + i);
-    for (int v = 0; v < Vectors; ++v) most[v] = max(load(weights + v * stride + i) * scale, most[v]);
-  }
+inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const float* largest, const float* scales,
+                          int rows, std::int16_t (*shorts)[kWindow], float* own) {
+  vf most = zero(), inverse[Vectors];
+  for (int i = 0; i < rows; i += vf::width) most = max(load(scales + i), most);
+  const float scale = largest_halves(most);
   for (int v = 0; v < Vectors; ++v) {
     // Below the limit the integers get fewer bits, so that the inverse stays finite.
-    const float largest = std::max(largest_halves(most[v]), 0x1p-110f);
-    own[v] = largest * (1.0f / kLargestShort), inverse[v] = set1(kLargestShort / largest);
+    const float product = std::max(largest[v] * scale, 0x1p-110f);
+    own[v] = product * (1.0f / kLargestShort), inverse[v] = set1(kLargestShort / product);
   }
   for (int i = 0; i < rows; i += kRows) {
-    vrows scale;
-    for (int k = 0; k < kRowVectors; ++k) scale.v[k] = load(scales + i + k * vf::width);
+    const vrows scale_of = rows_load(scales + i);
     for (int v = 0; v < Vectors; ++v) {
-      vrows x;
-      for (int k = 0; k < kRowVectors; ++k)
-        x.v[k] = load(weights + v * stride + i + k * vf::width) * scale.v[k] * inverse[v];
+      vrows x = rows_load(weights + v * stride + i);
+      for (int k = 0; k < kRowVectors; ++k) x.v[k] = x.v[k] * (scale_of.v[k] * inverse[v]);
       store_shorts(shorts[v] + i, x);
     }
   }
 }
 
-// Sixteen columns, or twice as many, of add_pairs. A function of its own, for the reason that lowbit_simd.hpp gives.
+// Sixteen columns, or twice as many, of add_pairs, and one line of the next window asked for with each pair of this: a
+// burst of requests would wait for free buffers. A function of its own, for the reason that lowbit_simd.hpp gives.
 template <int Bits, int Vectors, int Together>
 [[gnu::noinline]] inline void add_columns(const std::uint8_t* codes, std::ptrdiff_t pair_codes, const Window& window,
                         const std::int16_t (*shorts)[kWindow], const float* own, float* const* out,
-                        std::ptrdiff_t column) {
+                        std::ptrdiff_t column, const std::uint8_t* ahead, const Window& next) {
   vsums sums[Vectors * Together];
   for (auto& s : sums) s = sums_zero();
   for (int r = 0; r < window.count; ++r) {
     const int pair = window.pairs[r];
+    __builtin_prefetch(ahead + next.pairs[r] * pair_codes);
     vpairs columns[Together];
     for (int i = 0; i < Together; ++i)
       columns[i] = load_pairs<Bits>(codes + pair * pair_codes + i * lamp::pair_bytes(Bits));
@@ -155,8 +152,7 @@ template <int Bits, int Vectors, int Together>
 }
 
 // out[v][column] += sum over the window of weight * row: one group of columns, all rows, then the next. Weights
-// [vector][row of the window], `stride` from a vector to the next. The next window's codes are asked for on the way, one
-// line for each that is used: a burst of requests would wait for free buffers, and then nothing be on its way.
+// [vector][row of the window], `stride` from a vector to the next.
 template <int Bits, int Vectors>
 inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
                       std::ptrdiff_t stride, float* const* out) {
@@ -166,19 +162,27 @@ inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Windo
   const std::ptrdiff_t pair_codes = p.pair_codes();
   const std::uint8_t* own_codes = p.codes + window.first / 2 * pair_codes;
   const std::uint8_t* next_codes = p.codes + next.first / 2 * pair_codes;
+  float largest[Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    vf most = zero();
+    for (int i = 0; i < window.rows; i += vf::width) most = max(load(weights + v * stride + i), most);
+    largest[v] = largest_halves(most);
+  }
+  for (std::ptrdiff_t i = 0; i < next.rows / kRows * p.block_scales(); i += 64 / sizeof(std::uint16_t))
+    __builtin_prefetch(p.scales + next.first / kRows * p.block_scales() + i);
   for (std::ptrdiff_t g = 0; g < p.groups; ++g) {
     alignas(64) float scales[kWindow];
     alignas(64) std::int16_t shorts[Vectors][kWindow];
     float own[Vectors];
     for (int i = 0; i < window.rows; i += kRows)
       rows_store(scales + i, load_scales(p.scales + (window.first + i) / kRows * p.block_scales() + g * kRows));
-    weight_shorts<Vectors>(weights, stride, scales, window.rows, shorts, own);
+    weight_shorts<Vectors>(weights, stride, largest, scales, window.rows, shorts, own);
     const std::uint8_t* codes = own_codes + g * lamp::row_pair_bytes(Bits);
-    for (int r = 0; r < next.count; ++r)
-      __builtin_prefetch(next_codes + next.pairs[r] * pair_codes + g * lamp::row_pair_bytes(Bits));
+    const std::uint8_t* ahead = next_codes + g * lamp::row_pair_bytes(Bits);
+    for (int r = window.count; r < next.count; ++r) __builtin_prefetch(ahead + next.pairs[r] * pair_codes);
     for (int half = 0; half < kGroup / kRows; half += kTogether)
       add_columns<Bits, Vectors, kTogether>(codes + half * kBytes, pair_codes, window, shorts, own, out,
-                                            g * kGroup + half * kRows);
+                                            g * kGroup + half * kRows, ahead, next);
   }
 }
 
