@@ -1,9 +1,16 @@
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tiny import save_tiny_model
+
+# A commit passes or fails by itself, whenever it is tested. `HYPOTHESIS_PROFILE=explore make test` tries new examples.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,9 @@ def test_kernel_and_twin(
     scale = ((phi(name, a) * b).abs() * mlp.norms[:neurons]).sum(1)
     # Full sums may differ in their last bits, and torch's GELU, by which `scale` is measured, takes 1 + tanh.
     cancelled = 2.0**-22 * ((a * b).abs() * mlp.norms[:neurons]).sum(1)
-    allowed = 1e-4 * scale + cancelled + (differ > 0) * 0.1 * scale
+    # Neurons are rounded to 1/32767 of their group's largest before the down projection: on the edge, either way.
+    edge = 2 / 32767 * (phi(name, a) * b).abs().amax(1) * mlp.norms.max()
+    allowed = 1e-4 * scale + cancelled + edge + (differ > 0) * 0.1 * scale
     assert ((got - want).norm(dim=1) <= allowed + 1e-12).all()
 
 

@@ -66,6 +66,15 @@ class KeyValueStore:
     sequence of n is copied less than 2 n places in all.
     """
 
+    # TENSORS, there from the first append on; docs/decoding.md gives the layouts.
+    key_codes: Tensor
+    key_scales: Tensor
+    key_errors: Tensor
+    value_codes: Tensor
+    value_scales: Tensor
+    full_keys: Tensor
+    full_values: Tensor
+
     def __init__(self, options: StoreOptions) -> None:
         self.options = options
         self.length = 0
@@ -103,8 +112,9 @@ class KeyValueStore:
         if self.length + count > self.capacity:
             self._grow(self.length + count)
         keys, values = _unit_stride(keys), _unit_stride(values)
-        if native.available():
-            said = self.kernel().append(keys, values, self.length, torch.get_num_threads())
+        isa = native.instruction_set()
+        if isa is not None:
+            said = self.kernel(isa).append(keys, values, self.length, torch.get_num_threads())
         else:
             said = self._append_twin(keys, values)
         self.appended(count, said)
@@ -160,7 +170,8 @@ class KeyValueStore:
             output = q.new_zeros(batch, queries, heads, q.shape[-1])
             return Attended(output, 0, 0, 0, 0)
         kv_heads, value_size = self.full_values.shape[1], self.full_values.shape[3]
-        if not native.available():
+        isa = native.instruction_set()
+        if isa is None:
             return self._attend_twin(
                 q, scaling, scores_threshold, values_threshold, mask, first, softcap, sinks
             )
@@ -168,7 +179,7 @@ class KeyValueStore:
         recomputed = torch.empty(batch, heads, queries, dtype=torch.int32)
         full_rows = torch.empty(batch, kv_heads, queries, dtype=torch.int32)
         visible = torch.empty(batch, queries, dtype=torch.int32)
-        self.kernel().attend(
+        self.kernel(isa).attend(
             _unit_stride(q), output, recomputed, full_rows, visible, first, self.length,
             None if mask is None else mask.expand(batch, -1, -1).contiguous().view(torch.uint8), queries > 1, sinks,
             scaling, softcap, scores_threshold, values_threshold, self.strange, torch.get_num_threads(),
@@ -200,15 +211,16 @@ class KeyValueStore:
         """Keep these sequences of the batch, in this order; an index may be repeated."""
         if self.capacity == 0:
             return
-        batch = self.full_keys.shape[0]
+        batch, chosen = self.full_keys.shape[0], {}
         for name in TENSORS:
             tensor = getattr(self, name)
             by_batch = tensor.view(batch, -1).index_select(0, indices)
-            shape = (len(indices), *tensor.shape[1:]) if tensor.ndim == 4 else (-1,)
-            setattr(self, name, by_batch.view(shape) if tensor.ndim == 4 else by_batch.flatten())
+            chosen[name] = (
+                by_batch.view(len(indices), *tensor.shape[1:]) if tensor.ndim == 4 else by_batch.flatten()
+            )
         if self.mean is not None:
             self.mean = self.mean.view(batch, -1).index_select(0, indices).flatten()
-        self._native = None
+        self._take(chosen)
 
     def clear(self) -> None:
         """Forget everything, sizes included."""
@@ -235,11 +247,11 @@ class KeyValueStore:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Become what `state` was of."""
+        own = {name: state[name].clone() for name in TENSORS if state}
         self.clear()
         if not state:
             return
-        for name in TENSORS:
-            setattr(self, name, state[name].clone())
+        self._take(own)
         self.length, self.capacity, strange = (int(n) for n in state["counts"])
         self.strange, self.mean = bool(strange), state.get("mean")
 
@@ -263,41 +275,47 @@ class KeyValueStore:
             )
 
     def _start(self, keys: Tensor, values: Tensor) -> None:
+        capacity = -(-max(keys.shape[2], _LEAST) // ROWS) * ROWS
+        self._take(self._allocate(keys.shape, values.shape[3], capacity))
+        self.capacity = capacity
         if self.options.center and self.mean is None:
             mean = keys.mean(2)
             # A mean that isn't finite would take all keys along.
             self.mean = torch.where(mean.isfinite(), mean, 0).flatten()
-        self._allocate(keys.shape, values.shape[3], -(-max(keys.shape[2], _LEAST) // ROWS) * ROWS)
 
-    def _allocate(self, shape: torch.Size, value_size: int, capacity: int) -> None:
+    def _allocate(self, shape: torch.Size, value_size: int, capacity: int) -> dict[str, Tensor]:
         batch, heads, _, size = shape
         rows, options = batch * heads * capacity, self.options
-        self.capacity = capacity
         # Zeros: places that nothing was put in are read with their block.
-        self.key_codes = torch.zeros(rows * code_bytes(options.key_bits, size), dtype=torch.uint8)
-        self.key_scales = torch.zeros(rows * group_count(size), dtype=torch.uint16)
-        self.key_errors = torch.zeros(rows)
-        self.value_codes = torch.zeros(rows * code_bytes(options.value_bits, value_size), dtype=torch.uint8)
-        self.value_scales = torch.zeros(rows * group_count(value_size), dtype=torch.uint16)
-        self.full_keys = torch.zeros(batch, heads, capacity, size, dtype=options.full)
-        self.full_values = torch.zeros(batch, heads, capacity, value_size, dtype=options.full)
+        return {
+            "key_codes": torch.zeros(rows * code_bytes(options.key_bits, size), dtype=torch.uint8),
+            "key_scales": torch.zeros(rows * group_count(size), dtype=torch.uint16),
+            "key_errors": torch.zeros(rows),
+            "value_codes": torch.zeros(rows * code_bytes(options.value_bits, value_size), dtype=torch.uint8),
+            "value_scales": torch.zeros(rows * group_count(value_size), dtype=torch.uint16),
+            "full_keys": torch.zeros(batch, heads, capacity, size, dtype=options.full),
+            "full_values": torch.zeros(batch, heads, capacity, value_size, dtype=options.full),
+        }
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """Use new tensors, all of which there was memory for: until then the store stays what it was."""
+        vars(self).update(tensors)
         self._native = None
 
     def _grow(self, needed: int) -> None:
-        before = {name: getattr(self, name) for name in TENSORS}
         old, used = self.capacity, -(-self.length // ROWS) * ROWS
         batch, heads, _, size = self.full_keys.shape
         capacity = -(-max(needed, 2 * old) // ROWS) * ROWS
-        self._allocate(torch.Size((batch, heads, 0, size)), self.full_values.shape[3], capacity)
-        for name, tensor in before.items():
+        larger = self._allocate(torch.Size((batch, heads, 0, size)), self.full_values.shape[3], capacity)
+        for name, tensor in larger.items():
             # All layouts are heads times places, whole blocks together.
-            part = tensor.view(batch * heads, old // ROWS, -1)[:, : used // ROWS]
-            getattr(self, name).view(batch * heads, capacity // ROWS, -1)[:, : used // ROWS] = part
+            part = getattr(self, name).view(batch * heads, old // ROWS, -1)[:, : used // ROWS]
+            tensor.view(batch * heads, capacity // ROWS, -1)[:, : used // ROWS] = part
+        self._take(larger)
+        self.capacity = capacity
 
-    def kernel(self) -> Any:
+    def kernel(self, isa: str) -> Any:
         """The native object over the tensors, made anew when these or the instruction set change."""
-        isa = native.instruction_set()
-        assert isa is not None
         made = self._native
         if made is None or made[0] != isa:
             kernel = native.extension().KeyValueStore(

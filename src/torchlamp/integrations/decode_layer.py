@@ -1,14 +1,21 @@
-"""A whole decoder layer of a prepared model in one native call.
+"""Whole decoder layers of a prepared model, each in one native call.
 
 Modules one by one cost some fifty small operations a layer, a third of a token's time at the size of SmolLM2. Layers
 whose formula is known by their class take this way when all their sites are low-bit; the numbers are those of the
 modules' own kernels, up to float32 rounding in norms and rotary positions.
+
+What Python and torch do around a layer still takes longer than its attention, so a layer goes through those behind it
+at once, and they hand on what they find done. Only where nothing could tell the difference: no hooks, the layers' own
+order and number, one mask and one set of positions.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from torchlamp.compositions.decode_statistics import DecodeStatistics
 from torchlamp.integrations.decode_forwards import LinearsDecode, MlpDecode
@@ -47,54 +54,74 @@ class LayerDecode(Forward):
         self.heads, self.kv_heads = queries, keys
         self.scaling = float(attention.scaling)
         self.number = int(attention.layer_idx)
+        #: Layers in a row that see the same mask and positions, this one among them.
+        self.chain: Sequence[LayerDecode] = [self]
         self._native: tuple[str, Any] | None = None
 
     def run_(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One native call, or the layer."""
+        """One native call for each layer of the chain from here, or the layer."""
         cache: Any = kwargs.get("past_key_values")
+        if not isinstance(cache, LookaheadCache):
+            return self.original(hidden_states, *args, **kwargs)
+        if cache.is_done(self.number, hidden_states):
+            return hidden_states
         angles: Any = kwargs.get("position_embeddings")
+        isa = native.instruction_set()
         fast = (
             not args
             and hidden_states.shape[1] == 1
-            and isinstance(cache, LookaheadCache)
             and angles is not None
             and hidden_states.dtype == torch.float32
             and not torch.is_grad_enabled()
             and not kwargs.get("output_attentions")
-            and native.available()
             and cache.layers[self.number].has_room()
         )
-        if not fast:  # the modules one by one
+        if not fast or isa is None:  # the modules one by one
             return self.original(hidden_states, *args, **kwargs)
         batch = len(hidden_states)
         cosines, sines = cache.angles_of(angles, self.size)
-        part, y = (
-            cache.layers[self.number],
-            torch.empty_like(hidden_states, memory_format=torch.contiguous_format),
-        )
-        store, first = part.store, part.first(1, coming=1)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             keys = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, 0]
             mask = keys.expand(batch, -1).contiguous().view(torch.uint8)
-        x = hidden_states.detach().reshape(batch, -1).contiguous()
-        thresholds = (part.scores.threshold, part.values_storage.threshold)
-        scores, values, seen, neurons, columns, said = self.kernel().step(
-            x.numpy(), cosines, sines, store.kernel(), store.length, first, mask, self.scaling, *thresholds,
-            store.strange, y.view(batch, -1).numpy(), torch.get_num_threads(),
-        )  # fmt: skip
-        part.appended(said)
-        record = self.statistics.record
-        record("scores", scores, seen * self.heads)
-        record("values", values, seen * self.kv_heads)
-        record("mlp_up", neurons, batch * self.mlp.mlp.gate.rows)
-        record("mlp_down", columns, batch * self.mlp.mlp.gate.rows)
-        return y
+        result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        x, y = hidden_states.detach().reshape(batch, -1).contiguous().numpy(), result.view(batch, -1).numpy()
+        threads, record = torch.get_num_threads(), self.statistics.record
+        for layer in self._together(cache):
+            part = cache.layers[layer.number]
+            store, first = part.store, part.first(1, coming=1)
+            scores, values, seen, neurons, columns, said = layer.kernel(isa).step(
+                x, cosines, sines, store.kernel(isa), store.length, first, mask, layer.scaling,
+                part.scores.threshold, part.values_storage.threshold, store.strange, y, threads,
+            )  # fmt: skip
+            part.appended(said)
+            record("scores", scores, seen * layer.heads)
+            record("values", values, seen * layer.kv_heads)
+            record("mlp_up", neurons, batch * layer.mlp.mlp.gate.rows)
+            record("mlp_down", columns, batch * layer.mlp.mlp.gate.rows)
+            x = y
+        cache.done = None if layer is self else (result, layer.number)
+        return result
 
-    def kernel(self) -> Any:
+    def _together(self, cache: LookaheadCache) -> Sequence["LayerDecode"]:
+        """The layers from this one on that can go at once."""
+        ready = [self]
+        if _has_global_hooks() or not self._is_plain():
+            return ready
+        count = self.attention.config.num_hidden_layers  # early exit makes it smaller
+        for layer in self.chain[self.number - self.chain[0].number + 1 :]:
+            if layer.number >= count or not layer._is_plain() or not cache.layers[layer.number].has_room():
+                break
+            ready.append(layer)
+        return ready
+
+    def _is_plain(self) -> bool:
+        """Whether nobody watches the layer, or has put another forward over this one."""
+        module = self.module
+        return vars(module)["forward"] is self and not (module._forward_hooks or module._forward_pre_hooks)
+
+    def kernel(self, isa: str) -> Any:
         """The native object, made for the instruction set in use."""
-        isa = native.instruction_set()
-        assert isa is not None
         made = self._native
         if made is None or made[0] != isa:
             self._native = made = (isa, self._make(isa))
@@ -138,3 +165,22 @@ def can_fuse(layer: nn.Module) -> bool:
     config = getattr(getattr(layer, "self_attn", None), "config", None)
     partial = getattr(config, "partial_rotary_factor", None)
     return type(layer).__name__ in KNOWN and partial in (None, 1, 1.0)
+
+
+def chain(layers: Sequence[LayerDecode]) -> None:
+    """Tell layers which others follow them with the same mask and positions."""
+
+    def kind(layer: LayerDecode) -> Any:
+        kinds = getattr(layer.attention.config, "layer_types", None)
+        return None if kinds is None else kinds[layer.number]
+
+    runs = itertools.groupby(enumerate(layers), key=lambda at: (at[1].number - at[0], kind(at[1])))
+    for _, run in runs:
+        together = [layer for _, layer in run]
+        for layer in together:
+            layer.chain = together
+
+
+def _has_global_hooks() -> bool:
+    """Whether somebody watches every module of the process."""
+    return bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)

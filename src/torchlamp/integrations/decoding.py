@@ -22,7 +22,7 @@ from torchlamp.integrations.decode_forwards import (
     linears_decode,
     mlp_decode,
 )
-from torchlamp.integrations.decode_layer import LayerDecode, can_fuse
+from torchlamp.integrations.decode_layer import LayerDecode, can_fuse, chain
 from torchlamp.integrations.huggingface import NAME as SIMULATION
 from torchlamp.integrations.lookahead_cache import LookaheadCache
 from torchlamp.integrations.site_forwards import Forward, beneath, set_forward
@@ -218,6 +218,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
             if "scores" in policies and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
                 forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics))
+    chain([forward for forward in forwards if isinstance(forward, LayerDecode)])
     if "lm_head" in policies:
         head = head_decode(sites, policies["lm_head"], top, statistics)
         forwards.append(head)

@@ -249,6 +249,17 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         ]
         super().__init__(layers=layers)
         self._angles: list[tuple[Any, tuple[Any, Any]]] = []
+        #: Hidden states that have been through layers whose turn hasn't come yet, and the last of these.
+        self.done: tuple[Tensor, int] | None = None
+
+    def is_done(self, layer: int, hidden_states: Tensor) -> bool:
+        """Whether these hidden states have been through the layer already."""
+        if self.done is None or self.done[0] is not hidden_states:
+            return False
+        last = self.done[1]
+        if layer >= last:
+            self.done = None
+        return layer <= last
 
     def angles_of(self, angles: Any, size: int) -> tuple[Any, Any]:
         """Cosines and sines as arrays (batch or 1, size); the layers of a step share the tensors they come from."""
