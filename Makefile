@@ -6,7 +6,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/
 CROSS ?= aarch64-linux-gnu
 
 .PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 \
-  sanitize sanitize-selftest sanitize-threads sanitize-tests bench study study-small clean
+  sanitize sanitize-build sanitize-selftest sanitize-threads sanitize-tests bench study study-small clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
 	$(BIN)/torchlamp evaluate smollm2-135m --accumulate ps4 --rule running:0.03
@@ -57,9 +57,13 @@ SANITIZED_CMAKE = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(2) $(3) -DCMAK
   "$(abspath $(BIN))/cmake" --build $(2) --parallel 2
 SANITIZERS := -fsanitize=address,undefined
 
-sanitize-selftest: $(VENV)/installed-dev
-	$(call SANITIZED_CMAKE,$(SANITIZERS),$(SANITIZED)/selftest)
-	$(SANITIZED)/selftest/selftest
+sanitize-selftest: sanitize-build
+	"$(abspath $(BIN))/cmake" --build $(SANITIZED)/extension --target selftest
+	$(SANITIZED)/extension/selftest
+
+sanitize-build: $(VENV)/installed-dev
+	$(call SANITIZED_CMAKE,$(SANITIZERS),$(SANITIZED)/extension,-DSKBUILD=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)")
 
 sanitize-threads: $(VENV)/installed-dev
 	$(call SANITIZED_CMAKE,-fsanitize=thread,$(SANITIZED)/threads)
@@ -69,9 +73,7 @@ sanitize-threads: $(VENV)/installed-dev
 # tests run in the interpreter behind the virtual environment, which doesn't know of it, with the environment's packages
 # second on its path. A sanitizer's library must be loaded before everything else, with the library whose exceptions it
 # watches. pytest captures only what Python prints: it would keep the reports of a process that crashes to itself.
-sanitize-tests: $(VENV)/installed-dev
-	$(call SANITIZED_CMAKE,$(SANITIZERS),$(SANITIZED)/extension,-DSKBUILD=ON -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
-	  -Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)")
+sanitize-tests: sanitize-build
 	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -R src/torchlamp $(SANITIZED)/site
 	rm -f $(SANITIZED)/site/torchlamp/_native*
 	$(BIN)/cmake --install $(SANITIZED)/extension --prefix $(SANITIZED)/site

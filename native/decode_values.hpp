@@ -79,7 +79,8 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
       chosen |= (~bits(le(w, bound)) & ((1u << vf::width) - 1u)) << k;
     }
     if (chosen) chosen &= visible_bits(p, row, work.origin + j);
-    if (waiting.count + std::popcount(chosen) > Waiting::kMost) recompute();  // while all that waits is of earlier blocks
+    // Before any of this block waits, since `total` takes the block below.
+    if (waiting.count + std::popcount(chosen) > Waiting::kMost) recompute();
     for (; chosen; chosen &= chosen - 1) {
       const std::ptrdiff_t at = waiting.at[waiting.count++] = j + std::countr_zero(chosen);
       ask_for(full, work.origin + at, p.store.size);

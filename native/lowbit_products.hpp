@@ -86,10 +86,10 @@ inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x
 // Rows that are summed together, weights beside them; those with weight 0 in all vectors aren't read.
 constexpr int kWindow = 128;  // at most: sums of so many products fit 32 bits
 struct Window {
-  std::ptrdiff_t first = 0;  // row, a multiple of kRows
-  int rows = 0;              // likewise
+  std::ptrdiff_t first = 0;     // row, a multiple of kRows
+  int rows = 0;                 // likewise
   int pairs[kWindow / 2] = {};  // those to read
-  int count = 0;             // of pairs
+  int count = 0;                // of pairs
 };
 
 // Pairs of a window at most: its codes and those of the next, asked for meanwhile, fit the first-level cache.
@@ -114,7 +114,7 @@ inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const flo
     const vrows scale_of = rows_load(scales + i);
     for (int v = 0; v < Vectors; ++v) {
       vrows x = rows_load(weights + v * stride + i);
-      for (int k = 0; k < kRowVectors; ++k) x.v[k] = x.v[k] * (scale_of.v[k] * inverse[v]);
+      for (int k = 0; k < kRowVectors; ++k) x.v[k] = x.v[k] * scale_of.v[k] * inverse[v];
       store_shorts(shorts[v] + i, x);
     }
   }
