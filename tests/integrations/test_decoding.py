@@ -113,6 +113,17 @@ def test_watched_layers_run_one_by_one(build, tokens, name):
 
 
 @pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
+def test_a_model_that_does_something_between_layers_runs_them_one_by_one(build, tokens):
+    class Between(type(build("llama").model)):
+        pass
+
+    model = build("llama")
+    model.model.__class__ = Between
+    with prepare(model, STEADY):
+        assert [len(layer.forward.chain) for layer in model.model.layers] == [1, 1]
+
+
+@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
 def test_early_exit_leaves_the_last_layers_out(build, tokens, monkeypatch):
     model, x = build("llama"), tokens(2, 14)
 

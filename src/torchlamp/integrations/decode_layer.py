@@ -5,8 +5,8 @@ whose formula is known by their class take this way when all their sites are low
 modules' own kernels, up to float32 rounding in norms and rotary positions.
 
 What Python and torch do around a layer still takes longer than its attention, so a layer goes through those behind it
-at once, and they hand on what they find done. Only where nothing could tell the difference: no hooks, the layers' own
-order and number, one mask and one set of positions.
+at once, and they hand on what they find done. Only where nothing could tell the difference: models known to do nothing
+between layers, no hooks, the layers' own order and number, one mask and one set of positions.
 """
 
 import itertools
@@ -32,6 +32,8 @@ KNOWN = {
     "Qwen3DecoderLayer": 0.0,
     "Gemma3DecoderLayer": 1.0,
 }
+#: Models of transformers that hand hidden states from layer to layer untouched.
+PLAIN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Gemma3TextModel")
 
 
 class LayerDecode(Forward):
@@ -118,7 +120,9 @@ class LayerDecode(Forward):
     def _is_plain(self) -> bool:
         """Whether nobody watches the layer, or has put another forward over this one."""
         module = self.module
-        return vars(module)["forward"] is self and not (module._forward_hooks or module._forward_pre_hooks)
+        return vars(module).get("forward") is self and not (
+            module._forward_hooks or module._forward_pre_hooks
+        )
 
     def kernel(self, isa: str) -> Any:
         """The native object, made for the instruction set in use."""
@@ -167,8 +171,10 @@ def can_fuse(layer: nn.Module) -> bool:
     return type(layer).__name__ in KNOWN and partial in (None, 1, 1.0)
 
 
-def chain(layers: Sequence[LayerDecode]) -> None:
-    """Tell layers which others follow them with the same mask and positions."""
+def chain(model: Any, layers: Sequence[LayerDecode]) -> None:
+    """Tell layers of a model which others follow them with the same mask and positions."""
+    if type(model.get_decoder()).__name__ not in PLAIN:
+        return
 
     def kind(layer: LayerDecode) -> Any:
         kinds = getattr(layer.attention.config, "layer_types", None)

@@ -218,7 +218,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
             if "scores" in policies and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
                 forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics))
-    chain([forward for forward in forwards if isinstance(forward, LayerDecode)])
+    chain(prepared.model, [forward for forward in forwards if isinstance(forward, LayerDecode)])
     if "lm_head" in policies:
         head = head_decode(sites, policies["lm_head"], top, statistics)
         forwards.append(head)
