@@ -276,12 +276,13 @@ class KeyValueStore:
 
     def _start(self, keys: Tensor, values: Tensor) -> None:
         capacity = -(-max(keys.shape[2], _LEAST) // ROWS) * ROWS
-        self._take(self._allocate(keys.shape, values.shape[3], capacity))
-        self.capacity = capacity
-        if self.options.center and self.mean is None:
+        mean = self.mean
+        if self.options.center and mean is None:
             mean = keys.mean(2)
             # A mean that isn't finite would take all keys along.
-            self.mean = torch.where(mean.isfinite(), mean, 0).flatten()
+            mean = torch.where(mean.isfinite(), mean, 0).flatten()
+        self._take(self._allocate(keys.shape, values.shape[3], capacity))
+        self.capacity, self.mean = capacity, mean
 
     def _allocate(self, shape: torch.Size, value_size: int, capacity: int) -> dict[str, Tensor]:
         batch, heads, _, size = shape
