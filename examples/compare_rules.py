@@ -4,7 +4,7 @@ Run it with `python examples/compare_rules.py`; on 2 cores it takes about a minu
 """
 
 import torchlamp
-from torchlamp.study.text import cut_windows, default_text
+from torchlamp.data.text import cut_windows, default_text
 
 WINDOWS, LENGTH = 2, 256
 RULES = ("none", "topz:0.1", "strict:0.3", "strict:0.1", "relaxed:0.1", "running:0.03", "running:0.01", "all")

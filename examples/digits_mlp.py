@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp import Accumulator
-from torchlamp.compositions.activation import activated
-from torchlamp.compositions.linear import linear
+from torchlamp.simulation.activation import activated
+from torchlamp.simulation.linear import linear
 
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
 ACCUMULATORS = ("e5m2", "e4m3fn", "ps4", "ps5", "ps7", "ps10", "fp32")

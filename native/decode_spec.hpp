@@ -1,6 +1,6 @@
 // What the decoding kernels are told: a key-value store with a low-bit and a full-precision copy of everything, keys
 // and values to append to it, and queries that attend to it. The torch twins are in
-// src/torchlamp/kernels/twins_decode.py; docs/decoding.md derives the rules.
+// src/torchlamp/kernels/reference_decoding.py; docs/decoding.md derives the rules.
 #pragma once
 
 #include <algorithm>

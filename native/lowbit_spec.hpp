@@ -1,5 +1,5 @@
 // What the low-bit kernels are told. docs/decoding.md states the layouts and formulas; the torch twins are in
-// src/torchlamp/kernels/twins_lowbit.py and hold the same layouts, byte for byte.
+// src/torchlamp/kernels/reference_lowbit.py and hold the same layouts, byte for byte.
 #pragma once
 
 #include <cstddef>

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from operands import NATIVE
 from tiny import save_tiny_model
 
 # A commit passes or fails by itself, whenever it is tested. `HYPOTHESIS_PROFILE=explore make test` tries new examples.
@@ -20,6 +21,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> tuple[Any, Any]:
-    from torchlamp.study.models import load
+    from torchlamp.models.load import load
 
     return load(str(tiny_folder))
+
+
+@pytest.fixture(params=["torch", *NATIVE])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch reference, then every native instruction set that this machine runs."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
+
+
+@pytest.fixture(params=NATIVE)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every native instruction set that this machine runs, for comparison with the reference."""
+    monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from tiny import TEXT
 from torchlamp.cli import app
-from torchlamp.study import loop, packaged
+from torchlamp.evaluation import loop
+from torchlamp.models import packaged
 
 SIZES = ["--windows", "2", "--window-length", "16"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from torchlamp.study.conversion import convert
-from torchlamp.study.evaluate import evaluate
-from torchlamp.study.models import load
-from torchlamp.study.packaged import PACKAGED
-from torchlamp.study.text import cut_windows, default_text
+from torchlamp.data.text import cut_windows, default_text
+from torchlamp.evaluation.evaluate import evaluate
+from torchlamp.models.conversion import convert
+from torchlamp.models.load import load
+from torchlamp.models.packaged import PACKAGED
 
 pytestmark = pytest.mark.llm
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from torchlamp.kernels.lowbit_head import LowBitHead
-from torchlamp.study.models import load
-from torchlamp.study.text import cut_windows, default_text
+from torchlamp.data.text import cut_windows, default_text
+from torchlamp.decoding.head import LowBitHead
+from torchlamp.models.load import load
 
 pytestmark = pytest.mark.llm
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from torchlamp.study.evaluate import evaluate
-from torchlamp.study.models import load
-from torchlamp.study.text import cut_windows, default_text
+from torchlamp.data.text import cut_windows, default_text
+from torchlamp.evaluation.evaluate import evaluate
+from torchlamp.models.load import load
 
 pytestmark = pytest.mark.llm
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 
 import torchlamp
-from torchlamp.integrations import install
-from torchlamp.integrations.stream import residual_ahead
+from torchlamp.data.text import cut_windows, default_text
+from torchlamp.huggingface import install
+from torchlamp.huggingface.residual_stream import residual_ahead
+from torchlamp.report.tables import at_rates
 from torchlamp.rules import RunningOutput, RunningResidual, register
-from torchlamp.study.report_tables import at_rates
-from torchlamp.study.text import cut_windows, default_text
 
 RATES = (0.005, 0.01, 0.02, 0.04)
 THRESHOLDS = {"smollm2-135m": (0.0095, 0.003, 0.0006), "gemma3-270m": (0.05, 0.0145, 0.0045)}

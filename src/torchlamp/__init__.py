@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.formats import Format
     from torchlamp.arithmetic.matmul import matmul
     from torchlamp.arithmetic.rounding import round_to
-    from torchlamp.compositions.decode_policy import DecodePolicy
-    from torchlamp.compositions.policy import Policy
-    from torchlamp.compositions.statistics import Statistics
-    from torchlamp.integrations.decoding import prepare
-    from torchlamp.integrations.huggingface import attach, detach, lookahead
-    from torchlamp.integrations.lookahead_cache import LookaheadCache
+    from torchlamp.evaluation.evaluate import evaluate
+    from torchlamp.huggingface.lookahead import attach, detach, lookahead
+    from torchlamp.huggingface.lookahead_cache import LookaheadCache
+    from torchlamp.huggingface.prepare import prepare
+    from torchlamp.models.load import load
+    from torchlamp.policy.decode_policy import DecodePolicy
+    from torchlamp.policy.policy import Policy
+    from torchlamp.results.result import Result
     from torchlamp.rules.rule import Rule
-    from torchlamp.study.evaluate import evaluate
-    from torchlamp.study.models import load
-    from torchlamp.study.result import Result
+    from torchlamp.simulation.statistics import Statistics
 
 try:
     __version__ = version("torchlamp")
@@ -30,20 +30,20 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",
-    "DecodePolicy": "compositions.decode_policy",
+    "DecodePolicy": "policy.decode_policy",
     "Format": "arithmetic.formats",
-    "LookaheadCache": "integrations.lookahead_cache",
-    "Policy": "compositions.policy",
-    "Result": "study.result",
+    "LookaheadCache": "huggingface.lookahead_cache",
+    "Policy": "policy.policy",
+    "Result": "results.result",
     "Rule": "rules.rule",
-    "Statistics": "compositions.statistics",
-    "attach": "integrations.huggingface",
-    "detach": "integrations.huggingface",
-    "evaluate": "study.evaluate",
-    "load": "study.models",
-    "lookahead": "integrations.huggingface",
+    "Statistics": "simulation.statistics",
+    "attach": "huggingface.lookahead",
+    "detach": "huggingface.lookahead",
+    "evaluate": "evaluation.evaluate",
+    "load": "models.load",
+    "lookahead": "huggingface.lookahead",
     "matmul": "arithmetic.matmul",
-    "prepare": "integrations.decoding",
+    "prepare": "huggingface.prepare",
     "round_to": "arithmetic.rounding",
 }
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from tiny import TEXT
 from torchlamp.cli import app
-from torchlamp.study import sweep_worker
+from torchlamp.sweep import worker as sweep_worker
 
 STUDY = """models: MODEL
 texts: fox.txt
@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_line_and_no_half_line(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        patch.setattr("torchlamp.study.sweep_folder.write_text", lambda *_: None)
+        patch.setattr("torchlamp.sweep.folder.write_text", lambda *_: None)
         result = sweep("--output", "out")
     assert result.exit_code == 2
     last = result.stderr.splitlines()[-1]

@@ -4,9 +4,9 @@ import math
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from operands import draw, same_bits
 from scalar_oracle import fmaf
 
+from operands import draw, same_bits
 from torchlamp.kernels.fma import fma
 
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True, allow_subnormal=True)

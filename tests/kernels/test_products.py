@@ -2,15 +2,15 @@ import functools
 
 import pytest
 import torch
-from operands import FORMATS, FORMS, KINDS, draw, same_bits
 from scalar_oracle import products as oracle
 
+from operands import FORMATS, FORMS, KINDS, draw, same_bits
 from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels import products as module
-from torchlamp.kernels import twins
+from torchlamp.kernels import reference
 from torchlamp.kernels.products import products
+from torchlamp.kernels.reference import products_twin
 from torchlamp.kernels.rounding import round_to_grid
-from torchlamp.kernels.twins import products_twin
 
 SPELLINGS = [name + form for name in FORMATS for form in FORMS]
 #: One format for each way in which a native kernel may round.
@@ -157,7 +157,7 @@ def test_results_depend_neither_on_threads_nor_on_batch_nor_on_tiles(implementat
         assert same_bits(products(a[:, piece], b, how(spelling), scaling=0.25)[0], want[:, piece])
         assert same_bits(products(a, b[..., piece], how(spelling), scaling=0.25)[0], want[..., piece])
     for entries in (1, 1000):
-        monkeypatch.setattr(twins, "_SLAB_ENTRIES_CPU", entries)
+        monkeypatch.setattr(reference, "_SLAB_ENTRIES_CPU", entries)
         assert same_bits(products(a, b, how(spelling), scaling=0.25)[0], want)
 
 

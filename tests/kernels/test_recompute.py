@@ -1,10 +1,10 @@
 import pytest
 import torch
-from operands import KINDS, draw, same_bits
 from scalar_oracle import products as oracle
 
+from operands import KINDS, draw, same_bits
 from torchlamp.kernels import recompute as module
-from torchlamp.kernels import twins
+from torchlamp.kernels import reference
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
 
@@ -77,7 +77,7 @@ def test_results_depend_neither_on_threads_nor_on_batch_nor_on_slabs(implementat
         scores = torch.zeros(1, 17, 43)
         recompute(scores, a[g : g + 1], b[g // 3 : g // 3 + 1], mask[g : g + 1], 0.3)
         assert same_bits(scores[0], want[g])
-    monkeypatch.setattr(twins, "_SLAB_ENTRIES_CPU", 1)
+    monkeypatch.setattr(reference, "_SLAB_ENTRIES_CPU", 1)
     scores = torch.zeros(6, 17, 43)
     recompute(scores, a, b, mask, 0.3)
     assert same_bits(scores, want)

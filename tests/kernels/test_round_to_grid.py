@@ -1,8 +1,8 @@
 import pytest
 import torch
-from operands import FORMATS, draw, same_bits
 from scalar_oracle import round_exact
 
+from operands import FORMATS, draw, same_bits
 from torchlamp.arithmetic import Format
 from torchlamp.kernels.rounding import round_to_grid
 from torchlamp.kernels.specification import Grid

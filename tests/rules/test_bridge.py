@@ -5,9 +5,9 @@ import torch
 from rule_tiles import generator, random_tile, row
 
 from torchlamp.arithmetic import Accumulator
-from torchlamp.compositions import attention
-from torchlamp.compositions.ahead import bridge_error
 from torchlamp.rules import Bridge, BridgeResidual, Rule, Running, RunningResidual
+from torchlamp.simulation.ahead import bridge_error
+from torchlamp.simulation.attention import attention
 
 
 def estimate(query, keys, scaling=1.0, bits=4):

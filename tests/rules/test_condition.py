@@ -1,4 +1,4 @@
-"""Rules for linear layers on tiles made by hand; their numbers come from tests/compositions."""
+"""Rules for linear layers on tiles made by hand; their numbers come from tests/simulation."""
 
 from dataclasses import replace
 

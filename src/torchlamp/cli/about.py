@@ -12,8 +12,8 @@ from torchlamp.cli.common import app, one_line_errors
 @one_line_errors
 def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Show versions, threads, the processor, which kernels run and why others don't, and the cache."""
-    from torchlamp.study.cache import cache_folder
-    from torchlamp.study.environment import environment, kernels
+    from torchlamp.evaluation.environment import environment, kernels
+    from torchlamp.models.cache import cache_folder
 
     record: dict[str, Any] = environment()
     record["kernels"] = kernels()
@@ -34,9 +34,9 @@ def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False)
 @one_line_errors
 def models() -> None:
     """List the models with short names: installed or how to install them, and what the cache holds."""
-    from torchlamp.study.cache import cache_folder, entry_size
-    from torchlamp.study.models import cache_entry
-    from torchlamp.study.packaged import PACKAGED
+    from torchlamp.models.cache import cache_folder, entry_size
+    from torchlamp.models.load import cache_entry
+    from torchlamp.models.packaged import PACKAGED
 
     for name, packaged in PACKAGED.items():
         print(f"{name}  {packaged.description}")

@@ -88,7 +88,7 @@ def read_policy(policy: str | None, accumulate: str | None, rule: str | None) ->
         raise ValueError(
             f"--policy {policy!r} already names accumulator and rule: leave out --accumulate and --rule"
         )
-    from torchlamp.compositions.policy import Policy
+    from torchlamp.policy.policy import Policy
 
     if policy is not None:
         return Policy.parse(policy)

@@ -28,13 +28,13 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Continue a prompt greedily; ends with tokens per second, recompute rates and memory."""
-    from torchlamp.study.generation import generate as run_generation
-    from torchlamp.study.generation import read_any_policy
+    from torchlamp.evaluation.generation import generate as run_generation
+    from torchlamp.evaluation.generation import read_any_policy
 
     chosen = read_any_policy(policy)
     set_threads(threads)
 
-    from torchlamp.study.models import load
+    from torchlamp.models.load import load
 
     language_model, tokenizer = load(model)
 

@@ -62,15 +62,15 @@ def evaluate(
 
     from rich.console import Console
 
-    from torchlamp.study.output import check_writable, write_text
-    from torchlamp.study.text import check_context, check_sizes, cut_windows, default_text, find_text
+    from torchlamp.data.text import check_context, check_sizes, cut_windows, default_text, find_text
+    from torchlamp.results.output import check_writable, write_text
 
     check_sizes(windows, window_length)
     if output is not None:
         check_writable(output)
     texts = [find_text(str(file)) for file in files]
     if dataset:
-        from torchlamp.study.dataset_source import check_source
+        from torchlamp.data.source import check_source
 
         for spec in dataset:
             check_source(spec)
@@ -78,15 +78,15 @@ def evaluate(
         texts = [default_text()]
     set_threads(threads)
 
-    from torchlamp.study.evaluate import evaluate as run_evaluation
-    from torchlamp.study.models import load
-    from torchlamp.study.reporter import reporter
-    from torchlamp.study.table import print_result
+    from torchlamp.cli.progress import reporter
+    from torchlamp.evaluation.evaluate import evaluate as run_evaluation
+    from torchlamp.models.load import load
+    from torchlamp.report.table import print_result
 
     language_model, tokenizer = load(model)
     check_context(language_model, window_length)
     if dataset:
-        from torchlamp.study.datasets import dataset_text
+        from torchlamp.data.datasets import dataset_text
 
         texts += [dataset_text(spec, tokenizer, windows * window_length) for spec in dataset]
     tokens = cut_windows(tokenizer, texts, windows, window_length)
@@ -122,6 +122,6 @@ def bench(
 ) -> None:
     """Time the kernels, a forward pass, or an evaluation, beside float32 and the project's targets."""
     set_threads(threads)
-    from torchlamp.study import bench as benchmarks
+    from torchlamp.bench import turns as benchmarks
 
     benchmarks.run(name, json)

@@ -25,7 +25,7 @@ def report(
 ) -> None:
     """Turn the results of sweeps into report.html, one page that works offline, and figures with their data."""
     _need_study("pandas", "plotly", "matplotlib", "jinja2")
-    from torchlamp.study.report import report as write_report
+    from torchlamp.report.report import report as write_report
 
     page, *rest = write_report(folders, output)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) and {len(rest)} files in {page.parent / 'figures'}")
@@ -44,16 +44,16 @@ def inspect(
 ) -> None:
     """Write an interactive page with the attention maps of a text and the scores that a policy recomputes."""
     _need_study("plotly", "jinja2")
-    from torchlamp.compositions.policy import Policy
-    from torchlamp.study.output import check_writable, write_text
+    from torchlamp.policy.policy import Policy
+    from torchlamp.results.output import check_writable, write_text
 
     chosen = Policy.parse(policy)
     check_writable(output)
     set_threads(threads)
 
-    from torchlamp.study.inspect import inspect as run_inspection
-    from torchlamp.study.inspect_page import inspect_page
-    from torchlamp.study.models import load
+    from torchlamp.evaluation.inspect import inspect as run_inspection
+    from torchlamp.models.load import load
+    from torchlamp.report.inspect_page import inspect_page
 
     language_model, tokenizer = load(model)
     seen = run_inspection(language_model, tokenizer, text, chosen)

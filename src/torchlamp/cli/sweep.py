@@ -9,7 +9,7 @@ import typer
 from torchlamp.cli.common import INTERRUPTED, Threads, app, check_threads, one_line_errors
 
 if TYPE_CHECKING:
-    from torchlamp.study.sweep_config import Study
+    from torchlamp.sweep.config import Study
 
 #: Exit code of a sweep with failed points: everything else was computed.
 SOME_FAILED = 1
@@ -51,7 +51,7 @@ def sweep(
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"can't sweep into {str(output)!r}: it is a file, give a folder")
 
-    from torchlamp.study.sweep_config import read_study
+    from torchlamp.sweep.config import read_study
 
     study = read_study(config)
     if dry_run:
@@ -60,9 +60,9 @@ def sweep(
 
     from rich.console import Console
 
-    from torchlamp.study.sweep import sweep as run_sweep
-    from torchlamp.study.sweep_folder import open_folder
-    from torchlamp.study.sweep_reporter import duration, sweep_reporter
+    from torchlamp.cli.sweep_progress import duration, sweep_reporter
+    from torchlamp.sweep.folder import open_folder
+    from torchlamp.sweep.run import sweep as run_sweep
 
     console = Console(stderr=True, emoji=False)
     with open_folder(output, fresh=fresh) as folder:
@@ -92,19 +92,19 @@ def sweep(
 
 def _engine(name: str, study: "Study", workers: int | None, threads: int | None) -> Any:
     if name == "ray":
-        from torchlamp.study.sweep_ray import RayEngine
+        from torchlamp.sweep.ray_points import RayEngine
 
         return RayEngine(study, workers, threads)
-    from torchlamp.study.sweep import LocalEngine
+    from torchlamp.sweep.run import LocalEngine
 
     return LocalEngine(study, threads)
 
 
 def _print_plan(study: "Study", output: Path) -> None:
     """Points of each grid, and a time where earlier results give one."""
-    from torchlamp.study.sweep_estimate import Estimate
-    from torchlamp.study.sweep_folder import read_results
-    from torchlamp.study.sweep_reporter import duration
+    from torchlamp.cli.sweep_progress import duration
+    from torchlamp.sweep.estimate import Estimate
+    from torchlamp.sweep.folder import read_results
 
     records = read_results(output)
     done = {record["key"] for record in records if record["status"] == "done"}

@@ -25,6 +25,6 @@ def lm_eval(
     """Run lm-evaluation-harness with the model 'lamp': torchlamp lm-eval --model lamp --tasks ..."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm-eval needs lm-evaluation-harness: run pip install 'torchlamp[eval]'")
-    from torchlamp.integrations.lm_eval import main
+    from torchlamp.evaluation.lm_eval import main
 
     main(arguments or ["--help"])

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels import native
+from torchlamp.kernels.reference import products_twin
 from torchlamp.kernels.specification import Accumulation
-from torchlamp.kernels.twins import products_twin
 
 #: Devices that can't run the twins, which build the fused multiply-add from float64: their tensors go to the
 #: CPU and back.

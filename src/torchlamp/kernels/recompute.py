@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchlamp.kernels import native
 from torchlamp.kernels.products import WITHOUT_FLOAT64, operands_fit
-from torchlamp.kernels.twins import recompute_twin
+from torchlamp.kernels.reference import recompute_twin
 
 
 def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:

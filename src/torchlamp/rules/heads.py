@@ -19,7 +19,7 @@ class Heads(Rule):
     """`heads:L.H/L.H/...`: recompute every visible entry of these heads (layer.head, both from 0), and no other.
 
     If the entries that matter cluster in a few heads, a choice made once on a calibration text does as well as
-    looking ahead, without a second pass; `torchlamp.study.heads.choose_heads` makes that choice.
+    looking ahead, without a second pass; `torchlamp.evaluation.heads.choose_heads` makes that choice.
 
     Raises
     ------

@@ -1,0 +1,1 @@
+"""Timings and contestants, measured in turns."""

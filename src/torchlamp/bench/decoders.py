@@ -1,0 +1,81 @@
+"""What `torchlamp bench decode` compares: ways to decode one token after the other, behind one face."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Decoder(Protocol):
+    """Reads a prompt, then takes one token at a time."""
+
+    def prefill(self, tokens: Tensor) -> None:
+        """Read int64 (length,) tokens."""
+
+    def step(self, token: int) -> Tensor:
+        """Read one token more; float32 logits (vocabulary,) of what follows it."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class TransformersDecoder:
+    """A transformers model with a cache; `make_cache` None takes the model's own DynamicCache."""
+
+    def __init__(self, model: Any, make_cache: Callable[[], Any] | None = None) -> None:
+        self.model, self.make_cache = model, make_cache
+        self._cache: Any = None
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> None:
+        """Read int64 (length,) tokens."""
+        cache = None if self.make_cache is None else self.make_cache()
+        output = self.model(tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._cache = output.past_key_values
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Tensor:
+        """Read one token more; float32 logits (vocabulary,)."""
+        output = self.model(torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
+        logits: Tensor = output.logits[0, 0]
+        return logits
+
+    def close(self) -> None:
+        """Forget the cache."""
+        self._cache = None
+
+
+class PreparedDecoder(TransformersDecoder):
+    """A model under `torchlamp.prepare`, on the same weights as the model it was made from."""
+
+    def __init__(self, model: Any, policy: Any, **options: Any) -> None:
+        from torchlamp.huggingface.prepare import prepare
+
+        self.prepared = prepare(sharing_copy(model), policy, **options)
+        attention = "scores" in self.prepared.policy.sites
+        super().__init__(self.prepared.model, self.prepared.cache if attention else None)
+
+    def prefill(self, tokens: Tensor) -> None:
+        """Read int64 (length,) tokens; counts start anew."""
+        super().prefill(tokens)
+        self.prepared.statistics.clear()
+
+
+def sharing_copy(model: nn.Module) -> Any:
+    """A copy of a model whose parameters and buffers are the model's own."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def dynamic_int8(model: nn.Module) -> Any:
+    """A copy of a model with torch's dynamic int8 linear layers: 8-bit weights and activations, per tensor."""
+    import warnings
+
+    from torch.ao.quantization import quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is to move to another package
+        quantised: Any = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-untyped-call]
+    return quantised

@@ -1,0 +1,76 @@
+"""Greedy texts of low-bit decoding against float32's, through `model.generate`."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlamp.bench.turns import Bench, Target, Timing
+from torchlamp.data.text import cut_windows, default_text
+from torchlamp.models.quiet import quiet_transformers
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS, MUST_AGREE = 10, 48, 256, 9
+
+
+def greedy(name: str, model: Any, tokenizer: Any, policy: Any = None) -> Bench:
+    """Ten prompts from the text, 256 new tokens each: how many texts are float32's, token for token.
+
+    Both ways take turns prompt by prompt; their seconds are those of the whole `generate`.
+    """
+    from torchlamp.bench.decoders import sharing_copy
+    from torchlamp.huggingface.prepare import prepare
+
+    # Every other window, so that the prompts lie far apart.
+    windows = cut_windows(tokenizer, [default_text()], PROMPTS * 8, PROMPT_TOKENS)[::8]
+    seconds: dict[str, list[float]] = {"float32 generate": [], "look-ahead generate": []}
+    agreed, first_differences = 0, []
+    # The end-of-text token is never taken, so the second largest logit must be a full-precision one, too.
+    prepared = prepare(sharing_copy(model), policy, top=2)
+    for prompt in windows:
+        full = _generate(model, prompt, seconds["float32 generate"])
+        low = _generate(prepared.model, prompt, seconds["look-ahead generate"])
+        same = (full == low).long().cumprod(0).sum().item() if len(full) == len(low) else -1
+        agreed += same == len(full)
+        if same != len(full):
+            first_differences.append(int(same))
+    timings = []
+    for label, times in seconds.items():
+        values = torch.tensor(times)
+        median = float(values.quantile(0.5))
+        note = f"first differing tokens: {first_differences}" if "look" in label and first_differences else ""
+        timings.append(
+            Timing(
+                label,
+                median,
+                float(values.min()),
+                float(values.max()),
+                per_second=NEW_TOKENS / median,
+                note=note,
+            )
+        )
+    return Bench(
+        f"greedy: {name}, {PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} new ones",
+        timings,
+        [
+            Target("texts identical to float32's", float(agreed), MUST_AGREE, at_least=True),
+            Target("times float32's tokens/s", timings[0].median / timings[1].median, 2.5, at_least=True),
+        ],
+    )
+
+
+def _generate(model: Any, prompt: Tensor, seconds: list[float]) -> Tensor:
+    """New tokens, int64; never ended by an end-of-text token, so that every text has the same length."""
+    with quiet_transformers(), torch.inference_mode():
+        start = time.perf_counter()
+        output = model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        seconds.append(time.perf_counter() - start)
+    tokens: Tensor = output[0, len(prompt) :]
+    return tokens

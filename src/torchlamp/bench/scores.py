@@ -1,0 +1,51 @@
+"""Query-key products of SmolLM2's shapes: 9 heads over 3 key heads, 1024 tokens, size 64."""
+
+from collections.abc import Callable
+
+import torch
+
+from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.bench.turns import Bench, Target, interleaved, ratio
+from torchlamp.kernels import native
+from torchlamp.kernels.products import products
+
+HEADS, KEY_HEADS, LENGTH, SIZE = 9, 3, 1024, 64
+REPEATS = 31
+
+
+def measure() -> Bench:
+    """Time rounded causal scores against torch's float32 product, full and not causal."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(HEADS, LENGTH, SIZE, generator=generator)
+    key = torch.randn(KEY_HEADS, LENGTH, SIZE, generator=generator)
+    repeated = key.repeat_interleave(HEADS // KEY_HEADS, dim=0).transpose(1, 2)
+    keys = key.transpose(1, 2)
+    out = torch.empty(HEADS, LENGTH, LENGTH)
+    steps = HEADS * LENGTH * (LENGTH + 1) / 2 * SIZE
+
+    calls: dict[str, Callable[[], object]] = {"float32 q @ k.T, full": lambda: query @ repeated}
+    work: dict[str, float] = {}
+
+    def add(label: str, call: Callable[[], object]) -> None:
+        calls[label] = call
+        work[label] = steps
+
+    for spelling in ("ps4", "ps7/block32", "e4m3fn"):
+        accumulation = Accumulator.parse(spelling).accumulation
+        add(f"{spelling}, causal", lambda a=accumulation: products(query, keys, a, causal=0))  # type: ignore[misc]
+    ps4 = Accumulator.parse("ps4").accumulation
+    add("ps4 with sums of squares, causal", lambda: products(query, keys, ps4, causal=0, squares=True))
+    if native.available():  # without the cost of fresh memory
+        calls["float32, full, into old memory"] = lambda: torch.matmul(query, repeated, out=out)
+        add("ps4, causal, into old memory", lambda: native.products(query, keys, ps4, None, 0, False, out))
+    with torch.inference_mode():
+        timings = interleaved(calls, REPEATS if native.available() else 1, work)
+
+    rate = {t.label: t.gfma or 0.0 for t in timings}
+    targets = [
+        Target("ps4 causal / float32 full", ratio(timings, "ps4, causal", "float32 q @ k.T, full"), 1.0),
+        Target("ps4 causal, G rounded FMA/s", rate["ps4, causal"], 16.0, at_least=True),
+        Target("e4m3fn / ps4", ratio(timings, "e4m3fn, causal", "ps4, causal"), 2.5),
+    ]
+    title = f"scores: {HEADS}/{KEY_HEADS} heads, {LENGTH} tokens, size {SIZE}"
+    return Bench(title, timings, targets)

@@ -1,0 +1,1 @@
+"""Texts and data sets, and how they are cut into windows."""

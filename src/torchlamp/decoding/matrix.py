@@ -1,0 +1,172 @@
+"""Low-bit copies of matrices, packed and multiplied by the native kernel where it runs and by its torch twin elsewhere.
+
+They are made of plain tensors, so that they can be copied, pickled and shared between threads. The layout, and the
+formulas that both kinds of kernels follow, are in `torchlamp.kernels.reference_lowbit`; `docs/decoding.md` says
+what they are for.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlamp.kernels import native, reference_lowbit
+from torchlamp.kernels.reference_lowbit import ROWS, block_count, code_bytes, group_count
+
+#: Bits that a code can have.
+BITS = (4, 8, 12)
+
+
+@dataclass(eq=False)
+class LowBitMatrix:
+    """A low-bit copy of a matrix (rows, columns): integers of 4, 8 or 12 bits, a bfloat16 scale per row and 32 columns.
+
+    Made by `pack`. Products with it read `bytes` bytes. An infinity or NaN in the matrix makes the products of its row
+    NaN, one in a vector those of the vector.
+    """
+
+    #: uint8 and uint16 (bfloat16 patterns), flat: the layout of `reference_lowbit.pack_blocks`.
+    codes: Tensor
+    scales: Tensor
+    #: float32, one for each row of the blocks; `errors` shows those of the matrix.
+    block_errors: Tensor
+    bits: int
+    rows: int
+    columns: int
+    #: The native object over the tensors above, and the instruction set that it was made for.
+    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    @torch.no_grad()
+    def pack(cls, weight: Tensor, bits: int) -> "LowBitMatrix":
+        """Quantise a matrix.
+
+        Parameters
+        ----------
+        weight
+            (rows, columns) float32 on the CPU, any strides; either size may be 0.
+        bits
+            4, 8 or 12.
+
+        Raises
+        ------
+        ValueError
+            For other bits, shapes or devices.
+        TypeError
+            For other dtypes.
+        """
+        if bits not in BITS:
+            raise ValueError(f"bits={bits}: LowBitMatrix takes 4, 8 or 12")
+        _check(weight, "a weight", "(rows, columns)")
+        rows, columns = weight.shape
+        if native.available():
+            matrix = cls(*_empty_blocks(rows, columns, bits), bits, rows, columns)
+            matrix.kernel().pack(_last_contiguous(weight), torch.get_num_threads())
+            return matrix
+        return cls(*reference_lowbit.pack_blocks(_plain(weight), bits), bits, rows, columns)
+
+    @torch.no_grad()
+    def products(self, x: Tensor) -> Tensor:
+        """The matrix times vectors, which are rounded to 16-bit integers first.
+
+        Parameters
+        ----------
+        x
+            (vectors, columns) float32 on the CPU, any strides.
+
+        Returns
+        -------
+        float32 (vectors, rows). `reference_lowbit.products` bounds the difference from the quantised operands' exact
+        products. The native kernel's results depend neither on the instruction set, nor on the number of threads,
+        nor on what other vectors there are.
+
+        Raises
+        ------
+        ValueError
+            When the shape or the device doesn't fit.
+        TypeError
+            When `x` isn't float32.
+        """
+        x = check_vectors(x, self.columns)
+        if not native.available():
+            return reference_lowbit.products(self.codes, self.scales, self.bits, self.rows, x)
+        out = torch.empty(len(x), self.rows)
+        self.kernel().products(x, out, torch.get_num_threads())
+        return out
+
+    @property
+    def errors(self) -> Tensor:
+        """float32 (rows,): at least the 2-norm of each row minus its copy, to 1e-6; not finite where the row isn't."""
+        return self.block_errors[: self.rows]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of codes and scales."""
+        return self.codes.numel() + 2 * self.scales.numel()
+
+    def dequantised(self) -> Tensor:
+        """What the copy stands for: float32 (rows, columns), NaN in groups of 32 that aren't finite."""
+        return reference_lowbit.unpack_blocks(self.codes, self.scales, self.bits, self.rows, self.columns)
+
+    def kernel(self) -> Any:
+        """The native object, made anew after a copy and when another instruction set is asked for."""
+        isa = native.instruction_set()
+        assert isa is not None
+        made = self._native  # read once: other threads may replace it
+        if made is None or made[0] != isa:
+            tensors = (self.codes, self.scales, self.block_errors)
+            kernel = native.extension().BlockMatrix(isa, *tensors, self.bits, self.rows, self.columns)
+            self._native = made = (isa, kernel)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the native object, and with scales in a dtype that torch can pickle.
+        return {**self.__dict__, "_native": None, "scales": self.scales.view(torch.int16)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
+
+
+def check_vectors(x: Tensor, columns: int) -> Tensor:
+    """Vectors that a kernel can read: contiguous, without a gradient.
+
+    Raises ValueError and TypeError for what isn't float32 (vectors, columns) on the CPU.
+    """
+    _check(x, "vectors", "(vectors, columns)")
+    if x.shape[1] != columns:
+        raise ValueError(
+            f"vectors of shape {tuple(x.shape)} don't fit a matrix of {columns} columns: "
+            f"they must be (vectors, {columns})"
+        )
+    return _plain(x).contiguous()
+
+
+def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and errors for a matrix, all zero: the kernel doesn't write rows that only fill up a block."""
+    padded = block_count(rows) * ROWS
+    return (
+        torch.zeros(padded * code_bytes(bits, columns), dtype=torch.uint8),
+        torch.zeros(padded * group_count(columns), dtype=torch.uint16),
+        torch.zeros(padded),
+    )
+
+
+def _check(x: Tensor, what: str, shape: str) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"{what} must be float32, got {x.dtype}: convert with .float()")
+    if x.device.type != "cpu":
+        raise ValueError(f"{what} must be on the CPU, got {x.device}: move with .cpu()")
+    if x.dim() != 2:
+        raise ValueError(f"{what} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """The tensor as its memory says: without a gradient, and not lazily negated, which a pointer doesn't show."""
+    return x.detach().resolve_neg()
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension."""
+    x = _plain(x)
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()

@@ -1,0 +1,199 @@
+"""A gated MLP from low-bit copies of its three matrices, look-ahead through the activation and the down projection.
+
+`native/lowbit_mlp.hpp` is the kernel, `LowBitMlp.twin` its readable equal; docs/decoding.md derives the weights.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
+from torchlamp.kernels import native
+from torchlamp.kernels.reference_lowbit import ROWS, block_count
+
+#: Activations that the kernel knows, by the names it is told.
+ACTIVATIONS = ("silu", "gelu_tanh")
+_LARGEST = torch.finfo(torch.float32).max
+#: What float16 loses of a normal number, relative to it.
+_HALF_UNIT = 2.0**-11
+
+
+@dataclass(eq=False)
+class LowBitMlp:
+    """down(phi(gate x) * up x) with low-bit copies; neuron j owns row j of gate and up, and column j of down.
+
+    Made by `pack`. The full-precision rows of gate and up are the given weights themselves; the columns of the down
+    projection are a float16 copy, transposed so that each is contiguous; where float16 can't hold them, float32.
+    """
+
+    gate: LowBitMatrix
+    up: LowBitMatrix
+    down: LowBitMatrix
+    #: (neurons, columns) float32, (neurons, columns) float32, (neurons, outputs) float16 or float32.
+    gate_full: Tensor
+    up_full: Tensor
+    down_full: Tensor
+    #: Norms of the columns of the down projection and of what their low-bit copies leave out; zeros behind.
+    norms: Tensor
+    errors: Tensor
+    activation: str
+    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    @torch.no_grad()
+    def pack(
+        cls, gate: Tensor, up: Tensor, down: Tensor, activation: str, up_bits: int = 8, down_bits: int = 8
+    ) -> "LowBitMlp":
+        """Make the copies.
+
+        Parameters
+        ----------
+        gate, up : Tensor
+            float32 (neurons, columns) on the CPU; kept, not copied.
+        down : Tensor
+            float32 (outputs, neurons).
+        activation : str
+            One of `ACTIVATIONS`.
+        up_bits, down_bits : int
+            Bits of gate and up, and of down: 4, 8 or 12.
+
+        Raises
+        ------
+        ValueError
+            Another activation, other bits, or sizes that don't fit together.
+        TypeError
+            Weights that aren't float32.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r}: the kernel knows {' and '.join(ACTIVATIONS)}")
+        if (
+            {w.ndim for w in (gate, up, down)} != {2}
+            or gate.shape != up.shape
+            or gate.shape[0] != down.shape[1]
+        ):
+            shapes = ", ".join(str(tuple(w.shape)) for w in (gate, up, down))
+            raise ValueError(
+                f"gate, up and down of shapes {shapes} are no gated MLP: give (n, k), (n, k), (m, n)"
+            )
+        copy = LowBitMatrix.pack(down.detach(), down_bits)
+        neurons = len(gate)
+        norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
+        columns = down.detach().T.contiguous()
+        norms[:neurons] = _norms(columns)
+        errors[:neurons] = _norms(columns - copy.dequantised().T)
+        full = columns.half()
+        if not (_norms(columns - full.float()) <= _HALF_UNIT * norms[:neurons]).all():
+            full = columns
+        return cls(
+            LowBitMatrix.pack(gate.detach(), up_bits),
+            LowBitMatrix.pack(up.detach(), up_bits),
+            copy,
+            _rows(gate),
+            _rows(up),
+            full,
+            norms,
+            errors,
+            activation,
+        )
+
+    @torch.no_grad()
+    def run(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
+        """The MLP of a few vectors.
+
+        Parameters
+        ----------
+        x : Tensor
+            float32 (vectors, columns).
+        up_threshold, down_threshold : float
+            What the weights are compared with: below 0 everything is recomputed, at infinity nothing.
+
+        Returns
+        -------
+        tuple
+            float32 (vectors, outputs); neurons recomputed; columns of the down projection read in full precision.
+
+        Raises
+        ------
+        ValueError
+            Vectors of another shape or device.
+        TypeError
+            Vectors that aren't float32.
+        """
+        x = check_vectors(x, self.gate.columns)
+        if not native.available():
+            return self.twin(x, up_threshold, down_threshold)
+        y = x.new_empty(len(x), self.down_full.shape[1])
+        selected = self.kernel().run(x, y, up_threshold, down_threshold, torch.get_num_threads())
+        return y, *selected
+
+    def twin(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
+        """`run` in torch, on the same copies."""
+        neurons, columns = self.gate_full.shape
+        a, b = self.gate.products(x), self.up.products(x)
+        value, slope = activate(self.activation, a)
+        norms, errors = self.norms[:neurons], self.errors[:neurons]
+        spread = x.norm(dim=1, keepdim=True) / columns**0.5
+        weight = norms * spread * torch.hypot(slope * b * self.gate.errors, value * self.up.errors)
+        size = (value * b * norms).norm(dim=1, keepdim=True)
+        # Written so that a NaN is recomputed; where the sum overflows nothing is known of any neuron.
+        size = torch.where(size.isfinite(), size, torch.nan)
+        again = ~(weight <= _limit(up_threshold, size))
+        a = torch.where(again, x @ self.gate_full.T, a)
+        b = torch.where(again, x @ self.up_full.T, b)
+        h = activate(self.activation, a)[0] * b
+        full = ~(h.abs() * errors <= _limit(down_threshold, size))
+        y = torch.where(full, h, 0) @ self.down_full.float() + self.down.products(torch.where(full, 0, h))
+        return y, int(again.sum()), int(full.sum())
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Memory of the low-bit copies, and of the full-precision copy of the down projection."""
+        return self.gate.bytes + self.up.bytes + self.down.bytes, self.down_full.nbytes
+
+    def kernel(self) -> Any:
+        """The native object, made anew after a copy and when another instruction set is asked for."""
+        isa = native.instruction_set()
+        assert isa is not None
+        made = self._native  # read once: other threads may replace it
+        if made is None or made[0] != isa:
+            kernel = native.extension().Mlp(
+                isa, *(matrix.kernel() for matrix in (self.gate, self.up, self.down)), self.gate_full, self.up_full,
+                self.down_full, self.norms, self.errors, ACTIVATIONS.index(self.activation),
+            )  # fmt: skip
+            self._native = made = (isa, kernel)
+        return made[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_native": None}
+
+
+def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(a) and phi'(a), float32 of the shape of `a`."""
+    if name == "silu":
+        s = torch.sigmoid(a)
+        return functional.silu(a), s * (1 + a * (1 - s))
+    root, cube = (2 / torch.pi) ** 0.5, 0.044715
+    # (1 + tanh u) / 2 is the sigmoid of 2 u, in which nothing cancels for negative u.
+    s = torch.sigmoid(2 * root * (a + cube * a**3))
+    return a * s, s * (1 + 2 * root * a * (1 - s) * (1 + 3 * cube * a**2))
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """2-norms of rows, float32, whose squares float32 may not hold."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return norms.float()
+
+
+def _limit(threshold: float, size: Tensor) -> Tensor:
+    """What weights are compared with; those that aren't finite exceed every limit, and all exceed NaN."""
+    if threshold < 0:
+        return torch.full_like(size, -1.0)
+    return torch.full_like(size, _LARGEST) if threshold > _LARGEST else (threshold * size).clamp(max=_LARGEST)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    weight = weight.detach().resolve_neg()
+    return weight if weight.stride(1) == 1 else weight.contiguous()

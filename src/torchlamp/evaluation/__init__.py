@@ -1,0 +1,1 @@
+"""Measuring a policy: KL, flips, perplexity, rates, costs, calibrations and tasks."""

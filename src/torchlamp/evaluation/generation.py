@@ -1,0 +1,149 @@
+"""Greedy generation, streamed as it comes: under a simulated policy, with low-bit decoding, or in float32."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torchlamp.models.quiet import quiet_transformers
+from torchlamp.policy.decode_policy import DecodePolicy
+from torchlamp.policy.policy import Policy
+
+AnyPolicy = Policy | DecodePolicy | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a generation gave: the new tokens, seconds until the first and from there to the last, rates, memory."""
+
+    ids: list[int]
+    prompt_seconds: float
+    seconds: float
+    #: Site -> recomputed / eligible.
+    rates: dict[str, float]
+    #: In words; empty where nothing was copied.
+    memory: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """New tokens."""
+        return len(self.ids)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second once the prompt is read, which also gives the first token."""
+        return (self.tokens - 1) / self.seconds if self.seconds > 0 and self.tokens > 1 else 0.0
+
+
+def read_any_policy(text: str | None) -> AnyPolicy:
+    """A policy of decoding (``qkv=int8``) or of simulation (``ps4+strict:0.1``); None stays None, the default.
+
+    Raises
+    ------
+    ValueError
+        What the policy's own `parse` raises.
+    """
+    if text is None:
+        return None
+    return DecodePolicy.parse(text) if DecodePolicy.looks_like(text) else Policy.parse(text)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    policy: str | Policy | DecodePolicy | None,
+    tokens: int,
+    write: Callable[[str], None],
+    *,
+    full_precision: bool = False,
+) -> Generated:
+    """Continue a prompt greedily, handing each finished piece of text to `write`.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As `torchlamp.load` gives them.
+    prompt : str
+        Text to continue.
+    policy : str, Policy or DecodePolicy, optional
+        Of decoding or of simulation; None is `prepare`'s default.
+    tokens : int
+        New tokens at most.
+    write : callable
+        Is handed each piece of text.
+    full_precision : bool
+        Run the model as it is, in float32, whatever the policy.
+
+    Raises
+    ------
+    ValueError
+        An empty prompt, a number of tokens below 1, or more than the model's context holds.
+    """
+    from transformers import TextStreamer
+
+    from torchlamp.data.text import check_context
+
+    if tokens < 1:
+        raise ValueError(f"{tokens} tokens to generate: give at least 1")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[-1] == 0:
+        raise ValueError("the prompt is empty: give at least one word")
+    length = ids.shape[-1]
+    check_context(model, length + tokens, f"prompt tokens and new ones, {length} + {tokens} =")
+    times: list[float] = []
+
+    class Streamer(TextStreamer):  # type: ignore[misc]
+        def put(self, value: Any) -> None:
+            times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    chosen = read_any_policy(policy) if isinstance(policy, str) else policy
+    with quiet_transformers(), torch.inference_mode(), _running(model, chosen, full_precision) as running:
+        start = time.perf_counter()
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=Streamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
+        )
+    # The streamer is handed the prompt first, then token after token.
+    return Generated(
+        output[0, length:].tolist(), times[1] - start, times[-1] - times[1], _rates(running), _memory(running)
+    )
+
+
+def _running(model: Any, policy: AnyPolicy, full_precision: bool) -> AbstractContextManager[Any]:
+    if full_precision:
+        return nullcontext()
+    if isinstance(policy, Policy):
+        from torchlamp.huggingface.lookahead import lookahead
+
+        return lookahead(model, policy)
+    from torchlamp.huggingface.prepare import prepare
+
+    return prepare(model, policy)
+
+
+def _rates(running: Any) -> dict[str, float]:
+    if running is None:
+        return {}
+    statistics = getattr(running, "statistics", None)
+    if statistics is not None:
+        return dict(statistics.recompute_rates)
+    return dict(running.by_site)
+
+
+def _memory(running: Any) -> str:
+    memory = getattr(running, "memory", None)
+    return "" if memory is None else str(memory)

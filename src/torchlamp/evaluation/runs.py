@@ -1,0 +1,148 @@
+"""The runs of an evaluation: the tested policy, its baselines, and what each of them collects."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from torchlamp.evaluation.metrics import TokenMetrics
+from torchlamp.policy.policy import Policy, SitePolicy
+from torchlamp.results.result import POSITION_BIN, Role
+from torchlamp.rules.rule import Rule
+from torchlamp.simulation.statistics import Counts, Statistics, rate
+
+_NOTHING = Counts.zeros(0).table
+
+
+@dataclass
+class Run:
+    """One policy (None: the float32 reference) and what its finished windows gave."""
+
+    role: Role
+    policy: Policy | None
+    windows: list[TokenMetrics] = field(default_factory=list)
+    #: Tables of `Counts`: of each site, each layer over its sites, the scores of each layer's heads, each position.
+    sites: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[Tensor] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    positions: Tensor = field(default_factory=lambda: _NOTHING)
+    #: Eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros where they weren't counted.
+    blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+
+    def add(
+        self, metrics: TokenMetrics, statistics: Statistics | None, seconds: float, forward: float
+    ) -> None:
+        """Add a finished window."""
+        self.windows.append(metrics)
+        self.seconds += seconds
+        self.forward_seconds += forward
+        if statistics is None:
+            return
+        for site in statistics.sites:
+            self.sites[site] = _added(self.sites.get(site, _NOTHING), statistics.site_counts(site).table)
+        for layer in range(statistics.layers):
+            if layer == len(self.layers):
+                self.layers.append(_NOTHING)
+                self.heads.append(_NOTHING)
+            self.layers[layer] = _added(self.layers[layer], statistics.layer_counts(layer).table)
+            self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
+        self.positions = _added(self.positions, statistics.position_counts().table)
+        self.blocks = self.blocks + statistics.block_counts
+
+    @property
+    def recompute_rate(self) -> float:
+        """Selected / eligible entries of all sites, 0 where nothing was eligible."""
+        counts = self._total()
+        return rate(int(counts.selected), int(counts.eligible))
+
+    @property
+    def recompute_rate_by_layer(self) -> list[float]:
+        """The same of each layer."""
+        return [rate(int(c.selected), int(c.eligible)) for c in map(Counts, self.layers)]
+
+    @property
+    def recompute_rate_by_site(self) -> dict[str, float]:
+        """The same of each site."""
+        return {site: _rates(table)[0] for site, table in self.sites.items()}
+
+    @property
+    def rows_touched(self) -> float:
+        """Rows with a recomputed entry / rows."""
+        counts = self._total()
+        return rate(int(counts.touched), int(counts.rows))
+
+    @property
+    def recompute_rate_by_head(self) -> list[list[float]]:
+        """Recompute rate of the scores of each head of each layer."""
+        return [_rates(table) for table in self.heads]
+
+    @property
+    def recompute_rate_by_position(self) -> list[float]:
+        """Recompute rate of the queries at positions 0 to 15, 16 to 31, and so on."""
+        padded = pad(self.positions, (0, -self.positions.shape[1] % POSITION_BIN))
+        return _rates(padded.view(len(padded), -1, POSITION_BIN).sum(dim=2))
+
+    @property
+    def block_rates(self) -> dict[str, float]:
+        """Share of scores, of 1 x 16 and of 16 x 16 blocks of them that are recomputed; empty without counts."""
+        if not int(self.blocks[0, 0]):
+            return {}
+        rows, tiles = (rounded(rate(int(touched), int(eligible))) for eligible, touched in self.blocks)
+        return {"entry": self.recompute_rate_by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+
+    def _total(self) -> Counts:
+        total = Counts.zeros(1)
+        for table in self.sites.values():
+            total.table += table
+        return total
+
+
+def plan_runs(policy: Policy, baselines: bool) -> list[Run]:
+    """The tested policy first, then the baselines that say something about it.
+
+    Plain is the same accumulators with rule none; random-like recomputes as many entries per row as the
+    tested rules do, at random. Neither is run where it would repeat the tested policy or recompute everything
+    or nothing.
+    """
+    runs = [Run("tested", policy)]
+    if not baselines:
+        return runs
+    plain = Policy(
+        sites={site: SitePolicy(p.accumulate, Rule.parse("none")) for site, p in policy.sites.items()}
+    )
+    if plain != policy:
+        runs.append(Run("plain", plain))
+    control = Policy(
+        sites={site: SitePolicy(p.accumulate, _random_like(p.rule)) for site, p in policy.sites.items()}
+    )
+    if control != policy:
+        runs.append(Run("random-like", control))
+    return runs
+
+
+def _random_like(rule: Rule) -> Rule:
+    if rule.name in ("none", "all") or rule.name.startswith("random"):
+        return rule
+    return Rule.parse(f"random-like:{rule}")
+
+
+def _added(total: Tensor, more: Tensor) -> Tensor:
+    """Sum of two tables of `Counts`; the shorter one is taken as 0 where it ends."""
+    columns = max(total.shape[1], more.shape[1])
+    first, second = (pad(table, (0, columns - table.shape[1])) for table in (total, more))
+    return first + second
+
+
+def _rates(table: Tensor) -> list[float]:
+    """Selected / eligible of each column, in 6 significant digits; 0 where none is eligible."""
+    counts = Counts(table)
+    pairs = zip(counts.selected.tolist(), counts.eligible.tolist(), strict=True)
+    return [rounded(rate(selected, eligible)) for selected, eligible in pairs]
+
+
+def rounded(value: float) -> float:
+    """In 6 significant digits: enough for a figure, and a third of the length in a file."""
+    return float(f"{value:.6g}")

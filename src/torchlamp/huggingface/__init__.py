@@ -1,0 +1,1 @@
+"""Hugging Face transformers: finding sites, patching and undoing, attention functions, caches."""

@@ -1,0 +1,152 @@
+"""From a policy to replaced forwards: built and checked before anything of the model is changed."""
+
+import torch
+from torch import Tensor, nn
+
+from torchlamp.huggingface.attached_policy import Run
+from torchlamp.huggingface.residual_stream import residual_ahead
+from torchlamp.huggingface.site_forwards import (
+    Forward,
+    LayerForward,
+    LinearGroup,
+    NormForward,
+    Residual,
+    group_forwards,
+)
+from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.policy import SitePolicy
+from torchlamp.simulation.activation import activated, gated
+from torchlamp.simulation.linear import HeadVectors
+from torchlamp.simulation.vocabulary import Vocabulary
+
+#: Sites that run in the attention function; all others in replaced forwards.
+IN_ATTENTION = ("scores", "values")
+_RESIDUAL = ("attention_out", "mlp_down")
+
+
+def build(model: nn.Module, run: Run) -> list[Forward]:
+    """The forwards that a run replaces, not yet in place.
+
+    Raises
+    ------
+    ValueError
+        The model's modules can't be found, or are of an unknown kind, or a layer number is out of range.
+    TypeError
+        Weights that aren't float32.
+    """
+    sites = Sites(model)
+    named = [site for site in run.policies if site != "scores"]
+    if not sites.layers:
+        inner = [site for site in named if site != "lm_head"]
+        rule = run.policies["scores"].rule if "scores" in run.policies else None
+        if rule is not None and rule.needs_distance == "residual":
+            raise ValueError(
+                f"{type(model).__name__}: no list of decoder layers found, so rule {str(rule)!r} can't look as far as "
+                "the residual stream; running looks through the softmax alone"
+            )
+        if inner:
+            raise ValueError(
+                f"{type(model).__name__}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} "
+                f"{', '.join(inner)} can't run in low precision; `scores` can"
+            )
+        return _lm_head(sites, run) if named else []
+    outside = [n for n in sorted(run.only or ()) if not 0 <= n < len(sites.layers)]
+    if outside:
+        raise ValueError(f"layers={outside}: the model has the layers 0 to {len(sites.layers) - 1}")
+    forwards = _lm_head(sites, run)
+    if named:
+        forwards += [LayerForward(layer, run) for layer in sites.layers]
+    for number, layer in enumerate(sites.layers):
+        forwards += _layer(sites, run, number, layer)
+    return forwards
+
+
+def _layer(sites: Sites, run: Run, number: int, layer: nn.Module) -> list[Forward]:
+    policies = {site: policy for site in run.policies if (policy := run.policy(site, number)) is not None}
+    forwards: list[Forward] = []
+    if "values" in policies:
+        run.value_norms[number] = _value_norms(sites, layer)
+    if "qkv" in policies:
+        group = LinearGroup(run, "qkv", number, policies["qkv"])
+        group.look = HeadVectors(sites.head_size(layer))
+        forwards += _install(sites, group, sites.qkv(layer))
+    if "mlp_up" in policies:
+        group = LinearGroup(run, "mlp_up", number, policies["mlp_up"])
+        modules, is_gated = sites.mlp_up(layer)
+        rows = sites.weights(sites.mlp_down(layer)).matrix
+        look = gated if is_gated else activated
+        group.look = look(sites.activation(layer), rows.detach().norm(dim=1))
+        forwards += _install(sites, group, modules)
+    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
+        forwards += _residual_stream(sites, run, number, layer, policies)
+    return forwards
+
+
+def _residual_stream(
+    sites: Sites, run: Run, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
+) -> list[Forward]:
+    """The sublayers' output projections and the norms around them."""
+    norms = sites.norms(layer)
+    last = number + 1 == len(sites.layers)
+    size = sites.weights(sites.attention_out(layer)).matrix.shape[1]
+    forwards: list[Forward] = []
+    streams = {"attention_out": Residual(), "mlp_down": Residual()}
+    norm_policy = policies.get("norm")
+    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    if far:
+        run.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
+    own = (
+        ("attention_out", norms.attention[1], norms.after_attention),
+        ("mlp_down", norms.mlp[1], norms.after_mlp),
+    )
+    for site, reads, after in own:
+        # A norm behind the sublayer reads the sublayer's output alone.
+        wants_stream = (site in policies and after is None) or (far and site == "attention_out")
+        if norm_policy is not None or wants_stream:
+            stream = streams[site] if wants_stream else None
+            forwards.append(NormForward(reads, run, number, sites.norm(reads, size), norm_policy, stream))
+    if norm_policy is not None and last:
+        final = sites.final_norm()
+        forwards.append(NormForward(final, run, number, sites.norm(final, size), norm_policy, None))
+    if "attention_out" in policies:
+        group = LinearGroup(run, "attention_out", number, policies["attention_out"])
+        following = norms.mlp if norms.after_attention is None else norms.after_attention
+        group.norm = sites.norm(following[1], size)
+        group.residual = streams["attention_out"] if norms.after_attention is None else None
+        forwards += _install(sites, group, [sites.attention_out(layer)])
+    if "mlp_down" in policies:
+        group = LinearGroup(run, "mlp_down", number, policies["mlp_down"])
+        if norms.after_mlp is not None:
+            following_norm = norms.after_mlp[1]
+        else:
+            following_norm = (
+                sites.final_norm() if last else sites.norms(sites.layers[number + 1]).attention[1]
+            )
+            group.residual = streams["mlp_down"]
+        group.norm = sites.norm(following_norm, size)
+        forwards += _install(sites, group, [sites.mlp_down(layer)])
+    return forwards
+
+
+def _lm_head(sites: Sites, run: Run) -> list[Forward]:
+    policy = run.policies.get("lm_head")
+    if policy is None:
+        return []
+    head, softcap = sites.lm_head()
+    group = LinearGroup(run, "lm_head", -1, policy)
+    group.look = Vocabulary(softcap)
+    return _install(sites, group, [head])
+
+
+def _install(sites: Sites, group: LinearGroup, modules: list[nn.Module]) -> list[Forward]:
+    for module in modules:
+        sites.weights(module)  # refuses what can't run
+    return group_forwards(modules, group)
+
+
+def _value_norms(sites: Sites, layer: nn.Module) -> Tensor:
+    """||W e|| of every number of every head's output, float32 (heads, value size)."""
+    rows = sites.weights(sites.attention_out(layer)).matrix.detach()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.view(-1, sites.head_size(layer))

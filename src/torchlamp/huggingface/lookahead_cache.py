@@ -1,0 +1,320 @@
+"""A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
+from torchlamp.decoding.statistics import DecodeStatistics
+from torchlamp.policy.decode_policy import SiteStorage
+
+#: Name of the attention implementation whose decoding reads the low-bit copies.
+NAME = "lamp-decode"
+_FULL = {"float16": torch.float16, "float32": torch.float32}
+_SLACK = 256
+
+
+class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer; with a sliding window it keeps what the window's next queries can see."""
+
+    is_croppable = True
+
+    def __init__(
+        self,
+        options: StoreOptions,
+        scores: SiteStorage,
+        values: SiteStorage,
+        statistics: DecodeStatistics | None,
+        config: Any,
+        sliding_window: int | None,
+    ) -> None:
+        super().__init__()
+        self.scores, self.values_storage, self.statistics, self.config = scores, values, statistics, config
+        self.store = KeyValueStore(options)
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.record_past = False
+        #: Places behind a sliding window that are kept before the store moves its end to the front.
+        self.slack = _SLACK
+        #: Tokens seen, and how many of them are no longer stored.
+        self.seen = 0
+        self.dropped = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LookaheadLayer":
+        # The config says which attention runs, and goes on being the model's.
+        memo[id(self.config)] = self.config
+        copied: LookaheadLayer = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; the store takes its sizes from the first append."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (batch, key heads, count, size), float32.
+
+        Returns all that the new queries may see, in float32. Where the attention is "lamp-decode" and one token came,
+        what is returned is a view of the full copies that leads the attention to this layer.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[-2]
+        if self.sliding_window is not None and not self.record_past:
+            spare = self.store.length - (self.sliding_window - 1)
+            if spare >= max(self.slack, self.sliding_window) or (spare > 0 and count > 1):
+                self._drop(spare)
+        before = self.store.length
+        self.store.append(key_states, value_states)
+        self.seen += count
+        first = self.first(count)
+        if count == 1 and self.config is not None and self.config._attn_implementation == NAME:
+            keys = self.store.full_keys[:, :, first : self.store.length]
+            keys.lookahead = (self, first)  # type: ignore[attr-defined]
+            return keys, self.store.full_values[:, :, first : self.store.length]
+        if before == 0:
+            return key_states, value_states
+        keys = self.store.full_keys[:, :, first:before].float()
+        values = self.store.full_values[:, :, first:before].float()
+        # What has just come is there in full, whatever the copy.
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+
+    def first(self, count: int, coming: int = 0) -> int:
+        """The first stored place that the last `count` queries can see, `coming` more being stored."""
+        if self.sliding_window is None:
+            return 0
+        return max(0, self.store.length + coming - count - (self.sliding_window - 1))
+
+    def has_room(self) -> bool:
+        """Whether one more token needs neither new memory nor moving."""
+        if self.sliding_window is not None and not self.record_past:
+            spare = self.store.length - (self.sliding_window - 1)
+            if spare >= max(self.slack, self.sliding_window):
+                return False
+        return 0 < self.store.length < self.store.capacity
+
+    def appended(self, said: int) -> None:
+        """Note one token that a layer's kernel has stored, and what it said of it."""
+        self.store.appended(1, said)
+        self.seen += 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what `update` will return."""
+        if self.sliding_window is None:
+            return self.seen + query_length, 0
+        kept = min(self.seen, self.sliding_window - 1)
+        return kept + query_length, self.seen - kept
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """The sliding window, or -1: no bound."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def activate_past_recording(self) -> None:
+        """Keep what a sliding window leaves behind until the next `crop` (assisted decoding)."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is given as a negative one, or 0.
+
+        Raises
+        ------
+        ValueError
+            A positive number.
+        RuntimeError
+            A sliding window would need what it no longer has.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): give the number of tokens to remove as a negative one"
+            )
+        removed = min(-tokens_to_remove, self.seen)
+        window = self.sliding_window
+        if window is not None and removed and self.dropped:
+            needed = min(self.seen - removed, window - 1)
+            if self.store.length - removed < needed:
+                raise RuntimeError(
+                    f"crop({tokens_to_remove}): the sliding window of {window} has let go of what comes back into it; "
+                    "call activate_past_recording before decoding"
+                )
+        self.seen -= removed
+        self.store.crop(self.store.length - removed)
+        if window is not None and self.record_past:
+            self._drop(self.store.length - (window - 1) - self.slack)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.clear()
+        self.seen = self.dropped = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences of the batch in this order."""
+        self.store.select(beam_idx.to("cpu"))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the batch."""
+        if self.store.capacity:
+            batch = self.store.full_keys.shape[0]
+            self.store.select(torch.arange(batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch."""
+        if self.store.capacity:
+            self.store.select(torch.arange(self.store.full_keys.shape[0])[indices])
+
+    def offload(self) -> None:
+        """Nothing to do: the cache is in main memory."""
+
+    def prefetch(self) -> None:
+        """Nothing to do: the cache is in main memory."""
+
+    def _drop(self, count: int) -> None:
+        if count > 0:
+            self.store.drop_first(count)
+            self.dropped += count
+
+
+class LookaheadCache(Cache):  # type: ignore[misc]
+    """Keys and values of every layer as 4- or 8-bit integers beside full-precision copies.
+
+    Under the attention implementation "lamp-decode", which `torchlamp.prepare` sets, a decoded token reads low-bit
+    keys, recomputes the scores whose weight 2 z (1 - z) r exceeds the threshold of `scores` (r the root mean square of
+    the quantisation error), and reads the values of keys with a probability z above that of `values` in full. Under any
+    other implementation it is an ordinary cache.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        Of the model.
+    scores, values : str or SiteStorage
+        ``int8`` or ``int4``, and the rule, for example ``"int8+running:0.001"`` and ``"int8+topz:0.003"``.
+    full : str
+        ``"float16"`` halves the memory of the full copies and holds numbers up to 65504; ``"float32"`` is exact.
+    center : bool
+        Quantise keys less their mean over the first ones.
+    hadamard : bool, optional
+        Quantise keys rotated by the Hadamard matrix; None where the head size is a power of two, which it must be.
+    statistics : DecodeStatistics, optional
+        Where recomputed scores and values read in full are counted.
+
+    Raises
+    ------
+    ValueError
+        A format, rule or option that isn't known.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        scores: str | SiteStorage = "int8+running:0.001",
+        values: str | SiteStorage = "int8+topz:0.003",
+        *,
+        full: str = "float16",
+        center: bool = True,
+        hadamard: bool | None = None,
+        statistics: DecodeStatistics | None = None,
+    ) -> None:
+        if full not in _FULL:
+            raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
+        scores = SiteStorage.parse(scores, "scores") if isinstance(scores, str) else scores
+        values = SiteStorage.parse(values, "values") if isinstance(values, str) else values
+        text = config.get_text_config(decoder=True)
+        if hadamard is None:
+            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            hadamard = size & (size - 1) == 0
+        options = StoreOptions(scores.bits, values.bits, _FULL[full], center, hadamard)
+        kinds = getattr(text, "layer_types", None)
+        window = getattr(text, "sliding_window", None)
+        if kinds is None:
+            kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+        layers = [
+            LookaheadLayer(
+                options, scores, values, statistics, text, window if kind == "sliding_attention" else None
+            )
+            for kind in kinds
+        ]
+        super().__init__(layers=layers)
+        self._angles: list[tuple[Any, tuple[Any, Any]]] = []
+        #: Hidden states that have been through layers whose turn hasn't come yet, and the last of these.
+        self.done: tuple[Tensor, int] | None = None
+
+    def is_done(self, layer: int, hidden_states: Tensor) -> bool:
+        """Whether these hidden states have been through the layer already."""
+        if self.done is None or self.done[0] is not hidden_states:
+            return False
+        last = self.done[1]
+        if layer >= last:
+            self.done = None
+        return layer <= last
+
+    def angles_of(self, angles: Any, size: int) -> tuple[Any, Any]:
+        """Cosines and sines as arrays (batch or 1, size); the layers of a step share the tensors they come from."""
+        for pair, arrays in self._angles:
+            if pair is angles:
+                return arrays
+        cosines, sines = (a.reshape(-1, size).contiguous().numpy() for a in angles)
+        # Models with sliding windows have two kinds of layers.
+        self._angles = [(angles, (cosines, sines)), *self._angles[:1]]
+        return cosines, sines
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the low-bit copies and of the full-precision ones."""
+        low, full = zip(*(layer.store.bytes for layer in self.layers), strict=True)
+        return sum(low), sum(full)
+
+    def save(self, path: str | Path) -> None:
+        """Write the contents to a safetensors file. OSError where that can't be."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for number, layer in enumerate(self.layers):
+            tensors[f"{number}.seen"] = torch.tensor([layer.seen, layer.dropped])
+            tensors |= {f"{number}.{name}": tensor for name, tensor in layer.store.state().items()}
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            raise OSError(f"the cache can't be written to {str(path)!r}: {error}") from error
+
+    def restore(self, path: str | Path) -> None:
+        """Take the contents of a file that `save` wrote, by a cache of the same model and options.
+
+        Raises
+        ------
+        OSError
+            The file can't be read.
+        ValueError
+            It holds another number of layers.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise OSError(f"{str(path)!r} holds no saved cache: {error}") from error
+        if sum(name.endswith(".seen") for name in tensors) != len(self.layers):
+            raise ValueError(
+                f"{str(path)!r} was saved by a cache of another number of layers than {len(self.layers)}"
+            )
+        for number, layer in enumerate(self.layers):
+            own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{number}.")}
+            layer.seen, layer.dropped = own.pop("seen").tolist()
+            layer.store.restore(own)
+            if own:
+                layer.lazy_initialization(own["full_keys"].float()[:0], own["full_values"])

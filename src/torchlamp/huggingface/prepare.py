@@ -1,0 +1,256 @@
+"""Real low-bit decoding of a transformers model: one call prepares it, one undoes that."""
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from torchlamp.decoding.statistics import DecodeStatistics
+from torchlamp.huggingface.decode_attention import NAME
+from torchlamp.huggingface.decode_forwards import (
+    LinearsDecode,
+    check_head,
+    check_mlp,
+    head_decode,
+    linears_decode,
+    mlp_decode,
+)
+from torchlamp.huggingface.decode_layer import LayerDecode, can_fuse, chain
+from torchlamp.huggingface.lookahead import NAME as SIMULATION
+from torchlamp.huggingface.lookahead_cache import LookaheadCache
+from torchlamp.huggingface.site_forwards import Forward, beneath, set_forward
+from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.decode_policy import DecodePolicy
+
+logger = logging.getLogger("torchlamp.decoding")
+#: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
+DEFAULT = (
+    "scores=int8+running:0.001, values=int8+topz:0.003, qkv=int12, attention_out=int12, "
+    "mlp_up=int12, mlp_down=int12, lm_head=int8+running:1e-05"
+)
+#: Eight bits everywhere, for those who would take Q8_0: as fast, and closer to float32.
+FAST = (
+    "scores=int8+running:0.01, values=int8+topz:0.02, qkv=int12, attention_out=int8, "
+    "mlp_up=int8, mlp_down=int8+output:0.0006, lm_head=int8+running:0.001"
+)
+_GENERATE = "_prepare_cache_for_generation"
+
+
+@dataclass
+class Memory:
+    """Bytes of a prepared model's weights: what it had, and what was added."""
+
+    full: int = 0
+    low_bit: int = 0
+    #: Full-precision copies made beside the model's own tensors (the transposed down projections).
+    extra_full: int = 0
+
+    def __str__(self) -> str:
+        added = self.low_bit + self.extra_full
+        return f"weights {self.full / 1e6:.0f} MB, low-bit and transposed copies {added / 1e6:.0f} MB more"
+
+
+@dataclass
+class Prepared:
+    """A model whose decoding reads low-bit copies; `undo`, or the end of a `with` block, gives it back as it was."""
+
+    model: Any
+    policy: DecodePolicy
+    statistics: DecodeStatistics
+    memory: Memory
+    cache_options: dict[str, Any] = field(default_factory=dict)
+    _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
+
+    def cache(self) -> LookaheadCache:
+        """An empty look-ahead cache with the policy's formats and thresholds, for calls of the model itself.
+
+        Raises
+        ------
+        ValueError
+            The policy leaves the attention in full precision.
+        """
+        sites = self.policy.sites
+        if "scores" not in sites:
+            raise ValueError(
+                f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
+            )
+        return LookaheadCache(
+            self.model.config,
+            scores=sites["scores"],
+            values=sites["values"],
+            statistics=self.statistics,
+            **self.cache_options,
+        )
+
+    def undo(self) -> None:
+        """Give the model its own attention, forwards and cache back; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Prepared":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+@torch.no_grad()
+def prepare(
+    model: nn.Module, policy: str | DecodePolicy | None = None, *, top: int = 1, **cache_options: Any
+) -> Prepared:
+    """Prepare a model for low-bit decoding.
+
+    Steps that decode one token of each sequence then read low-bit copies of weights, keys and values, and full
+    precision where the policy's rules look ahead to a difference; longer steps (the prompt) run in float32 as before.
+    ``model.generate`` uses a look-ahead cache of its own accord; calls of the model itself take `Prepared.cache`.
+    The weights are copied at once and must not be changed before `undo`.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A float32 decoder on the CPU, of an architecture whose modules bear the names of Llama's, Gemma's or Phi-3's.
+    policy : str or DecodePolicy, optional
+        For example ``"scores=int8+running:0.01, values=int8+topz:0.01, qkv=int12"``; sites that aren't named are
+        read in full precision. Without one, `DEFAULT`, less the sites that the model's architecture doesn't allow.
+    top : int
+        So many largest logits are provably those of the full-precision head.
+    **cache_options
+        Of `LookaheadCache`: ``full``, ``center``, ``hadamard``.
+
+    Returns
+    -------
+    Prepared
+        With ``statistics``, ``memory``, ``cache()`` and ``undo()``; also a context manager.
+
+    Raises
+    ------
+    TypeError
+        Not a transformers model, or weights that aren't float32.
+    ValueError
+        A policy that can't be read, an architecture that a site doesn't know, or a model that is prepared already.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel"
+        )
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"the model is on {model.device}: low-bit decoding has kernels for the CPU, use .to('cpu')"
+        )
+    if top < 1:
+        raise ValueError(f"top={top}: give at least 1")
+    if model.dtype != torch.float32:
+        raise TypeError(
+            f"the model is {model.dtype}: low-bit copies are made of float32, load it with dtype=torch.float32"
+        )
+    if _taken(model):
+        raise ValueError("the model is prepared, or under a policy, already: undo that first")
+    if policy is None:
+        policy = _possible(model)
+    parsed = DecodePolicy.parse(policy)
+    sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    prepared = Prepared(model, parsed, DecodeStatistics(), Memory(sum(sizes.values())), cache_options)
+    if "scores" in parsed.sites:
+        prepared.cache()  # refuses options that can't be
+    forwards = _forwards(prepared, Sites(model), top)
+    try:
+        for forward in forwards:
+            _put(prepared, forward)
+        if "scores" in parsed.sites:
+            _use_cache(prepared)
+    except BaseException:
+        prepared.undo()
+        raise
+    return prepared
+
+
+def _taken(model: PreTrainedModel) -> bool:
+    """Whether a policy, of decoding or of simulation, has replaced something of the model."""
+    ours = any(isinstance(vars(module).get("forward"), Forward) for module in model.modules())
+    return ours or model.config._attn_implementation in (NAME, SIMULATION)
+
+
+def _possible(model: PreTrainedModel) -> DecodePolicy:
+    """`DEFAULT` without MLPs and an LM head that their kernels don't know."""
+    policy, sites = DecodePolicy.parse(DEFAULT), Sites(model)
+
+    def without(policy: DecodePolicy, check: Callable[[], object], *names: str) -> DecodePolicy:
+        try:
+            check()
+        except ValueError as reason:
+            logger.warning("%s: read in full precision, since %s", " and ".join(names), reason)
+            return policy.without(*names)
+        return policy
+
+    policy = without(
+        policy, lambda: [check_mlp(sites, layer) for layer in sites.layers], "mlp_up", "mlp_down"
+    )
+    return without(policy, lambda: check_head(sites), "lm_head")
+
+
+def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
+    policies, statistics, memory = prepared.policy.sites, prepared.statistics, prepared.memory
+    if not sites.layers:
+        raise ValueError(
+            f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared"
+        )
+    forwards: list[Forward] = []
+    for layer in sites.layers:
+        groups: list[LinearsDecode] = []
+        for site, modules in (("qkv", sites.qkv), ("attention_out", lambda at: [sites.attention_out(at)])):
+            if site in policies:
+                some, group = linears_decode(sites, modules(layer), policies[site])
+                forwards += some
+                groups.append(group)
+                memory.low_bit += group.matrix.bytes
+        if "mlp_up" in policies:
+            mlp = mlp_decode(sites, layer, policies["mlp_up"], policies["mlp_down"], statistics)
+            forwards.append(mlp)
+            low, full = mlp.mlp.bytes
+            memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
+            if "scores" in policies and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
+                forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics))
+    chain(prepared.model, [forward for forward in forwards if isinstance(forward, LayerDecode)])
+    if "lm_head" in policies:
+        head = head_decode(sites, policies["lm_head"], top, statistics)
+        forwards.append(head)
+        memory.low_bit += head.head.head.bytes
+    return forwards
+
+
+def _put(prepared: Prepared, forward: Forward) -> None:
+    module = forward.module
+    before = beneath(module)
+    set_forward(module, forward)
+    prepared._undo.append(lambda: set_forward(module, before))
+
+
+def _use_cache(prepared: Prepared) -> None:
+    """Set the attention implementation, and let `generate` make a look-ahead cache where it would make its own."""
+    model = prepared.model
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    prepared._undo.append(functools.partial(model.set_attn_implementation, before))
+    own = vars(model).get(_GENERATE)  # other tools replace it, too
+    original = getattr(model, _GENERATE)
+
+    @functools.wraps(original)
+    def with_lookahead_cache(
+        generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = prepared.cache()
+        return original(generation_config, model_kwargs, *args, **kwargs)
+
+    setattr(model, _GENERATE, with_lookahead_cache)
+    give_back = functools.partial(delattr, model, _GENERATE)
+    prepared._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))

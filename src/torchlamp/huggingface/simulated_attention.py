@@ -1,0 +1,175 @@
+"""The attention function that transformers calls under the name "lamp"."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlamp.huggingface.attached_policy import place_of
+from torchlamp.huggingface.forward_only import forward_only
+from torchlamp.policy.policy import SitePolicy
+from torchlamp.simulation.attention import attention
+from torchlamp.simulation.values import Values
+from torchlamp.simulation.visibility import visibility
+
+#: What scores run under where no policy names them: float32.
+_FLOAT32 = SitePolicy.parse("fp32+none")
+
+# Arguments that transformers hands to every attention function and that don't change its result: the window
+# arrives in the mask, and the positions are already in the rotated queries and keys.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
+
+
+def lamp_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered as "lamp", called by transformers' attention modules.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention module; its model must have been given a policy.
+    query, key, value : Tensor
+        float32 (batch, heads, queries, size), (batch, key heads, keys, size) and (batch, key heads, keys,
+        value size).
+    attention_mask : Tensor or None
+        bool or additive float, (batch, heads or 1, queries, keys); None: causal if the module is, all for one
+        query.
+    scaling : float or None
+        Factor of the scores; None: 1 / sqrt(size).
+    dropout : float
+        Must be 0.
+    **kwargs
+        `softcap`, `s_aux`, `is_causal` and `position_ids` are used; arguments known to change nothing are
+        ignored.
+
+    Returns
+    -------
+    Tensor, None
+        float32 (batch, queries, heads, value size). Attention weights are never returned: they would be a
+        tensor of size queries x keys.
+
+    Raises
+    ------
+    RuntimeError
+        No policy is attached.
+    TypeError
+        Not float32, or under autocast.
+    ValueError
+        Dropout, or an argument that changes the result and isn't supported.
+    """
+    seat = place_of(module)
+    if seat is None:
+        raise RuntimeError(
+            f"{type(module).__name__} runs the attention 'lamp' but has no policy: use "
+            "torchlamp.lookahead(model, policy), or torchlamp.attach(model, policy) first (models that share "
+            "one config object share the implementation, too: give each its own copy)"
+        )
+    # Autocast may hand over float32 queries and would run the products below in half precision.
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if query.dtype != torch.float32 or autocast:
+        raise TypeError(
+            f"queries of {query.dtype}{' under autocast' if autocast else ''}: rounding is simulated from "
+            "float32; load the model with dtype=torch.float32 and leave autocast off"
+        )
+    _check_arguments(module, dropout, kwargs)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    run, layer = seat.run, seat.number()
+    position_ids = _positions(kwargs.get("position_ids"), query)
+    step = key.shape[2] if position_ids is None else int(position_ids.max()) + 1
+    scores, values = run.policy("scores", layer), run.policy("values", layer)
+    policy = scores or _FLOAT32
+    summed = None
+    if values is not None:
+        summed = Values(
+            values.accumulate,
+            values.rule,
+            run.value_norms.get(layer),
+            run.generator(values, "values", layer, step),
+            layer,
+        )
+    with torch.no_grad():
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        seen = visibility(attention_mask, shape=shape, causal=bool(causal))
+        result = attention(
+            query,
+            key,
+            value,
+            accumulator=policy.accumulate,
+            rule=policy.rule,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            mask=seen.mask,
+            causal=seen.causal,
+            bias=seen.bias,
+            softcap=kwargs.get("softcap") or None,
+            sinks=kwargs.get("s_aux"),
+            generator=run.generator(scores, "scores", layer, step),
+            values=summed,
+            observe=None if run.observe is None else partial(run.observe, layer),
+            ahead=run.aheads.get(layer),
+            layer=layer,
+            blocks=run.statistics.blocks and scores is not None,
+        )
+        positions = result.last_key if position_ids is None else position_ids
+        if scores is not None:
+            run.statistics.record(layer, result.eligible, result.selected, positions)
+        if result.blocks is not None:
+            run.statistics.record_blocks(result.blocks)
+        if result.values_selected is not None:
+            eligible = (result.eligible > 0).long() * value.shape[-1]
+            run.statistics.record(layer, eligible, result.values_selected, positions, "values")
+    return forward_only(result.output, query, key, value), None
+
+
+def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if dropout:
+        raise ValueError(f"{name} asks for attention dropout {dropout}: call model.eval() first")
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: the attention 'lamp' never holds the weights of all keys at once; "
+            "use attn_implementation='eager' to get them"
+        )
+    used = {"softcap", "s_aux", "is_causal"} | _HARMLESS
+    unknown = sorted(key for key, value in kwargs.items() if value is not None and key not in used)
+    if unknown:
+        raise ValueError(
+            f"{name} passes {', '.join(map(repr, unknown))} to its attention, which 'lamp' doesn't support: "
+            "it may change the result"
+        )
+
+
+def _positions(position_ids: Any, query: Tensor) -> Tensor | None:
+    """Position of each query (batch or 1, queries), or None if transformers gave none of that form."""
+    fits = (
+        isinstance(position_ids, Tensor)
+        and position_ids.ndim == 2
+        and position_ids.shape[0] in (1, query.shape[0])
+        and position_ids.shape[1] == query.shape[2]
+    )
+    return position_ids if fits else None

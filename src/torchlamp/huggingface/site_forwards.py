@@ -1,0 +1,228 @@
+"""What linear layers and norms of a model run under a policy, in the place of their own forward.
+
+A replaced forward is an attribute of the module instance; taking it away gives the module its class's forward back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from torchlamp.huggingface.attached_policy import Run
+from torchlamp.huggingface.forward_only import forward_only
+from torchlamp.policy.policy import SitePolicy
+from torchlamp.simulation.linear import LookAhead, Weights, linears
+from torchlamp.simulation.norms import Norm, Normed, norm_input
+
+
+class Forward:
+    """A module's replaced forward. A deep copy of a model gets its own, which belong to the copy's modules."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        #: What the instance had in this place (other tools replace forwards, too), None: nothing.
+        self.own = beneath(module)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward without us."""
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    # It counts, and calls kernels that a compiler can't see into (transformers compiles static-cache decoding).
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by torch in the place of `forward`."""
+        return self.run_(*args, **kwargs)
+
+    def run_(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs instead."""
+        raise NotImplementedError
+
+
+def beneath(module: nn.Module) -> Any:
+    """What a module instance has as its forward when ours is left out; None: its class's."""
+    own = vars(module).get("forward")
+    while isinstance(own, Forward):
+        own = own.own
+    return own
+
+
+def plain(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward when ours is left out."""
+    return Forward(module).original
+
+
+def set_forward(module: nn.Module, forward: Any) -> None:
+    """Give a module instance a forward, or (None) its class's."""
+    if forward is not None:
+        module.forward = forward
+    elif "forward" in vars(module):
+        del module.forward
+
+
+@dataclass
+class Residual:
+    """The residual stream before a sublayer's output is added; kept from the sublayer's norm to its last product."""
+
+    x: Tensor | None = None
+
+    def take(self, size: int) -> Tensor | None:
+        """The stream as (batch * length, size), which is forgotten."""
+        x, self.x = self.x, None
+        return None if x is None else x.reshape(-1, size)
+
+
+class LayerForward(Forward):
+    """A decoder layer: it only notes the positions of the tokens."""
+
+    def __init__(self, module: nn.Module, run: Run) -> None:
+        super().__init__(module)
+        self.run = run
+
+    def run_(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        positions = kwargs.get("position_ids")
+        fits = isinstance(positions, Tensor) and positions.ndim == 2
+        self.run.positions = positions if fits else None
+        return self.original(*args, **kwargs)
+
+
+class NormForward(Forward):
+    """A norm: it notes the residual stream, and reads it rounded where the policy names the site `norm`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Run,
+        layer: int,
+        norm: Norm,
+        policy: SitePolicy | None,
+        residual: Residual | None,
+    ) -> None:
+        super().__init__(module)
+        self.run, self.layer, self.norm, self.policy, self.residual = run, layer, norm, policy, residual
+
+    def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The norm of what it may read."""
+        if self.residual is not None:
+            self.residual.x = x.detach()
+        if self.policy is None:
+            return self.original(x, *args, **kwargs)
+        check_float32(self.module, x)
+        places = self.run.places(x.shape[-2])
+        read = norm_input(
+            x.detach(),
+            self.norm,
+            accumulator=self.policy.accumulate,
+            rule=self.policy.rule,
+            generator=self.run.generator(self.policy, "norm", self.layer, last_step(places)),
+            layer=self.layer,
+        )
+        record(self.run, "norm", self.layer, read.eligible, read.selected, places)
+        return self.original(forward_only(read.x, x), *args, **kwargs)
+
+
+class LinearGroup:
+    """The linear layers of a site in one decoder layer: one, or several with the same input, looked at together."""
+
+    def __init__(self, run: Run, site: str, layer: int, policy: SitePolicy) -> None:
+        self.run, self.site, self.layer, self.policy = run, site, layer, policy
+        self.modules: list[nn.Module] = []
+        #: What follows the layers, or for a norm of the residual stream the norm and the stream.
+        self.look: LookAhead | None = None
+        self.norm: Norm | None = None
+        self.residual: Residual | None = None
+        self._maps: list[Weights] = []
+        self._waiting: tuple[Tensor, dict[int, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a deep copy takes over: not the views of the weights, which the copy's modules have copies of."""
+        return {**vars(self), "_maps": [], "_waiting": None}
+
+    @property
+    def maps(self) -> list[Weights]:
+        """The modules' linear maps, whose column norms are computed once."""
+        if not self._maps:
+            self._maps = [linear_map(module) for module in self.modules]
+        return self._maps
+
+    def output(self, module: nn.Module, index: int, x: Tensor) -> Tensor:
+        """The output of one of the layers. The first that is called computes all."""
+        if self._waiting is not None and self._waiting[0] is x and index in self._waiting[1]:
+            output = self._waiting[1].pop(index)
+            if not self._waiting[1]:
+                self._waiting = None
+            return output
+        check_float32(module, x)
+        places = self.run.places(x.shape[-2])
+        result = linears(
+            x,
+            self.maps,
+            accumulator=self.policy.accumulate,
+            rule=self.policy.rule,
+            look=self._ahead(),
+            generator=self.run.generator(self.policy, self.site, self.layer, last_step(places)),
+            layer=self.layer,
+        )
+        record(self.run, self.site, self.layer, result.eligible, result.selected, places)
+        outputs = dict(enumerate(result.outputs))
+        output = outputs.pop(index)
+        self._waiting = (x, outputs) if outputs else None
+        return output
+
+    def _ahead(self) -> LookAhead:
+        if self.look is not None:
+            return self.look
+        assert self.norm is not None
+        size = self.maps[0].matrix.shape[1]
+        return Normed(self.norm, None if self.residual is None else self.residual.take(size))
+
+
+class LinearForward(Forward):
+    """A linear layer of a group."""
+
+    def __init__(self, module: nn.Module, group: LinearGroup, index: int) -> None:
+        super().__init__(module)
+        self.group, self.index = group, index
+
+    def run_(self, x: Tensor) -> Tensor:
+        """The layer in low precision."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return forward_only(self.group.output(self.module, self.index, x), x, weight)
+
+
+def linear_map(module: nn.Module) -> Weights:
+    """The linear map of a `torch.nn.Linear` or a `Conv1D`, whose weight is (inputs, outputs)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return Weights(weight if isinstance(module, Conv1D) else weight.T, module.bias)  # type: ignore[arg-type]
+
+
+def last_step(places: Tensor) -> int:
+    """One more than the last position: what sets apart the calls of a layer."""
+    return int(places.max()) + 1 if places.numel() else 0
+
+
+def record(run: Run, site: str, layer: int, eligible: int, selected: Tensor, places: Tensor) -> None:
+    """Count one call of a site without heads: `selected` is int64 (..., length)."""
+    rows = selected.reshape(-1, 1, selected.shape[-1])
+    run.statistics.record(layer, torch.full_like(rows, eligible), rows, places, site)
+
+
+def check_float32(module: nn.Module, x: Tensor) -> None:
+    """Refuse what is no float32 input, and autocast, under which products would run in half precision."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if x.dtype != torch.float32 or autocast:
+        raise TypeError(
+            f"{type(module).__name__} is given {x.dtype}{' under autocast' if autocast else ''}: rounding is simulated "
+            "from float32; load the model with dtype=torch.float32 and leave autocast off"
+        )
+
+
+def group_forwards(modules: Sequence[nn.Module], group: LinearGroup) -> list[Forward]:
+    """Put modules into a group; their forwards."""
+    group.modules = list(modules)
+    return [LinearForward(module, group, index) for index, module in enumerate(modules)]

@@ -1,0 +1,245 @@
+"""Where the sites of a transformers decoder are: its layers, and in each the linear layers and norms of a site.
+
+Modules are found by the names that transformers gives them in Llama, Mistral, Qwen, Gemma, Phi-3 and GPT-2 (and in the
+many models written after these). What isn't found by its name is refused, never guessed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from torchlamp.huggingface.site_forwards import linear_map, plain
+from torchlamp.simulation.linear import Weights
+from torchlamp.simulation.norms import Norm
+
+_LAYERS = ("layers", "h")
+_ATTENTION = ("self_attn", "attn")
+_QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",))
+_ATTENTION_OUT = ("o_proj", "c_proj")
+_GATED = (("gate_proj", "up_proj"), ("gate_up_proj",))
+_UNGATED = (("c_fc",), ("fc1",))
+_DOWN = ("down_proj", "c_proj", "fc2")
+_ACTIVATION = ("act_fn", "activation_fn", "act")
+_FINAL_NORM = ("norm", "ln_f", "final_layernorm")
+#: Beside `input_layernorm`, of layers with a norm behind each sublayer.
+_FOUR_NORMS = frozenset(
+    {"pre_feedforward_layernorm", "post_feedforward_layernorm", "post_attention_layernorm"}
+)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a decoder layer, each with its name.
+
+    `attention` and `mlp` read the residual stream. Where a model has norms behind its sublayers (Gemma 2 and 3), these
+    are `after_attention` and `after_mlp`, and what they give is added to the stream.
+    """
+
+    attention: tuple[str, nn.Module]
+    mlp: tuple[str, nn.Module]
+    after_attention: tuple[str, nn.Module] | None = None
+    after_mlp: tuple[str, nn.Module] | None = None
+
+
+class Sites:
+    """The modules of a model's sites; each is looked for when it is asked for.
+
+    Raises
+    ------
+    ValueError
+        From every method: something isn't there, or isn't of a kind whose arithmetic is known.
+    TypeError
+        A weight that isn't float32.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._decoder = _decoder(model)
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self.layers = _layers(self._decoder)
+
+    def attention(self, layer: nn.Module) -> nn.Module:
+        """The self-attention of a layer."""
+        return self._child(layer, _ATTENTION, "attention")
+
+    def qkv(self, layer: nn.Module) -> list[nn.Module]:
+        """The projections to queries, keys and values: three modules, or one that does all."""
+        return self._group(self.attention(layer), _QKV, "query, key and value projections")
+
+    def head_size(self, layer: nn.Module) -> int:
+        """Length of a query's, key's or value's vector."""
+        size = getattr(self.attention(layer), "head_dim", None)
+        if not isinstance(size, int):
+            raise self._missing(self.attention(layer), ["head_dim"], "head size")
+        return size
+
+    def attention_out(self, layer: nn.Module) -> nn.Module:
+        """The output projection of the attention."""
+        return self._child(self._direct(self.attention(layer)), _ATTENTION_OUT, "output projection")
+
+    def mlp_up(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
+        """What feeds the activation, and whether it is a GLU (the gate comes first, or both halves are one module)."""
+        mlp = self._child(layer, ("mlp",), "MLP")
+        gated = any(all(hasattr(mlp, name) for name in names) for names in _GATED)
+        return self._group(mlp, _GATED if gated else _UNGATED, "up projection"), gated
+
+    def activation(self, layer: nn.Module) -> nn.Module:
+        """The elementwise function of the MLP."""
+        return self._child(self._child(layer, ("mlp",), "MLP"), _ACTIVATION, "activation")
+
+    def mlp_down(self, layer: nn.Module) -> nn.Module:
+        """The down projection of the MLP."""
+        return self._child(self._direct(self._child(layer, ("mlp",), "MLP")), _DOWN, "down projection")
+
+    def norms(self, layer: nn.Module) -> Norms:
+        """The norms of a layer; refuses layers whose sublayers don't follow one after the other, each added at once."""
+        names = {name for name, _ in layer.named_children()}
+
+        def named(name: str) -> tuple[str, nn.Module]:
+            return name, getattr(layer, name)
+
+        if names >= _FOUR_NORMS:
+            self._check_other_norms(layer, {"input_layernorm", *_FOUR_NORMS})
+            return Norms(
+                named("input_layernorm"),
+                named("pre_feedforward_layernorm"),
+                named("post_attention_layernorm"),
+                named("post_feedforward_layernorm"),
+            )
+        for first, second in (("input_layernorm", "post_attention_layernorm"), ("ln_1", "ln_2")):
+            if {first, second} <= names:
+                self._check_residual()
+                self._check_other_norms(layer, {first, second})
+                return Norms(named(first), named(second))
+        wanted = ["input_layernorm and post_attention_layernorm", "ln_1 and ln_2"]
+        raise self._missing(layer, wanted, "norms of the residual stream")
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer."""
+        return self._child(self._decoder, _FINAL_NORM, "final norm")
+
+    def lm_head(self) -> tuple[nn.Module, float | None]:
+        """The output embedding and the softcap of the final logits."""
+        head = self._model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise ValueError(f"site lm_head: {type(self._model).__name__} has no LM head")
+        config = self._model.config.get_text_config()  # type: ignore[union-attr,operator]
+        for name in ("logit_scale", "logits_scaling"):
+            if getattr(config, name, 1) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"site lm_head: {type(self._model).__name__} scales its logits ({name}="
+                    f"{getattr(config, name)}), which the look-ahead doesn't know"
+                )
+        return head, getattr(config, "final_logit_softcapping", None)
+
+    def weights(self, module: nn.Module) -> Weights:
+        """The linear map of a module."""
+        kind = type(module)
+        if kind is not nn.Linear and kind is not Conv1D:
+            raise ValueError(
+                f"{self._path(module)} is a {kind.__name__}: only torch.nn.Linear and GPT-2's Conv1D can run in low "
+                "precision; merge adapters and load the model without quantisation"
+            )
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.dtype != torch.float32:
+            raise TypeError(
+                f"{self._path(module)} has weights of {weight.dtype}: rounding is simulated from float32; load the "
+                "model with dtype=torch.float32"
+            )
+        return linear_map(module)
+
+    @torch.no_grad()
+    def norm(self, module: nn.Module, size: int) -> Norm:
+        """The formula of a norm module; RMSNorms, of which every model has its own class, are probed."""
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        found = None
+        weight = getattr(module, "weight", None)
+        if isinstance(eps, float) and isinstance(weight, Tensor):
+            if isinstance(module, nn.LayerNorm):
+                found = Norm(
+                    "layer", weight.detach(), None if module.bias is None else module.bias.detach(), eps
+                )
+            else:
+                # Of a vector of ones an RMSNorm makes its weight (Gemma's is 1 + w), but for the eps.
+                ones = torch.ones(1, size, device=weight.device)
+                found = Norm("rms", plain(module)(ones)[0] * (1 + eps) ** 0.5, None, eps)
+            probe = torch.linspace(-1.0, 2.0, size, device=weight.device)[None]
+            if torch.allclose(plain(module)(probe), found(probe), rtol=1e-4, atol=1e-5):
+                return found
+        raise ValueError(
+            f"{self._path(module)} is a {type(module).__name__}: the look-ahead knows RMSNorm and LayerNorm only"
+        )
+
+    def _check_residual(self) -> None:
+        config = self._model.config.get_text_config()  # type: ignore[union-attr,operator]
+        if getattr(config, "residual_multiplier", 1) not in (1, 1.0):
+            raise ValueError(
+                f"{type(self._model).__name__} scales what it adds to the residual stream (residual_multiplier), "
+                "which the look-ahead doesn't know: leave out the sites attention_out and mlp_down"
+            )
+
+    def _check_other_norms(self, layer: nn.Module, known: set[str]) -> None:
+        """Refuse layers with norms in other places (GLM 4's behind its sublayers), which change what an error does."""
+        others = [
+            name
+            for name, child in layer.named_children()
+            if name not in known and ("norm" in type(child).__name__.lower() or "norm" in name)
+        ]
+        if others:
+            raise ValueError(
+                f"{self._path(layer)} ({type(layer).__name__}) has norms that the look-ahead doesn't know: "
+                f"{', '.join(others)}; sites and rules that don't read the residual stream can run"
+            )
+
+    def _group(self, parent: nn.Module, choices: Iterable[tuple[str, ...]], what: str) -> list[nn.Module]:
+        for names in choices:
+            if all(isinstance(getattr(parent, name, None), nn.Module) for name in names):
+                return [getattr(parent, name) for name in names]
+        raise self._missing(parent, [" + ".join(names) for names in choices], what)
+
+    def _direct(self, sublayer: nn.Module) -> nn.Module:
+        """Refuses a sublayer with a norm of its own in front of its last projection (BitNet)."""
+        for name, _ in sublayer.named_children():
+            if name.endswith("sub_norm"):
+                raise ValueError(
+                    f"{self._path(sublayer)}.{name}: a norm in front of the last projection, which the look-ahead "
+                    "doesn't know; the rules strict and running at the site scores don't need it"
+                )
+        return sublayer
+
+    def _child(self, parent: nn.Module, names: Iterable[str], what: str) -> nn.Module:
+        for name in names:
+            child = getattr(parent, name, None)
+            if isinstance(child, nn.Module):
+                return child
+        raise self._missing(parent, names, what)
+
+    def _missing(self, parent: nn.Module, names: Iterable[str], what: str) -> ValueError:
+        return ValueError(
+            f"{type(self._model).__name__}: no {what} found in {self._path(parent)} ({type(parent).__name__}); looked "
+            f"for {', '.join(names)}"
+        )
+
+    def _path(self, module: nn.Module) -> str:
+        return self._paths.get(id(module)) or "the model"
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The part of a model that holds the text decoder's layers."""
+    found = model.get_decoder() if isinstance(model, PreTrainedModel) else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    """The decoder layers in their order; empty where they can't be told."""
+    for name in _LAYERS:
+        layers = getattr(decoder, name, None)
+        if isinstance(layers, nn.ModuleList) and len(layers) > 0:
+            found = list(layers)
+            if all(any(hasattr(layer, a) for a in _ATTENTION) for layer in found):
+                return found
+    return []

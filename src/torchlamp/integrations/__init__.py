@@ -1,1 +1,0 @@
-"""Connections to other libraries; each module imports the library it is named after."""

@@ -1,0 +1,265 @@
+"""`load`: a language model and its tokenizer by short name, GGUF file, folder, or hub name."""
+
+import contextlib
+import difflib
+import gc
+import hashlib
+import importlib
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchlamp.models import cache, conversion
+from torchlamp.models.hub import hub_resolves
+from torchlamp.models.packaged import PACKAGED
+from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
+
+logger = logging.getLogger("torchlamp.models")
+_SAMPLE = 1 << 20
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Load a decoder language model in float32 and eval mode, and its tokenizer.
+
+    Models from GGUF files are dequantised: that float32 model is the reference of every study. The conversion
+    takes up to a minute and is kept in the cache folder (``$TORCHLAMP_CACHE``, else
+    ``$XDG_CACHE_HOME/torchlamp``, else ``~/.cache/torchlamp``); a damaged copy is found and made anew, and
+    without a writable folder nothing is kept.
+
+    Parameters
+    ----------
+    name : str
+        ``smollm2-135m`` or ``gemma3-270m`` (from Python packages), the path of a ``.gguf`` file, the path of
+        a folder that `save_pretrained` wrote, or a name on the Hugging Face hub such as ``gpt2``.
+
+    Returns
+    -------
+    tuple
+        The transformers model on the CPU, and its tokenizer.
+
+    Raises
+    ------
+    OSError
+        The package, file or folder is missing or damaged, or the hub can't be reached; says what to run.
+    ValueError
+        What is there is no causal language model that transformers can load.
+    TypeError
+        `name` is no string.
+    """
+    if isinstance(name, Path):
+        name = str(name)
+    if not isinstance(name, str):
+        raise TypeError(f"a model is named by a string, got {type(name).__name__}: {name!r}")
+    with _collector_paused():
+        model, tokenizer = _load(name)
+    # Results are named after what was asked for, not after a folder of the cache.
+    model.name_or_path = model.config._name_or_path = name
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep the garbage collector out: loading makes millions of objects that stay, and a fifth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    if name in PACKAGED:
+        return _from_gguf(cache_entry(name), PACKAGED[name].gguf())
+    path = Path(name).expanduser()
+    _check_path(name, path)
+    if name.endswith(".gguf"):
+        return _from_gguf(cache_entry(name), nullcontext(path))
+    if name and path.is_dir():
+        return _pretrained(str(path), name)
+    return _pretrained(name, name)
+
+
+def check_name(name: str) -> None:
+    """Find out, without loading it, that a model isn't there; a hub name of the right form passes.
+
+    Raises
+    ------
+    OSError
+        The package isn't installed, or there is no such file or folder.
+    ValueError
+        A slip in the name of a packaged model; the nearest one is suggested.
+    """
+    if name in PACKAGED:
+        PACKAGED[name].identity()
+        return
+    path = Path(name).expanduser()
+    _check_path(name, path)
+    if not path.exists() and (near := difflib.get_close_matches(name, PACKAGED, n=1, cutoff=0.8)):
+        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}? {_allowed()}")
+
+
+def _check_path(name: str, path: Path) -> None:
+    """FileNotFoundError if a name that can only be a file or folder is none that holds a model."""
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {name!r}: give the path of an existing .gguf file")
+    elif name and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"folder {name!r} holds no transformers model: it has no config.json")
+    elif name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or not name:
+        raise FileNotFoundError(f"no model folder or .gguf file {name!r}; {_allowed()}")
+
+
+def layer_count(name: str) -> int:
+    """Layers of a model, from its configuration alone where that is at hand; else the model is loaded.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for `load`.
+    """
+    from transformers import AutoConfig
+
+    folder = cache_entry(name) if name in PACKAGED or name.endswith(".gguf") else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    else:
+        config = load(name)[0].config
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def cache_entry(name: str) -> Path:
+    """Where the converted copy of a packaged model or GGUF file is kept, whether it exists or not.
+
+    Raises
+    ------
+    FileNotFoundError
+        The package or the file isn't there.
+    """
+    if name in PACKAGED:
+        stem, content = name, PACKAGED[name].identity()
+    else:
+        path = Path(name).expanduser()
+        stem, content = path.stem, _fingerprint(path)
+    key = hashlib.sha256(f"{conversion.FORMAT} {version('transformers')} {content}".encode()).hexdigest()
+    return cache.cache_folder() / f"{stem}-{key[:16]}"
+
+
+def _from_gguf(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any]:
+    if (ready := _from_cache(entry)) is not None:
+        return ready
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(cache.locked(entry))
+        except OSError as error:
+            return _convert_unkept(source, error)
+        # Whoever held the lock before may have just written it.
+        if entry.exists() and cache.find_problem(entry) is None and (ready := _from_cache(entry)) is not None:
+            return ready
+        if (unkept := _fill(entry, source)) is not None:
+            return unkept
+    if (ready := _from_cache(entry)) is not None:
+        return ready
+    raise OSError(f"the converted model just written to {entry} can't be read back; check that disk")
+
+
+def _fill(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any] | None:
+    """Convert and store; gives the converted model only if it couldn't be stored."""
+    with source as gguf:
+        converted = _convert(gguf)
+    try:
+        cache.store(entry, lambda folder: conversion.save(*converted, folder))
+    except OSError as error:
+        _say_unkept(error)
+        return converted
+    return None
+
+
+def _from_cache(entry: Path) -> tuple[Any, Any] | None:
+    """The converted model, or None if there is none or it is damaged, which is then said."""
+    if not entry.exists():
+        return None
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(cache.find_problem, entry)
+        # This import takes a second or two, and the check runs beside it.
+        importlib.import_module("transformers.modeling_utils")
+        problem = check.result()
+    if problem is None:
+        try:
+            with quiet_transformers():
+                return conversion.read(entry)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    logger.warning("the cached model in %s is damaged (%s); converting it again", entry, problem)
+    return None
+
+
+def _convert(gguf: Path) -> tuple[Any, Any]:
+    logger.info("converting %s to float32, once: this can take a minute", gguf.name)
+    with quiet_transformers(), quiet_gguf_loader():
+        return conversion.convert(gguf)
+
+
+def _convert_unkept(source: AbstractContextManager[Path], reason: OSError) -> tuple[Any, Any]:
+    _say_unkept(reason)
+    with source as gguf:
+        return _convert(gguf)
+
+
+def _say_unkept(reason: OSError) -> None:
+    logger.warning(
+        "the converted model can't be kept in %s (%s): every load will convert it again; "
+        "set TORCHLAMP_CACHE to a writable folder",
+        cache.cache_folder(),
+        reason,
+    )
+
+
+def _pretrained(source: str, name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # The hub client would try for a minute before it says that there is no network.
+    local = Path(source).is_dir() or not hub_resolves()
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local)
+        except OSError as error:
+            if Path(source).is_dir():
+                raise OSError(
+                    f"folder {name!r} holds no complete transformers model: {conversion.first_line(error)}"
+                ) from error
+            reason = (
+                "no network, and no copy from before" if local else f"it said: {conversion.first_line(error)}"
+            )
+            raise OSError(
+                f"model {name!r} is no packaged model, file or folder, and the hub gave none ({reason}); "
+                f"{_allowed()}"
+            ) from error
+        except (ValueError, KeyError, ImportError) as error:
+            raise ValueError(f"model {name!r} can't be loaded: {conversion.first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def _allowed() -> str:
+    return f"use {' or '.join(PACKAGED)}, a .gguf file, a folder, or a hub name such as 'gpt2'"
+
+
+def _fingerprint(path: Path) -> str:
+    """Identify a file by size, time, and its first and last MiB: hashing many gigabytes would be slow."""
+    status = path.stat()
+    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_SAMPLE))
+        file.seek(max(0, status.st_size - _SAMPLE))
+        digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

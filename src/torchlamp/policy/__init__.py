@@ -1,0 +1,1 @@
+"""The language: what runs at which site, and what can run it."""

@@ -1,0 +1,258 @@
+"""The results of a sweep as one table: read, checked, one row a point."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from torchlamp.evaluation.cost import GRANULARITIES, CostModel, Shape, costs
+from torchlamp.policy.policy import Policy
+from torchlamp.results.result import Result
+from torchlamp.rules.rule import Rule
+
+#: The only layout of results.jsonl that this version reads.
+SCHEMA = "torchlamp-sweep/1"
+RESULTS = "results.jsonl"
+
+#: Model -> head size, width, width of the MLP: the K of each site's sums in the cost model.
+SIZES = {"smollm2-135m": (64, 576, 1536), "gemma3-270m": (256, 640, 2048)}
+#: Taken for other models; the report says so.
+OTHER_SIZES = (64, 768, 3072)
+
+#: Columns that say which experiment a point belongs to, and those that with them name the point.
+GROUP = ["model", "text", "tokens"]
+POINT = [*GROUP, "site", "layers", "accumulate", "policy"]
+
+
+@dataclass
+class Study:
+    """Everything a report shows."""
+
+    #: One row a finished point, seeds averaged; the columns are described in docs/report.md.
+    points: pd.DataFrame
+    #: Points that failed: model, text, tokens, policy, error.
+    failed: list[dict[str, str]] = field(default_factory=list)
+    #: What a reader must know beyond the figures, a sentence each.
+    notes: list[str] = field(default_factory=list)
+    #: The different environments that the points were computed in.
+    environments: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read_study(folders: Sequence[Path]) -> Study:
+    """Read the results.jsonl of every folder.
+
+    Raises
+    ------
+    OSError
+        A folder without results, or one that can't be read.
+    ValueError
+        No finished point; a line that is no result, or of another schema; points measured with different windows,
+        window lengths or tokens, which can't share a figure.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    for folder in folders:
+        for record in _read(folder, notes):
+            # A later line of the same point, or a later folder, replaces the earlier one.
+            if record["status"] == "done" or records.get(record["key"], {}).get("status") != "done":
+                records[record["key"]] = record
+    rows: list[dict[str, Any]] = []
+    study = Study(pd.DataFrame(), notes=notes)
+    for record in records.values():
+        point = record["point"]
+        if record["status"] != "done":
+            named = {name: str(point.get(name, "")) for name in (*GROUP, "policy")}
+            study.failed.append(named | {"error": str(record.get("error") or "unknown error")})
+            continue
+        result = Result.from_dict(record["result"])
+        if result.partial:
+            notes.append(
+                f"{result.policy} on {point['text']}: interrupted after {result.windows} windows, left out."
+            )
+            continue
+        own = {
+            "model": point["model"],
+            "text": point["text"],
+            "tokens": point["tokens"],
+            "layers": _layers(point),
+        }
+        rows.append(own | _row(result))
+        rows += [own | _row(other) for other in result.comparisons if other.role != "reference"]
+        if result.environment not in study.environments:
+            study.environments.append(result.environment)
+    if not rows:
+        where = ", ".join(str(folder) for folder in folders)
+        what = f"all {len(study.failed)} points failed" if study.failed else "no finished point"
+        raise ValueError(f"{where!r} has nothing to report: {what}; run torchlamp sweep first")
+    table = pd.DataFrame(rows)
+    _check_settings(table)
+    study.points = _average_seeds(table)
+    if unknown := sorted(set(table["model"]) - set(SIZES)):
+        notes.append(
+            f"Costs of {', '.join(unknown)} assume sums of K = {OTHER_SIZES[0]} terms (see docs/report.md)."
+        )
+    return study
+
+
+def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    path = folder / RESULTS
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no results in {str(folder)!r}: there is no file {RESULTS}; give the --output folder of torchlamp sweep"
+        ) from None
+    except OSError as error:
+        raise OSError(f"{str(path)!r} can't be read: {error.strerror or error}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                # Without its newline: the sweep was killed while it wrote, or is writing now.
+                notes.append(f"The last line of {path} is torn and was left out.")
+                continue
+            raise ValueError(
+                f"line {number} of {str(path)!r} is no JSON: repair or delete that line"
+            ) from None
+        schema = record.get("schema") if isinstance(record, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"line {number} of {str(path)!r} has schema {schema!r}: this version reads {SCHEMA!r} only; "
+                "repeat the sweep with this version, or report with the one that wrote it"
+            )
+        missing = [name for name in ("key", "point", "status", "result") if name not in record]
+        missing += [name for name in (*GROUP, "policy") if name not in (record.get("point") or ())]
+        if missing or record["status"] not in ("done", "failed"):
+            what = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
+            raise ValueError(f"line {number} of {str(path)!r} {what}: it is no point of a sweep")
+        records.append(record)
+    return records
+
+
+def _layers(point: dict[str, Any]) -> str:
+    """The numbers of the layers that ran under the policy, or "all"."""
+    layers = point.get("layers")
+    return "all" if layers is None else ", ".join(str(layer) for layer in layers)
+
+
+def _row(result: Result) -> dict[str, Any]:
+    policy = Policy.parse(result.policy)
+    parts = list(policy.sites.values())
+    accumulators = {str(part.accumulate): part.accumulate for part in parts}
+    rules = {str(part.rule): part.rule for part in parts}
+    rule = next(iter(rules.values()))
+    value = getattr(rule, "value", None)
+    return {
+        "site": " + ".join(policy.sites),
+        "accumulate": " / ".join(accumulators),
+        "mu": next(iter(accumulators.values())).format.grid.mantissa_bits
+        if len(accumulators) == 1
+        else math.nan,
+        "policy": result.policy,
+        "rule": " / ".join(dict.fromkeys(rule_label(part.rule) for part in parts)),
+        "threshold": float(value) if value is not None and len(rules) == 1 else math.nan,
+        "realisable": all(part.rule.realisable for part in parts),
+        "windows": result.windows,
+        "window_length": result.window_length,
+        "seed": result.seed,
+        "tokens_sha256": result.tokens_sha256,
+        "kl": result.kl_mean,
+        "kl_se": result.kl_standard_error,
+        "kl_99": result.kl_percentiles["99"],
+        "flip": result.flip_rate,
+        "flip_se": result.flip_standard_error,
+        "perplexity": result.perplexity,
+        "reference_perplexity": result.reference_perplexity,
+        "log_ratio": result.log_perplexity_ratio,
+        "log_ratio_se": result.log_perplexity_ratio_standard_error,
+        "rms_delta_p": result.rms_delta_p,
+        "rate": result.recompute_rate,
+        "rows_touched": result.rows_touched,
+        "by_layer": result.recompute_rate_by_layer,
+        "by_head": result.recompute_rate_by_head,
+        "by_position": result.recompute_rate_by_position,
+        "kl_by_window": result.kl_by_window,
+        "flip_by_window": result.flip_by_window,
+        **_costs(result, policy),
+    }
+
+
+def rule_label(rule: Rule) -> str:
+    """The rule's name, which is that of its curve; a control that copies a rule's counts carries its name."""
+    followed = getattr(rule, "rule", None)
+    return f"{rule.name} {followed.name}" if isinstance(followed, Rule) else rule.name
+
+
+def _costs(result: Result, policy: Policy) -> dict[str, Any]:
+    """Relative operations, with the look-ahead's sums in float32 (as simulated) and, `_narrow`, in the accumulator."""
+    names = [f"cost_{name}{end}" for name in GRANULARITIES for end in ("", "_narrow")]
+    found: dict[str, Any] = dict.fromkeys(names, math.nan) | {"cost_estimated": True}
+    if len(policy.sites) > 1:
+        return found
+    ((site, part),) = policy.sites.items()
+    head, width, inner = SIZES.get(result.model, OTHER_SIZES)
+    length = result.window_length
+    depth = {"scores": head, "values": length, "mlp_down": inner}.get(site, width)
+    shape = Shape(length, length, depth, causal=site == "scores")
+    for end, model in (("", CostModel()), ("_narrow", CostModel(error=None, distance=None))):
+        by_name = costs(shape, part.accumulate, part.rule, result.recompute_rate, result.block_rates, model)
+        for name, cost in by_name.items():
+            found[f"cost_{name}{end}"] = cost.total
+            found["cost_estimated"] = cost.estimated
+    return found
+
+
+def _check_settings(table: pd.DataFrame) -> None:
+    """One report compares points; it refuses points that weren't measured alike."""
+    for whole, part in table.groupby(table["layers"] == "all"):
+        sizes = part[["windows", "window_length"]].drop_duplicates()
+        if len(sizes) > 1:
+            listed = " and ".join(
+                f"{row.windows} windows of {row.window_length}" for row in sizes.itertuples()
+            )
+            example = part.groupby(["windows", "window_length"])["model"].first()
+            what = "points" if whole else "points of single layers"
+            raise ValueError(
+                f"{what} measured with {listed} tokens (models {', '.join(dict.fromkeys(example))}) can't share a "
+                "figure: give torchlamp report folders with one setting"
+            )
+    for (model, text, tokens, length), part in table.groupby([*GROUP, "window_length"]):
+        whole_model = part[part["layers"] == "all"]
+        if whole_model["tokens_sha256"].nunique() > 1 and tokens == "real":
+            raise ValueError(
+                f"{model!r} on {text!r} was measured on different tokens (windows of {length}) under one name: the "
+                "text or the tokenizer changed between sweeps; give torchlamp report folders with one of them"
+            )
+
+
+def _average_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a point: the mean over seeds of the figures, and the larger of the error of windows and of seeds."""
+    distinct = table.drop_duplicates([*POINT, "seed"], keep="last")
+    count = distinct.groupby(POINT)["seed"].transform("size")
+    points = distinct[count == 1].assign(seeds=1)
+    rows = []
+    for _, same in distinct[count > 1].groupby(POINT, sort=False):
+        row = same.iloc[-1].copy()
+        for name in same.select_dtypes("number").columns.drop(["seed", "windows", "window_length", "mu"]):
+            row[name] = same[name].mean()
+        for name in ("kl", "flip"):
+            spread = float(same[name].std()) / math.sqrt(len(same))
+            row[f"{name}_se"] = max(float(row[f"{name}_se"]), spread)
+            row[f"{name}_by_window"] = _mean_of_lists(list(same[f"{name}_by_window"]))
+        row["seeds"] = len(same)
+        rows.append(row)
+    if rows:
+        points = pd.concat([points, pd.DataFrame(rows)]).infer_objects()
+    return points.drop(columns=["seed", "tokens_sha256"]).reset_index(drop=True)
+
+
+def _mean_of_lists(lists: list[list[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*lists, strict=False)]

@@ -1,0 +1,273 @@
+"""The figures of a report on paper: what each shows as a table, and drawn with matplotlib as SVG and PNG."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import colormaps, rc_context
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from torchlamp.report.data import GROUP, Study
+from torchlamp.report.figures_data import (
+    curve_data,
+    head_data,
+    layer_data,
+    mu_data,
+    position_data,
+    site_data,
+    typical_points,
+)
+from torchlamp.report.style import Style, order, styles
+from torchlamp.report.tables import equal_rate
+
+LABELS = {"kl": "KL(reference || tested) per token, nats", "flip": "flip rate"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure's file name without ending, its title, its data, and how to draw it on a matplotlib figure."""
+
+    name: str
+    title: str
+    data: pd.DataFrame
+    draw: Callable[[Any, pd.DataFrame], None]
+
+
+def figures(study: Study) -> Iterator[Figure]:
+    """Every figure that the points have data for, experiment by experiment."""
+    rates = equal_rate(study.points)
+    for group, points in study.points.groupby(GROUP, sort=False):
+        whole = points[points["layers"] == "all"]
+        own_rates = rates[(rates[GROUP] == list(group)).all(axis=1)]
+        for site, part in whole.groupby("site", sort=False):
+            suffix = _slug(*group) if site == "scores" else _slug(*group, str(site))
+            where = ", ".join([*group[:2], f"{group[2]} tokens", str(site)])
+            selecting = part[part["rate"] > 0]
+            if len(selecting):
+                for metric in ("kl", "flip"):
+                    short = metric if metric == "flip" else "KL"
+                    for axis, words in (("rate", "recompute rate"), ("cost_entry", "cost")):
+                        if part[axis].notna().any():
+                            yield Figure(
+                                f"{metric}-{axis.split('_')[0]}-{suffix}",
+                                f"{short} against {words}: {where}",
+                                curve_data(part),
+                                _curves(axis, metric),
+                            )
+            at = own_rates[(own_rates["site"] == site) & (own_rates["layers"] == "all")]
+            by_mu = mu_data(part, at)
+            if by_mu["mu"].nunique() > 1:
+                yield Figure(f"kl-mu-{suffix}", f"KL against mantissa bits: {where}", by_mu, _draw_mu)
+            typical = typical_points(part)
+            if len(heads := head_data(typical)):
+                yield Figure(
+                    f"heads-{suffix}", f"Recompute rate by layer and head: {where}", heads, _draw_heads
+                )
+            if len(positions := position_data(typical)):
+                title = f"Recompute rate against position: {where}"
+                yield Figure(f"position-{suffix}", title, positions, _draw_positions)
+        single = points[points["layers"].str.fullmatch(r"\d+")]
+        if len(single):
+            title = f"KL when only one layer is narrow: {', '.join(group)}"
+            yield Figure(f"layers-{_slug(*group)}", title, layer_data(single), _draw_layers)
+        narrow = whole[(whole["rule"] == "none") & ~whole["site"].str.contains("+", regex=False)]
+        if narrow["site"].nunique() > 1:
+            title = f"KL when only one site is narrow: {', '.join(group)}"
+            yield Figure(f"sites-{_slug(*group)}", title, site_data(narrow), _draw_sites)
+
+
+def save(figure: Figure, folder: Path) -> list[Path]:
+    """Write a figure as CSV, SVG and PNG."""
+    paths = [folder / f"{figure.name}.{end}" for end in ("csv", "svg", "png")]
+    figure.data.to_csv(paths[0], index=False)
+    settings: dict[Any, Any] = {
+        "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.linewidth": 0.4, "grid.alpha": 0.5, "legend.frameon": False,
+        "svg.hashsalt": "torchlamp", "lines.markersize": 4, "lines.linewidth": 1.2,
+    }  # fmt: skip
+    with rc_context(settings):
+        canvas = Canvas(figsize=(7, 4.2), layout="constrained")
+        figure.draw(canvas, figure.data)
+        canvas.suptitle(figure.title, fontsize=10)
+        # The layout is worked out once, not again for each file.
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")
+        canvas.savefig(paths[1], metadata={"Date": None})
+        canvas.savefig(paths[2], dpi=160)
+    return paths
+
+
+def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
+    def draw(canvas: Any, data: pd.DataFrame) -> None:
+        rules = sorted((r for r in data["rule"].unique() if r not in ("none", "all")), key=order)
+        look = styles(rules)
+        with_curves = data[(data["rate"] > 0) & (data["rate"] < 1)]
+        names = list(with_curves.sort_values("mu")["accumulate"].unique()) or ["?"]
+        columns = min(3, len(names))
+        lines = math.ceil(len(names) / columns)
+        canvas.set_size_inches(3.6 * columns + 1.6, 3.1 * lines + 0.5)
+        panels = canvas.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flatten()
+        for panel, name in zip(panels, names, strict=False):
+            for rule in rules:
+                curve = with_curves[(with_curves["accumulate"] == name) & (with_curves["rule"] == rule)]
+                if len(curve):
+                    _line(panel, curve.sort_values(axis), axis, metric, look[rule], rule)
+            _uniform(panel, data[data["rule"] == "none"], axis, metric)
+            panel.set_title(name)
+        _log_ticks(panels[0].xaxis, with_curves[axis], percent=axis == "rate")
+        _log_ticks(panels[0].yaxis, data[metric])
+        for panel in panels[len(names) :]:
+            panel.remove()
+        words = "recompute rate" if axis == "rate" else "operations / operations in float32"
+        canvas.supxlabel(words, fontsize=9)
+        canvas.supylabel(LABELS[metric], fontsize=9)
+        _legend(canvas, panels[: len(names)])
+
+    return draw
+
+
+def _line(panel: Any, curve: pd.DataFrame, x: str, y: str, style: Style, label: str) -> None:
+    name = f"{label} (not realisable)" if label.startswith("oracle") else label
+    errors = curve[f"{y}_se"].fillna(0) if f"{y}_se" in curve else None
+    panel.errorbar(
+        curve[x], curve[y], yerr=errors, color=style.light, marker=style.marker, linestyle=style.line,
+        elinewidth=0.7, capsize=1.5, label=name,
+    )  # fmt: skip
+
+
+def _uniform(panel: Any, plain: pd.DataFrame, axis: str, metric: str) -> None:
+    """Uniform precision: levels over a rate axis, points over a cost axis."""
+    plain = plain[plain[metric] > 0].sort_values("mu")
+    if axis == "rate":
+        for row in plain.itertuples():
+            panel.axhline(getattr(row, metric), color="#767676", linestyle=(0, (1, 3)), linewidth=0.8)
+            panel.annotate(
+                row.accumulate, (1, getattr(row, metric)), xycoords=("axes fraction", "data"), fontsize=7,
+                ha="right", va="bottom", color="#555555",
+            )  # fmt: skip
+        return
+    panel.plot(plain[axis], plain[metric], "d-", color="#767676", linewidth=0.8, label="uniform precision")
+    for row in plain.itertuples():
+        at = (getattr(row, axis), getattr(row, metric))
+        panel.annotate(
+            row.accumulate, at, fontsize=7, color="#555555", xytext=(3, 3), textcoords="offset points"
+        )
+
+
+def _draw_mu(canvas: Any, data: pd.DataFrame) -> None:
+    rates = sorted(rate for rate in data["rate"].unique() if 0 < rate < 1) or [0.01]
+    rates = [rate for rate in rates if rate in (0.01, 0.04)] or rates[:1]
+    canvas.set_size_inches(4 * len(rates) + 1.6, 3.8)
+    panels = canvas.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+    rules = sorted(data["rule"].unique(), key=order)
+    look = styles(rules)
+    for panel, rate in zip(panels, rates, strict=True):
+        for rule in rules:
+            curve = data[(data["rule"] == rule) & data["rate"].isin([0.0, rate, 1.0])].sort_values("mu")
+            if len(curve):
+                label = {"none": "none (uniform)", "all": "all recomputed"}.get(rule, rule)
+                _line(panel, curve, "mu", "kl", look[rule], label)
+        panel.set(title=f"{100 * rate:g} % recomputed", xlabel="mantissa bits")
+    _log_ticks(panels[0].yaxis, data["kl"])
+    panels[0].set_ylabel(LABELS["kl"])
+    _legend(canvas, panels)
+
+
+def _draw_heads(canvas: Any, data: pd.DataFrame) -> None:
+    policies = list(data["policy"].unique())[:6]
+    columns = min(3, len(policies))
+    lines = math.ceil(len(policies) / columns)
+    canvas.set_size_inches(3 * columns + 1, 0.5 + lines * max(2.2, 0.11 * data["layer"].nunique() + 1))
+    panels = canvas.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    top = data["rate"].max()
+    picture = None
+    for panel, policy in zip(panels, policies, strict=False):
+        table = data[data["policy"] == policy].pivot(index="layer", columns="head", values="rate")
+        picture = panel.imshow(table.to_numpy(), cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        panel.set_title(policy)
+        panel.grid(False)
+    for panel in panels[len(policies) :]:
+        panel.remove()
+    canvas.supxlabel("head", fontsize=9)
+    canvas.supylabel("layer", fontsize=9)
+    canvas.colorbar(picture, ax=list(panels[: len(policies)]), label="recompute rate")
+
+
+def _draw_positions(canvas: Any, data: pd.DataFrame) -> None:
+    panel = canvas.subplots()
+    look = styles(list(data["rule"].unique()))
+    for (rule, policy), curve in data.groupby(["rule", "policy"], sort=False):
+        _line(panel, curve, "position", "rate", look[rule], policy)
+    _log_ticks(panel.yaxis, data["rate"], percent=True)
+    panel.set(xlabel="position of the query", ylabel="recompute rate")
+    _legend(canvas, [panel])
+
+
+def _draw_layers(canvas: Any, data: pd.DataFrame) -> None:
+    panel = canvas.subplots()
+    look = styles(list(data["rule"].unique()))
+    for (rule, site, policy), curve in data.groupby(["rule", "site", "policy"], sort=False):
+        _line(panel, curve, "layer", "kl", look[rule], policy if "=" in policy else f"{site}: {policy}")
+    _log_ticks(panel.yaxis, data["kl"])
+    panel.set(xlabel="the only narrow layer", ylabel=LABELS["kl"])
+    _legend(canvas, [panel])
+
+
+def _draw_sites(canvas: Any, data: pd.DataFrame) -> None:
+    panel = canvas.subplots()
+    names = list(data.groupby("site")["kl"].max().sort_values(ascending=False).index)
+    markers = "osD^v<>p"
+    for i, (accumulate, part) in enumerate(data.groupby("accumulate", sort=False)):
+        places = [names.index(site) for site in part["site"]]
+        panel.errorbar(
+            places, part["kl"], yerr=part["kl_se"].fillna(0), fmt=markers[i % len(markers)], label=accumulate,
+            color=colormaps["cividis"](i / max(1, data["accumulate"].nunique())), capsize=1.5,
+        )  # fmt: skip
+    _log_ticks(panel.yaxis, data["kl"])
+    panel.set(ylabel=LABELS["kl"], xlabel="the only narrow site")
+    panel.set_xticks(range(len(names)), names)
+    _legend(canvas, [panel])
+
+
+def _log_ticks(axis: Any, values: pd.Series, percent: bool = False) -> None:
+    """A log axis with few ticks in plain numbers; ticks of shared axes are shared."""
+    good = values[(values > 0) & values.map(math.isfinite)]
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    if not len(good):
+        return
+    low, high = math.log10(good.min()), math.log10(good.max())
+    digits = (1, 1.5, 2, 3, 4, 5, 7) if high - low < 0.7 else (1, 2, 5) if high - low < 2.5 else (1,)
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    ticks = [d * 10.0**e for e in decades for d in digits]
+    ticks = [t for t in ticks if low - 0.3 <= math.log10(t) <= high + 0.3]
+
+    def words(value: float, _: int | None = None) -> str:
+        if percent:
+            return f"{100 * value:.3g} %"
+        if 9e-4 <= value < 1e4:
+            return f"{value:g}"
+        digit, power = f"{value:.1e}".split("e")
+        times = "" if digit == "1.0" else f"{float(digit):g}\\cdot "
+        return f"${times}10^{{{int(power)}}}$"
+
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(words))
+    axis.set_minor_locator(NullLocator())
+
+
+def _legend(canvas: Any, panels: Any) -> None:
+    """One legend for all panels, beside them."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        found |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    canvas.legend(found.values(), found.keys(), loc="outside right center", fontsize=8)
+
+
+def _slug(*names: str) -> str:
+    """Names as a part of a file name."""
+    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.") or "x" for name in names)

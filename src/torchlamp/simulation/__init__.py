@@ -1,0 +1,1 @@
+"""A site under a policy, simulated: low pass, look-ahead, recomputation, counted."""

@@ -1,0 +1,393 @@
+"""Softmax attention under a policy: low-precision scores, look-ahead, recomputation, softmax, values.
+
+References
+----------
+Budzinskiy et al., look-ahead mixed precision, arXiv 2601.21623, the composition softmax(q k^T). The running
+error estimate is derived in docs/method.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.kernels.attention import fused_attention
+from torchlamp.kernels.native import BLOCK_KEYS
+from torchlamp.kernels.products import products
+from torchlamp.kernels.recompute import recompute
+from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.rule import Rule
+from torchlamp.rules.tile import Tile
+from torchlamp.simulation.ahead import Ahead, Distances, bridge_error
+from torchlamp.simulation.blocks import mark_blocks
+from torchlamp.simulation.softmax import capped_logits, visible_softmax
+from torchlamp.simulation.values import Values, weighted_sums
+from torchlamp.simulation.visibility import Visibility, Window, window
+
+_FLOAT32 = Accumulation(Grid())
+
+#: Query rows of a tile: enough to keep matrix products busy, few enough that memory grows with keys only.
+TILE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """What an attention call returns.
+
+    Attributes
+    ----------
+    output : Tensor
+        float32 (batch, queries, heads, value size), contiguous.
+    eligible, selected : Tensor
+        int64 (batch, heads, queries): visible keys of each row, and how many of its scores were recomputed.
+    last_key : Tensor
+        int64 (batch, queries): index of the last key that any head of the query sees, -1 where none does.
+    values_selected : Tensor or None
+        int64 (batch, heads, queries): how many numbers of each row's output were recomputed, if values are summed in
+        low precision.
+    blocks : Tensor or None
+        uint8 (batch, heads, queries, ceil(keys / 16)), if asked for: the marks of `torchlamp.simulation.blocks`.
+    """
+
+    output: Tensor
+    eligible: Tensor
+    selected: Tensor
+    last_key: Tensor
+    values_selected: Tensor | None = None
+    blocks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an observer sees of a tile, after the selection and before the recomputation.
+
+    The tensors of `tile`, `chosen` and `exact` are (1, heads, rows, keys); the tile's scores change after the call,
+    so an observer copies what it keeps.
+    """
+
+    sample: int
+    rows: range
+    #: Number of the tile's first key.
+    first_key: int
+    tile: Tile
+    #: bool: the entries that will be recomputed.
+    chosen: Tensor
+    #: The visible scores in float32, as the recomputation gives them.
+    exact: Tensor
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all tiles of a call share."""
+
+    accumulator: Accumulator
+    rule: Rule
+    scaling: float
+    seen: Visibility
+    softcap: float | None
+    sinks: Tensor | None
+    generator: torch.Generator | None
+    observe: Callable[[Observation], None] | None = None
+    values: Values | None = None
+    ahead: Ahead | None = None
+    layer: int = 0
+    blocks: bool = False
+
+    @property
+    def error_scale(self) -> float:
+        """Factor from the root of a running sum of squares to the expected error of a score."""
+        return self.accumulator.format.unit_roundoff / 2 * abs(self.scaling)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    accumulator: Accumulator,
+    rule: Rule,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    observe: Callable[[Observation], None] | None = None,
+    values: Values | None = None,
+    ahead: Ahead | None = None,
+    layer: int = 0,
+    blocks: bool = False,
+) -> AttentionResult:
+    """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
+
+    The scores of a tile of query rows are accumulated, multiplied by `scaling` in float32 and rounded again;
+    softcap, bias, mask and softmax follow in float32. From these the rule selects entries, which are computed
+    again in float32; the softmax is repeated and applied to the values in float32. Keys are never repeated
+    for grouped queries, nothing of size queries x keys is stored, and each sample is computed on its own, so
+    that results don't depend on the batch.
+
+    A query that sees no key gets uniform weights over all keys (zero weights if there are sinks), as an
+    additive mask with a very negative number gives; such rows have 0 eligible entries.
+
+    Parameters
+    ----------
+    query : Tensor
+        float32 (batch, heads, queries, size).
+    key, value : Tensor
+        float32 (batch, key heads, keys, size) and (batch, key heads, keys, value size); heads must be a
+        multiple of key heads, query head h uses key head h // (heads / key heads).
+    accumulator, rule : Accumulator, Rule
+        How scores are summed, and which are recomputed.
+    scaling : float
+        Factor of the scores, commonly 1 / sqrt(size).
+    mask : Tensor or None
+        bool (batch or 1, heads or 1, queries, keys), True = visible.
+    causal : bool
+        Query i sees keys 0..i only.
+    bias : Tensor or None
+        float32, shape as `mask`, added to the logits after softcap.
+    softcap : float or None
+        c > 0: logits are c tanh(score / c).
+    sinks : Tensor or None
+        float32 (heads,): a logit per head that enters the normaliser but has no value.
+    generator : torch.Generator or None
+        On the CPU; needed by random rules. Every sample starts from the state it has now.
+    observe : callable, optional
+        Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
+    values : Values, optional
+        How the values are summed; in float32 if not given.
+    ahead : Ahead, optional
+        What lies behind the heads' outputs; rules that look as far as the residual stream need it.
+    layer : int
+        Number of the layer, for rules that choose by it.
+    blocks : bool
+        Also mark which blocks of 16 keys are seen and touched.
+
+    Raises
+    ------
+    TypeError
+        Anything but float32 (bool for the mask).
+    ValueError
+        Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
+        stream without `ahead`.
+    """
+    _check(query, key, value, softcap, sinks, rule, generator)
+    if rule.needs_distance == "residual" and ahead is None:
+        raise ValueError(
+            f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
+        )
+    seen = Visibility(mask, causal, bias)
+    seen.check((*query.shape[:3], key.shape[2]))
+    call = _Call(
+        accumulator, rule, scaling, seen, softcap, sinks, generator, observe, values, ahead, layer, blocks
+    )
+    return _fused(call, query, key, value) or _tiled(call, query, key, value)
+
+
+def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
+    """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
+    form = call.rule.threshold_form()
+    if form is None or call.seen.bias is not None or call.observe is not None or call.values is not None:
+        return None
+    result = fused_attention(
+        query,
+        key,
+        value,
+        call.accumulator.accumulation,
+        weight=form.weight,
+        threshold=form.threshold,
+        by_length=form.by_length,
+        scaling=call.scaling,
+        error_scale=call.error_scale,
+        mask=call.seen.mask,
+        causal=call.seen.causal,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        blocks=call.blocks,
+    )
+    if result is None:
+        return None
+    output, selected, visible, marks = result
+    eligible = visible[:, None, :, 0].to(torch.int64).expand(selected.shape)
+    last_key = visible[:, :, 1].to(torch.int64)
+    return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
+
+
+def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
+    """The readable form, for every rule, mask and device: a loop over tiles of query rows."""
+    batch, heads, queries, _ = query.shape
+    generator, sinks = call.generator, call.sinks
+    output = query.new_empty(batch, queries, heads, value.shape[-1])
+    eligible = torch.zeros(batch, heads, queries, dtype=torch.int64, device=query.device)
+    selected = torch.zeros_like(eligible)
+    last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
+    values_selected = None if call.values is None else torch.zeros_like(selected)
+    marks = None
+    if call.blocks:
+        counted = (batch, heads, queries, -(-key.shape[2] // BLOCK_KEYS))
+        marks = torch.zeros(counted, dtype=torch.uint8, device=query.device)
+    drawn_from = (generator, None if call.values is None else call.values.generator)
+    generators = [g for g in drawn_from if g is not None]
+    starts = [g.get_state() for g in generators]
+    for sample in range(batch):
+        for own, start in zip(generators, starts, strict=True):
+            own.set_state(start)
+        distances = None
+        if call.rule.needs_distance is not None:
+            distances = Distances(
+                value[sample], heads, None if call.rule.needs_distance == "output" else call.ahead
+            )
+        for first in range(0, queries, TILE_ROWS):
+            rows = range(first, min(first + TILE_ROWS, queries))
+            at = slice(rows.start, rows.stop)
+            seen = window(call.seen, sample, rows, key.shape[2], query.device)
+            if seen.last > seen.first:
+                tile = (query[sample, :, at], key[sample], value[sample])
+                probabilities, visible, chosen = _tile(call, *tile, sample, rows, seen, distances)
+                shown = tile[2][:, seen.first : seen.last]
+                if call.values is None or values_selected is None:
+                    out = _apply(probabilities, shown)
+                else:
+                    out, values_selected[sample, :, at] = weighted_sums(probabilities, shown, call.values)
+                eligible[sample, :, at] = visible.sum(dim=-1)
+                selected[sample, :, at] = chosen.sum(dim=-1)
+                if marks is not None:
+                    marks[sample, :, at] = mark_blocks(visible, chosen, seen.first, key.shape[2])
+                last_key[sample, at] = _last_visible(visible, seen.first)
+            else:
+                out = query.new_zeros(heads, len(rows), value.shape[-1])
+            if seen.visible is not None or seen.last == seen.first:
+                _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
+            output[sample, at] = out.transpose(0, 1)
+    return AttentionResult(output, eligible, selected, last_key, values_selected, marks)
+
+
+def _tile(
+    call: _Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sample: int,
+    rows: range,
+    seen: Window,
+    distances: Distances | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, visible and selected of one tile, each (heads, rows, keys); visible can have 1 head."""
+    keys = key[:, seen.first : seen.last].transpose(1, 2)
+    causal = rows.start - seen.first if call.seen.causal else None
+    scores, squares = products(
+        query,
+        keys,
+        call.accumulator.accumulation,
+        scaling=call.scaling,
+        causal=causal,
+        squares=call.rule.needs_error,
+    )
+    visible = seen.visible
+    if visible is None:
+        visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
+    hidden = None if seen.visible is None else ~visible
+    bias = _bias(call.seen.bias, sample, rows, seen)
+
+    logits, slope = capped_logits(scores, call.softcap, bias)
+    probabilities = visible_softmax(logits, hidden, call.sinks)
+    error = exact = distance = None
+    if squares is not None:
+        error = squares.sqrt_().mul_(call.error_scale)
+    elif call.rule.needs_bridge:
+        error = bridge_error(query, keys, scores, call.scaling, call.accumulator.format.unit_roundoff)
+    if call.rule.needs_exact or call.observe is not None:
+        exact, _ = products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)
+    if distances is not None:
+        outputs = _apply(probabilities, value[:, seen.first : seen.last])
+        distance = distances.of(probabilities, outputs, seen.first, seen.last, sample, rows)
+    tile = Tile(
+        scores=scores[None],
+        logits=logits[None],
+        probabilities=probabilities[None],
+        visible=visible.expand(scores.shape)[None],
+        slope=None if slope is None else slope[None],
+        error=None if error is None else error[None],
+        generator=call.generator,
+        exact=None if exact is None else exact[None],
+        distance=None if distance is None else distance[None],
+        layer=call.layer,
+    )
+    chosen = call.rule.select(tile)[0]
+    if call.observe is not None and exact is not None:
+        call.observe(Observation(sample, rows, seen.first, tile, chosen[None], exact[None]))
+    if bool(chosen.any()):
+        del tile, logits, slope, error, probabilities, exact, distance
+        recompute(scores, query, keys, chosen, call.scaling)
+        logits, _ = capped_logits(scores, call.softcap, bias)
+        probabilities = visible_softmax(logits, hidden, call.sinks)
+    return probabilities, visible, chosen
+
+
+def _apply(probabilities: Tensor, value: Tensor) -> Tensor:
+    """Weighted sums of the values: the queries of a group are stacked, so that values aren't repeated."""
+    heads, rows, keys = probabilities.shape
+    groups = value.shape[0]
+    stacked = probabilities.reshape(groups, heads // groups * rows, keys)
+    return torch.matmul(stacked, value).reshape(heads, rows, value.shape[-1])
+
+
+def _bias(bias: Tensor | None, sample: int, rows: range, seen: Window) -> Tensor | None:
+    if bias is None:
+        return None
+    own = bias[sample if bias.shape[0] > 1 else 0]
+    return own[:, rows.start : rows.stop, seen.first : seen.last]
+
+
+def _last_visible(visible: Tensor, first: int) -> Tensor:
+    """Index of the last key each query sees in any head, -1 where none."""
+    index = torch.arange(1, visible.shape[-1] + 1, device=visible.device)
+    last = (visible * index).amax(dim=(0, 2))
+    return torch.where(last > 0, last + (first - 1), -1)
+
+
+def _fill_blind_rows(out: Tensor, blind: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+    """Give rows without any visible key the mean of all values; a sink, if any, takes all their weight."""
+    if sinks is not None or not bool(blind.any()):
+        return
+    mean = value.mean(dim=1).repeat_interleave(out.shape[0] // value.shape[0], dim=0)
+    out[blind] = mean[:, None, :].expand_as(out)[blind]
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+    rule: Rule,
+    generator: torch.Generator | None,
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}: attention simulates from float32, convert it first")
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected (batch, heads, length, size)")
+    fits = (
+        query.shape[0] == key.shape[0] == value.shape[0]
+        and key.shape[1] == value.shape[1]
+        and key.shape[2] == value.shape[2]
+        and query.shape[3] == key.shape[3]
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if not fits:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
+        raise ValueError(
+            f"query, key, value of shapes {shapes} don't fit: batch, heads, keys and size must agree"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: it must be positive, or None")
+    if sinks is not None and sinks.dtype != torch.float32:
+        raise TypeError(f"sinks is {sinks.dtype}: attention simulates from float32, convert it first")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
+    if rule.needs_generator and generator is None:
+        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")

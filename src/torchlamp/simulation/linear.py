@@ -1,0 +1,364 @@
+"""Linear layers under a policy: low-precision sums, look-ahead through what follows, recomputation of a few.
+
+How to call it, for a layer relu(x W^T + b) of a network without transformers:
+
+    from torchlamp.simulation.activation import activated
+    from torchlamp.simulation.linear import linear
+
+    result = linear(x, weight, bias, accumulator="ps4", rule="condition:4", look=activated(torch.relu))
+    hidden = torch.relu(result.output)           # result.selected / result.eligible: entries per row
+
+and `activated(torch.relu, next_weight.norm(dim=0))` for rules that weigh by what the next layer does. Without `look`
+the output itself is what counts: its relative l2 error per row, and the condition number of the inner product.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.kernels.products import products
+from torchlamp.kernels.recompute import recompute
+from torchlamp.kernels.rounding import round_to_grid
+from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.element_tile import ElementTile
+from torchlamp.rules.none_all import Everything, Nothing
+from torchlamp.rules.rule import Rule
+from torchlamp.rules.tile import Tile
+
+#: Entries of a chunk of rows: a vocabulary of 262144 is worked on 64 rows at a time.
+CHUNK_ENTRIES = 2**24
+#: Share of recomputed entries from which a full float32 pass is faster than one inner product after the other.
+_DENSE = 0.05
+_FLOAT32 = Accumulation(Grid())
+#: Keeps a division by the norm of a zero row from giving NaN: 0 / tiny is 0.
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A linear map y = x `matrix` + `bias`."""
+
+    #: float32 (inputs, outputs), any strides: the transpose of a `torch.nn.Linear`'s weight.
+    matrix: Tensor
+    #: float32 (outputs,) or None.
+    bias: Tensor | None = None
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """||w_j||_2 of every output, float32 (outputs,)."""
+        norms: Tensor = torch.linalg.vector_norm(self.matrix.detach(), dim=0)
+        return norms
+
+
+@dataclass(frozen=True)
+class Low:
+    """A chunk of rows after the low pass: what a look-ahead function makes a tile of.
+
+    All tensors are float32 (rows, outputs); the outputs of several maps stand side by side.
+    """
+
+    #: The sums, with the bias.
+    y: Tensor
+    #: Which rows of the call's (batch * length) rows these are.
+    rows: slice
+    #: Expected rounding error of y; None unless the rule needs it.
+    error: Tensor | None = None
+    #: y in float32; None unless the rule needs it.
+    exact: Tensor | None = None
+    #: |w_j|^T |x| + |b_j| or its cheap bound; None unless the rule needs it.
+    numerator: Tensor | None = None
+    generator: torch.Generator | None = None
+    layer: int = 0
+
+    def element_tile(self, gain: Tensor, sensitivity: Tensor | None = None) -> ElementTile:
+        """The tile for a function whose error is counted componentwise or through a norm.
+
+        Parameters
+        ----------
+        gain
+            Normwise relative change of what follows per unit of absolute error, (rows, outputs).
+        sensitivity
+            |f'(y_j) / f(y_j)|, relative error of f's component per unit of absolute error in y_j, 0 where f doesn't
+            react; None for the identity, 1 / |y_j|.
+        """
+        condition = None
+        if self.numerator is not None:
+            condition = self.numerator / self.y.abs() if sensitivity is None else self.numerator * sensitivity
+        return ElementTile(
+            scores=self.y,
+            visible=torch.ones(1, 1, dtype=torch.bool, device=self.y.device).expand(self.y.shape),
+            gain=gain.expand(self.y.shape),
+            condition=condition,
+            numerator=self.numerator,
+            error=self.error,
+            exact=self.exact,
+            generator=self.generator,
+            layer=self.layer,
+        )
+
+
+#: Looks ahead from a chunk through what follows.
+LookAhead = Callable[[Low], ElementTile | Tile]
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What a linear layer under a policy returns.
+
+    Attributes
+    ----------
+    outputs : tuple of Tensor
+        float32 (..., outputs) of each map.
+    eligible : int
+        Entries of a row, of all maps together.
+    selected : Tensor
+        int64 (...): how many of them were recomputed.
+    """
+
+    outputs: tuple[Tensor, ...]
+    eligible: int
+    selected: Tensor
+
+    @property
+    def output(self) -> Tensor:
+        """The output of a single map."""
+        (output,) = self.outputs
+        return output
+
+
+def relative(low: Low) -> ElementTile:
+    """Look ahead to the output itself: the relative l2 error of a row, and relative errors of its components."""
+    return low.element_tile(1 / low.y.norm(dim=-1, keepdim=True).clamp_min(TINY))
+
+
+@dataclass(frozen=True)
+class HeadVectors:
+    """Look ahead from queries, keys and values: the relative l2 error of each head's vector of `size` numbers."""
+
+    size: int
+
+    def __call__(self, low: Low) -> ElementTile:
+        """The tile of a chunk of rows."""
+        heads = low.y.view(*low.y.shape[:-1], -1, self.size)
+        gain = 1 / heads.norm(dim=-1, keepdim=True).clamp_min(TINY)
+        return low.element_tile(gain.expand(heads.shape).flatten(-2))
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    accumulator: str | Accumulator,
+    rule: str | Rule,
+    look: LookAhead = relative,
+    generator: torch.Generator | None = None,
+) -> LinearResult:
+    """The layer x W^T + b with sums in low precision, the selected ones recomputed in float32.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32 (..., inputs).
+    weight, bias : Tensor
+        float32 (outputs, inputs) as in `torch.nn.Linear`, and (outputs,) or None.
+    accumulator, rule
+        How sums are formed, and which are recomputed; spellings or objects.
+    look : callable
+        What follows the layer: `relative` (nothing), `activated(...)`, `Normed`, `Vocabulary`, `HeadVectors`.
+    generator : torch.Generator or None
+        On the CPU; needed by random rules.
+
+    Raises
+    ------
+    TypeError
+        Anything but float32.
+    ValueError
+        Shapes that don't fit; a rule that needs what `look` doesn't give.
+    """
+    return linears(
+        x,
+        [Weights(weight.T, bias)],
+        accumulator=Accumulator.parse(accumulator),
+        rule=Rule.parse(rule),
+        look=look,
+        generator=generator,
+    )
+
+
+@torch.no_grad()
+def linears(
+    x: Tensor,
+    maps: Sequence[Weights],
+    *,
+    accumulator: Accumulator,
+    rule: Rule,
+    look: LookAhead,
+    generator: torch.Generator | None = None,
+    layer: int = 0,
+) -> LinearResult:
+    """Several linear maps of one input whose outputs one function combines (gate and up of a GLU), see `linear`.
+
+    The sum over the inputs k = 0, 1, 2, ... starts from zero; the bias is added to the finished sum in float32 and the
+    result rounded once more. Recomputed entries are float32 FMAs in the same order, plus the bias in float32. Rows
+    don't influence each other, except that random rules draw once for all samples (the first dimension of an x of
+    three dimensions or more).
+    """
+    _check(x, maps)
+    if rule.needs_generator and generator is None:
+        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
+    flat = x.detach().reshape(-1, x.shape[-1])
+    outputs = [flat.new_empty(flat.shape[0], m.matrix.shape[1]) for m in maps]
+    selected = torch.zeros(flat.shape[0], dtype=torch.int64, device=x.device)
+    width = sum(m.matrix.shape[1] for m in maps)
+    # Every sample sees the same draws, so that the result of one doesn't depend on its neighbours.
+    samples = x.shape[0] if rule.needs_generator and x.ndim > 2 else 1
+    length = flat.shape[0] // max(1, samples)
+    chunk = max(1, CHUNK_ENTRIES // max(1, width))
+    start = generator.get_state() if generator is not None else None
+    for sample in range(samples):
+        if generator is not None and start is not None:
+            generator.set_state(start)
+        for first in range(sample * length, (sample + 1) * length, chunk):
+            rows = slice(first, min(first + chunk, (sample + 1) * length))
+            pieces = [_Sums(flat[rows], m, accumulator, rule) for m in maps]
+            selected[rows] = _look_ahead(pieces, rows, rule, look, generator, layer)
+            for output, piece in zip(outputs, pieces, strict=True):
+                output[rows] = piece.y
+    shaped = tuple(o.reshape(*x.shape[:-1], o.shape[1]) for o in outputs)
+    return LinearResult(shaped, width, selected.reshape(x.shape[:-1]))
+
+
+def _look_ahead(
+    pieces: list["_Sums"],
+    rows: slice,
+    rule: Rule,
+    look: LookAhead,
+    generator: torch.Generator | None,
+    layer: int,
+) -> Tensor:
+    """Select and recompute; the number of recomputed entries of each row, int64 (rows,)."""
+    if isinstance(rule, Nothing):
+        return torch.zeros(pieces[0].y.shape[0], dtype=torch.int64, device=pieces[0].y.device)
+    if isinstance(rule, Everything):
+        chosen = torch.ones(1, 1, dtype=torch.bool, device=pieces[0].y.device)
+        chosen = chosen.expand(pieces[0].y.shape[0], sum(p.y.shape[1] for p in pieces))
+    else:
+        low = Low(
+            y=_beside([p.y for p in pieces]),
+            rows=rows,
+            error=_beside([p.error for p in pieces]) if _wants_error(rule) else None,
+            exact=_beside([p.exact for p in pieces]) if needs(rule, "needs_exact") else None,
+            numerator=(
+                _beside([p.numerator(innermost(rule).numerator) for p in pieces])
+                if needs(rule, "needs_condition")
+                else None
+            ),
+            generator=generator,
+            layer=layer,
+        )
+        chosen = select(rule, look(low))
+    counts = chosen.sum(dim=-1)
+    if bool(counts.any()):
+        for piece, mask in zip(
+            pieces, torch.split(chosen, [p.y.shape[1] for p in pieces], dim=-1), strict=True
+        ):
+            piece.recompute(mask)
+    return counts
+
+
+def select(rule: Rule, tile: ElementTile | Tile) -> Tensor:
+    """What a rule recomputes of either kind of tile: bool, the shape of its scores."""
+    return rule.select(cast(Any, tile))
+
+
+class _Sums:
+    """The sums of some rows with one map, and what is known about them."""
+
+    def __init__(self, x: Tensor, weights: Weights, accumulator: Accumulator, rule: Rule) -> None:
+        self.x, self.weights = x, weights
+        self._unit_roundoff = accumulator.format.unit_roundoff
+        form = accumulator.accumulation
+        squares = needs(rule, "needs_error")
+        sums, running = products(x[None], weights.matrix.detach()[None], form, squares=squares)
+        self.y, self._squares = sums[0], None if running is None else running[0]
+        if weights.bias is not None:
+            self.y = round_to_grid(self.y + weights.bias.detach(), form.result)
+            # The rounding after the bias is one more step; a promoted sum takes it in float32.
+            if self._squares is not None and not form.promote:
+                self._squares = self._squares.addcmul_(self.y, self.y)
+
+    @property
+    def error(self) -> Tensor:
+        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums), or what `Bridge` expects of it."""
+        squares = self._squares
+        if squares is None:
+            spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
+            squares = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
+        return squares.sqrt().mul_(self._unit_roundoff / 2)
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """The sums in float32, with the bits of a recomputation."""
+        sums, _ = products(self.x[None], self.weights.matrix.detach()[None], _FLOAT32)
+        return sums[0] if self.weights.bias is None else sums[0] + self.weights.bias.detach()
+
+    def numerator(self, kind: str) -> Tensor:
+        """|w_j|^T |x| + |b_j|, or with kind "cheap" ||w_j|| ||x|| + |b_j|."""
+        if kind == "cheap":
+            lengths: Tensor = torch.linalg.vector_norm(self.x, dim=-1, keepdim=True)
+            sums = lengths * self.weights.norms
+        else:
+            sums = products(self.x.abs()[None], self.weights.matrix.detach().abs()[None], _FLOAT32)[0][0]
+        return sums if self.weights.bias is None else sums + self.weights.bias.detach().abs()
+
+    def recompute(self, mask: Tensor) -> None:
+        """Replace the marked entries of y by float32 sums."""
+        marked = int(mask.sum())
+        if "exact" in self.__dict__ or marked > _DENSE * mask.numel():
+            self.y = torch.where(mask, self.exact, self.y)
+        elif marked:
+            y, matrix = self.y[None].clone(), self.weights.matrix.detach()[None]
+            recompute(y, self.x[None], matrix, mask[None])
+            bias = self.weights.bias
+            self.y = y[0] if bias is None else torch.where(mask, y[0] + bias.detach(), y[0])
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+
+
+def innermost(rule: Rule) -> Rule:
+    """The rule that a random baseline imitates, or the rule itself."""
+    inner = getattr(rule, "rule", rule)
+    return inner if inner is rule else innermost(inner)
+
+
+def needs(rule: Rule, what: str) -> bool:
+    """Whether a rule, or the one that it imitates, has a flag such as "needs_error"."""
+    return bool(getattr(rule, what)) or bool(getattr(innermost(rule), what))
+
+
+def _wants_error(rule: Rule) -> bool:
+    return needs(rule, "needs_error") or needs(rule, "needs_bridge")
+
+
+def _check(x: Tensor, maps: Sequence[Weights]) -> None:
+    for m in maps:
+        tensors = (x, m.matrix) if m.bias is None else (x, m.matrix, m.bias)
+        if any(t.dtype != torch.float32 for t in tensors):
+            dtypes = ", ".join(str(t.dtype) for t in tensors)
+            raise TypeError(
+                f"linear takes float32 input, weight and bias, got {dtypes}: convert with .float()"
+            )
+        fits = m.matrix.ndim == 2 and x.ndim >= 1 and x.shape[-1] == m.matrix.shape[0]
+        if not fits or (m.bias is not None and m.bias.shape != m.matrix.shape[1:]):
+            raise ValueError(
+                f"input of shape {tuple(x.shape)} doesn't fit a weight of shape {tuple(m.matrix.T.shape)}: "
+                "they must be (..., inputs) and (outputs, inputs)"
+            )

@@ -1,0 +1,272 @@
+"""Counts of what a rule selected, per site, layer, head and position: the one place where a run keeps state."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchlamp.policy.policy import SITES
+from torchlamp.simulation.blocks import count_blocks
+
+
+@dataclass
+class Counts:
+    """Sums over any number of query rows, one column per head or per position.
+
+    `table` is int64 (4, columns): eligible entries, selected entries, rows, and rows with a selected entry.
+    """
+
+    table: Tensor
+
+    @classmethod
+    def zeros(cls, columns: int) -> "Counts":
+        """Nothing counted yet."""
+        return cls(torch.zeros(4, columns, dtype=torch.int64))
+
+    @property
+    def eligible(self) -> Tensor:
+        """Visible entries, int64 (columns,)."""
+        return self.table[0]
+
+    @property
+    def selected(self) -> Tensor:
+        """Recomputed entries, int64 (columns,)."""
+        return self.table[1]
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows with a visible entry, int64 (columns,)."""
+        return self.table[2]
+
+    @property
+    def touched(self) -> Tensor:
+        """Rows with a recomputed entry, int64 (columns,)."""
+        return self.table[3]
+
+    def make_room(self, columns: int) -> None:
+        """Widen the table to so many columns or more: it doubles at least, so that decoding rarely copies."""
+        have = self.table.shape[1]
+        if columns > have:
+            self.table = torch.nn.functional.pad(self.table, (0, max(columns, 2 * have) - have))
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Eligible and selected entries of every site and layer that ran, over all calls since the start or the last
+    `reset`.
+
+    At the site `scores` an entry (query, key) is eligible in a head when the query may see the key; a row is one query
+    in one head, and counts when it has at least one eligible entry, so padding and hidden cache slots never enter a
+    rate. At `values` a row is one query in one head and its entries are the numbers of its output. At the other sites
+    a row is one token and its entries are the sums of the layer; rows of padding tokens, which run as all others do,
+    count there. The LM head belongs to no layer. Memory grows with sites x layers x (heads + positions), not with the
+    number of calls.
+    """
+
+    #: Seed of the random baselines.
+    seed: int = 0
+    #: Whether touched blocks are to be counted, too.
+    blocks: bool = False
+    _heads: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    _blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64), repr=False)
+
+    def record(
+        self, layer: int, eligible: Tensor, selected: Tensor, positions: Tensor, site: str = "scores"
+    ) -> None:
+        """Add one call of a site.
+
+        Parameters
+        ----------
+        layer : int
+            0 for the first layer, -1 for what belongs to no layer; layers in between that never ran count nothing.
+        eligible, selected : Tensor
+            int64 (batch, heads, queries): visible keys, and recomputed scores, of each row. Sites without heads have
+            one.
+        positions : Tensor
+            Integers (batch or 1, queries): position of each query in its own sequence; negative ones count as
+            0.
+        site : str
+            Where.
+        """
+        eligible, selected = eligible.cpu(), selected.cpu()
+        heads, at = eligible.shape[1], (site, layer)
+        by_head = self._heads.setdefault(at, Counts.zeros(heads))
+        by_position = self._positions.setdefault(at, Counts.zeros(0))
+        parts = torch.stack([eligible, selected, (eligible > 0).long(), (selected > 0).long()])
+        by_head.make_room(heads)
+        by_head.table[:, :heads] += parts.sum(dim=(1, 3))
+
+        by_query = parts.sum(dim=2)
+        counted = by_query[2] > 0
+        places = positions.cpu().expand(counted.shape)[counted].clamp_min(0)
+        if places.numel() > 0:
+            by_position.make_room(int(places.max()) + 1)
+            by_position.table.index_add_(1, places, by_query[:, counted])
+
+    def record_blocks(self, marks: Tensor) -> None:
+        """Add the blocks of one call at the site scores, marked as by `torchlamp.simulation.blocks`."""
+        self._blocks += count_blocks(marks).cpu()
+
+    def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
+        """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site.
+
+        Seeding every call anew keeps random selections independent of how sequences are grouped into batches.
+        """
+        # Large odd factors keep neighbouring seeds, layers, steps and sites far apart.
+        mixed = self.seed * 0x9E3779B97F4A7C15 + layer * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB
+        mixed += SITES.index(site) * 0xD6E8FEB86659FD93
+        return torch.Generator().manual_seed(mixed % 2**63)
+
+    def reset(self) -> None:
+        """Forget all counts; the seed stays."""
+        self._heads.clear()
+        self._positions.clear()
+        self._blocks.zero_()
+
+    @property
+    def eligible(self) -> int:
+        """Number of entries that could be recomputed, over all sites, layers, heads and calls."""
+        return sum(int(c.eligible.sum()) for c in self._heads.values())
+
+    @property
+    def selected(self) -> int:
+        """Number of entries recomputed in float32."""
+        return sum(int(c.selected.sum()) for c in self._heads.values())
+
+    @property
+    def rows(self) -> int:
+        """Number of rows with at least one eligible entry: query and head for attention, token elsewhere."""
+        return sum(int(c.rows.sum()) for c in self._heads.values())
+
+    @property
+    def recompute_rate(self) -> float:
+        """Selected / eligible entries of all sites, 0 when nothing ran."""
+        return rate(self.selected, self.eligible)
+
+    @property
+    def rows_touched(self) -> float:
+        """Rows with at least one recomputed entry / all rows, 0 when nothing ran."""
+        return rate(sum(int(c.touched.sum()) for c in self._heads.values()), self.rows)
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that ran, in the order of the forward pass."""
+        ran = {site for site, _ in self._heads}
+        return [site for site in SITES if site in ran]
+
+    @property
+    def by_site(self) -> dict[str, float]:
+        """Recompute rate of each site that ran."""
+        return {site: _rate(self.site_counts(site)) for site in self.sites}
+
+    @property
+    def by_layer(self) -> list[float]:
+        """Recompute rate of each layer over its sites, in the order the layers run."""
+        return [_rate(self.layer_counts(layer)) for layer in range(self.layers)]
+
+    @property
+    def layers(self) -> int:
+        """One more than the number of the last layer that ran."""
+        return max((layer + 1 for _, layer in self._heads), default=0)
+
+    @property
+    def by_head(self) -> list[list[float]]:
+        """Recompute rate of the scores of each head of each layer; empty lists where scores weren't narrow."""
+        counts = [self.head_counts(layer) for layer in range(self.layers)]
+        return [_rates(c.selected, c.eligible) for c in counts]
+
+    @property
+    def by_position(self) -> list[float]:
+        """Recompute rate of the queries at each position, over all sites, layers and heads."""
+        counts = self.position_counts()
+        return _rates(counts.selected, counts.eligible)
+
+    @property
+    def block_rates(self) -> dict[str, float]:
+        """Share of scores recomputed as single entries, and of blocks that hold at least one of them.
+
+        Keys: "entry"; "row_block_16", 16 keys of one query; "tile_16x16", 16 keys of 16 queries. Empty unless `blocks`
+        is set and scores ran in low precision.
+        """
+        if not self.blocks or not int(self._blocks[0, 0]):
+            return {}
+        rows, tiles = (rate(int(touched), int(eligible)) for eligible, touched in self._blocks)
+        return {"entry": self.by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+
+    @property
+    def block_counts(self) -> Tensor:
+        """int64 (2, 2): eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros unless `blocks` is set."""
+        return self._blocks.clone()
+
+    def site_counts(self, site: str) -> Counts:
+        """The counts of one site over all layers and heads, int64 (1,); zeros if it didn't run."""
+        return _total(self._of(self._heads, site=site))
+
+    def head_counts(self, layer: int, site: str = "scores") -> Counts:
+        """A copy of the counts of one layer at a site, int64 (heads,); zeros if the site didn't run there."""
+        counts = self._heads.get((site, layer))
+        if counts is not None:
+            return Counts(counts.table.clone())
+        others = self._of(self._heads, site=site)
+        return Counts.zeros(others[0].table.shape[1] if others else 0)
+
+    def layer_counts(self, layer: int) -> Counts:
+        """The counts of one layer over all its sites and heads, int64 (1,); layer -1 is the LM head."""
+        return _total(self._of(self._heads, layer=layer))
+
+    def position_counts(self, layer: int | None = None, site: str | None = None) -> Counts:
+        """A copy of the counts by position, int64 (positions,), of one layer and site or of all together."""
+        chosen = self._of(self._positions, site=site, layer=layer)
+        size = max((_length(c) for c in chosen), default=0)
+        total = Counts.zeros(size)
+        for counts in chosen:
+            part = counts.table[:, :size]
+            total.table[:, : part.shape[1]] += part
+        return total
+
+    def _of(
+        self, tables: dict[tuple[str, int], Counts], *, site: str | None = None, layer: int | None = None
+    ) -> list[Counts]:
+        return [
+            counts
+            for (at, number), counts in tables.items()
+            if (site is None or at == site) and (layer is None or number == layer)
+        ]
+
+    def __str__(self) -> str:
+        things = "scores" if self.sites in ([], ["scores"]) else f"entries at {', '.join(self.sites)}"
+        return (
+            f"recompute rate {self.recompute_rate:.3%} ({self.selected:,} of {self.eligible:,} {things}), "
+            f"rows touched {self.rows_touched:.2%}, {self.layers} layers"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Statistics: {self}>"
+
+
+def _total(chosen: list[Counts]) -> Counts:
+    """The sum of all columns, one column."""
+    total = Counts.zeros(1)
+    for counts in chosen:
+        total.table += counts.table.sum(dim=1, keepdim=True)
+    return total
+
+
+def _rate(counts: Counts) -> float:
+    return rate(int(counts.selected.sum()), int(counts.eligible.sum()))
+
+
+def _length(counts: Counts) -> int:
+    """Positions up to the last one that was counted."""
+    used = torch.nonzero(counts.rows)
+    return int(used[-1]) + 1 if used.numel() else 0
+
+
+def rate(part: int, whole: int) -> float:
+    """A share of two counts; 0 where there is nothing to share."""
+    return part / whole if whole else 0.0
+
+
+def _rates(part: Tensor, whole: Tensor) -> list[float]:
+    return [float(r) for r in (part.double() / whole.clamp_min(1).double())]

@@ -1,1 +1,0 @@
-"""Studies on real models and text: loading, metrics, evaluation, results."""

@@ -1,0 +1,149 @@
+"""The folder of a sweep: its results, calibrations and configuration, held by one process at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torchlamp
+from torchlamp.results.journal import Journal, free_name
+from torchlamp.results.output import write_text
+from torchlamp.sweep.config import Study
+from torchlamp.sweep.points import Point
+
+SCHEMA = "torchlamp-sweep/1"
+CALIBRATION_SCHEMA = "torchlamp-calibration/1"
+RESULTS, CALIBRATIONS, CONFIGURATION, LOCK = "results.jsonl", "calibrations.jsonl", "sweep.json", ".lock"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What computing a point gave: a result as a dictionary, or an error in one line."""
+
+    point: Point
+    result: dict[str, Any] | None
+    error: str | None
+    seconds: float
+    #: The calibration that was made for it, if one was: "key", "calibration", "policy", "rate", "passes".
+    calibration: dict[str, Any] | None = None
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The records of a sweep's folder, one a point: of a point that was tried again, the last one.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for `Journal.read`.
+    """
+    return list(_last_of_each(Journal(folder / RESULTS, SCHEMA).read()).values())
+
+
+class Folder:
+    """An open folder; `open_folder` makes one.
+
+    Attributes
+    ----------
+    records : dict
+        The last record of each point that was ever tried here, by key.
+    calibrations : dict
+        Spelling of the policy that a calibration found, by its key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._results = Journal(path / RESULTS, SCHEMA)
+        self._calibrations = Journal(path / CALIBRATIONS, CALIBRATION_SCHEMA)
+        # Both are read before either is changed.
+        self._results.read()
+        self._calibrations.read()
+        self.records = _last_of_each(self._results.recover())
+        self.calibrations = {c["key"]: str(c["policy"]) for c in self._calibrations.recover()}
+
+    def done(self, point: Point) -> bool:
+        """Whether the point has a result; a failed one has none."""
+        return self.records.get(point.key, {}).get("status") == "done"
+
+    def add(self, outcome: Outcome) -> None:
+        """Write down an outcome; it is on the disk when this returns. OSError if it can't be written."""
+        if outcome.calibration is not None:
+            self._calibrations.append(outcome.calibration)
+            self.calibrations[outcome.calibration["key"]] = outcome.calibration["policy"]
+        record = {
+            "key": outcome.point.key,
+            "point": outcome.point.to_dict(),
+            "status": "failed" if outcome.result is None else "done",
+            "error": outcome.error,
+            "seconds": round(outcome.seconds, 3),
+            "result": outcome.result,
+        }
+        self._results.append(record)
+        self.records[outcome.point.key] = record
+
+    def write_configuration(self, study: Study) -> None:
+        """Write sweep.json in one step."""
+        record = {"schema": SCHEMA, "torchlamp": torchlamp.__version__} | study.to_dict()
+        write_text(self.path / CONFIGURATION, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def open_folder(path: Path, *, fresh: bool = False) -> Iterator[Folder]:
+    """Hold a sweep's folder, made if it is missing, for this process alone.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    fresh : bool
+        Move what is there to a folder ``old-<n>`` inside it first.
+
+    Raises
+    ------
+    OSError
+        It is a file, another sweep holds it, or it can't be written.
+    ValueError
+        It holds results of another version.
+    """
+    from filelock import FileLock, Timeout
+
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"can't sweep into {str(path)!r}: it is a file, give a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Of the operating system: it ends with the process, however that ends.
+        lock = FileLock(path / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"another sweep is writing to {str(path)!r}: wait for it, or give another folder"
+        ) from None
+    except OSError as error:
+        raise OSError(f"can't sweep into {str(path)!r}: {error.strerror or error}") from error
+    try:
+        if fresh:
+            _move_aside(path)
+        yield Folder(path)
+    finally:
+        lock.release()
+
+
+def _move_aside(path: Path) -> None:
+    """Move the files of an earlier sweep into old-<n>; results first, so that a stop in between loses nothing."""
+    names = [RESULTS, CALIBRATIONS, CONFIGURATION, *sorted(p.name for p in path.glob("*.torn-*"))]
+    present = [name for name in names if (path / name).exists()]
+    if present:
+        aside = free_name(path / "old")
+        aside.mkdir()
+        for name in present:
+            (path / name).rename(aside / name)
+
+
+def _last_of_each(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        # A done point stays done.
+        if found.get(record.get("key", ""), {}).get("status") != "done":
+            found[record.get("key", "")] = record
+    return found

@@ -1,0 +1,234 @@
+import pytest
+import torch
+import transformers
+from decoding_models import GUARDED, LINEAR, STEADY, WHOLE, decoded, generated, is_untouched, left_padding
+from torch import nn
+from transformers import DynamicCache
+
+from torchlamp.decoding.matrix import LowBitMatrix
+from torchlamp.huggingface import prepare as decoding
+from torchlamp.huggingface.prepare import prepare
+from torchlamp.huggingface.sites import Sites
+from torchlamp.kernels import native
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.mark.parametrize("name", [*WHOLE, "gpt2"])
+def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
+    model, other, x = build(name), build(name), tokens(3, 16)
+    policy = LINEAR if name != "gpt2" else LINEAR.partition(", mlp")[0]
+    sites = Sites(other)
+    bits = {site: storage.bits for site, storage in decoding.DecodePolicy.parse(policy).sites.items()}
+    for layer in sites.layers:
+        by_site = {"qkv": sites.qkv(layer), "attention_out": [sites.attention_out(layer)]}
+        if "mlp_up" in bits:
+            by_site |= {"mlp_up": sites.mlp_up(layer)[0], "mlp_down": [sites.mlp_down(layer)]}
+        for site, modules in by_site.items():
+            for module in modules:
+                rows = sites.weights(module).matrix.T
+                low = LowBitMatrix.pack(rows.contiguous(), bits[site]).dequantised()
+                module.weight.copy_(low if isinstance(module, nn.Linear) else low.T)
+    mask = left_padding(3, 16)
+    # The prompt runs in full precision, in both.
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        model(x[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+    with prepare(model, policy) as prepared:
+        for t in range(9, 16):
+            step = {"input_ids": x[:, t : t + 1], "attention_mask": mask[:, : t + 1]}
+            got = model(**step, past_key_values=caches[0]).logits
+            want = other(**step, past_key_values=caches[1]).logits
+            torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+            assert (got - want).norm() < 5e-4 * want.norm()
+    assert set(prepared.statistics.selected.values()) <= {0}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_decoding_is_close_to_full_precision(build, tokens, name):
+    model, x, mask = build(name), tokens(3, 20), left_padding(3, 20)
+    want = decoded(model, x, DynamicCache(config=model.config), mask=mask)
+    with prepare(model, GUARDED, top=3) as prepared:
+        got = decoded(model, x, prepared.cache(), mask=mask)
+    assert (got - want).norm() < 0.03 * want.norm()
+    eligible = prepared.statistics.eligible
+    assert list(prepared.statistics.recompute_rates) == ["scores", "values", "mlp_up", "mlp_down", "lm_head"]
+    assert eligible["lm_head"] == 3 * 11 * 61
+    assert eligible["mlp_up"] == eligible["mlp_down"] == 2 * 3 * 11 * 48
+    assert all(0 < rate <= 1 for rate in prepared.statistics.recompute_rates.values())
+
+
+@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("policy", [STEADY, GUARDED])
+@pytest.mark.parametrize("name", WHOLE[:5])
+def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name, policy, padded):
+    model, x = build(name), tokens(3, 30)
+    mask = left_padding(3, 30) if padded else None
+    calls = []
+    kernel = decoding.LayerDecode.kernel
+    monkeypatch.setattr(
+        decoding.LayerDecode, "kernel", lambda self, isa: calls.append(self.number) or kernel(self, isa)
+    )
+    with prepare(model, policy) as prepared:
+        got = decoded(model, x, prepared.cache(), mask=mask)
+        counts = prepared.statistics
+    assert calls == [0, 1] * 21
+    monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
+    with prepare(model, policy) as prepared:
+        want = decoded(model, x, prepared.cache(), mask=mask)
+    assert calls == [0, 1] * 21
+    assert (got - want).norm() < (2e-4 if policy == STEADY else 3e-3) * want.norm()
+    assert counts.eligible == prepared.statistics.eligible
+    for site, selected in counts.selected.items():
+        # Rounding may take an entry over its threshold.
+        assert abs(selected - prepared.statistics.selected[site]) <= 3 + 0.01 * selected
+
+
+@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_watched_layers_run_one_by_one(build, tokens, name):
+    model, x = build(name), tokens(2, 14)
+    with prepare(model, STEADY) as prepared:
+        layers = model.model.layers
+        kinds = getattr(model.config, "layer_types", None) or [None] * len(layers)
+        chains = [[layer.number for layer in at.forward.chain] for at in layers]
+        assert chains == [[j for j in range(len(kinds)) if kinds[j] == kinds[i]] for i in range(len(kinds))]
+        want = decoded(model, x, prepared.cache())
+        seen = []
+        handle = layers[1].register_forward_hook(lambda module, given, result: seen.append(given[0]))
+        torch.testing.assert_close(decoded(model, x, prepared.cache()), want, rtol=0, atol=0)
+        handle.remove()
+        handle = layers[0].register_forward_hook(lambda module, given, result: seen.append(result))
+        torch.testing.assert_close(decoded(model, x, prepared.cache()), want, rtol=0, atol=0)
+        handle.remove()
+        first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+        for a, b in zip(first, second, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        # transformers watches layers with hooks of its own.
+        cache = prepared.cache()
+        model(x[:, :9], past_key_values=cache)
+        states = model(x[:, 9:10], past_key_values=cache, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(states[1], second[1], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
+def test_a_model_that_does_something_between_layers_runs_them_one_by_one(build, tokens):
+    class Between(type(build("llama").model)):
+        pass
+
+    model = build("llama")
+    model.model.__class__ = Between
+    with prepare(model, STEADY):
+        assert [len(layer.forward.chain) for layer in model.model.layers] == [1, 1]
+
+
+@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
+def test_early_exit_leaves_the_last_layers_out(build, tokens, monkeypatch):
+    model, x = build("llama"), tokens(2, 14)
+
+    def logits():
+        with prepare(model, STEADY) as prepared:
+            return decoded(model, x, prepared.cache())
+
+    both = logits()
+    model.config.num_hidden_layers = 1
+    got = logits()
+    monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
+    want = logits()
+    assert (got - want).norm() < 2e-4 * want.norm() < 0.1 * (both - want).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_more_than_one_token_and_other_caches_run_the_layers_own_forward(build, tokens, name):
+    model, x = build(name), tokens(2, 14)
+    want = model(x).logits
+    with prepare(model, GUARDED) as prepared:
+        torch.testing.assert_close(model(x).logits, want, rtol=1e-4, atol=1e-4)
+        cache = prepared.cache()
+        parts = [model(part, past_key_values=cache).logits for part in (x[:, :6], x[:, 6:])]
+        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=5e-3, atol=5e-3)
+        plain = decoded(model, x, DynamicCache(config=model.config))
+        assert (plain - want[:, 9:]).norm() < 0.03 * want.norm()
+
+
+@pytest.mark.parametrize("top", [1, 5])
+def test_the_heads_largest_logits_are_full_ones(build, tokens, top):
+    model, x = build("llama"), tokens(4, 1)
+    hidden = torch.randn(50, 1, 32, generator=torch.Generator().manual_seed(0))
+    want = model.lm_head(hidden)[:, 0]
+    with prepare(model, "lm_head=int4", top=top) as prepared:
+        got = model.lm_head(hidden)[:, 0]
+    assert torch.equal(got.topk(top).indices, want.topk(top).indices)
+    torch.testing.assert_close(got.topk(top).values, want.topk(top).values)
+    assert prepared.statistics.eligible == {"lm_head": 50 * 61}
+    assert not torch.allclose(got, want, rtol=1e-4)
+    assert torch.equal(model(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_greedy_text_is_that_of_the_full_head(model, tokens, bits):
+    x = tokens(2, 9)
+    want = generated(model, x, 30)
+    with prepare(model, f"lm_head=int{bits}") as prepared:
+        assert torch.equal(generated(model, x, 30), want)
+    assert 0 < prepared.statistics.recompute_rates["lm_head"] <= 1
+
+
+@pytest.mark.parametrize("policy", [decoding.DEFAULT, decoding.FAST])
+def test_named_policies_can_be_read(build, policy):
+    with prepare(build("llama"), policy) as prepared:
+        assert decoding.DecodePolicy.parse(str(prepared.policy)) == decoding.DecodePolicy.parse(policy)
+    with prepare(build("llama")) as prepared:
+        assert prepared.policy == decoding.DecodePolicy.parse(decoding.DEFAULT)
+
+
+def test_generate_makes_a_look_ahead_cache_unless_told_otherwise(build, tokens):
+    model, x = build("llama"), tokens(1, 7)
+    with prepare(model, GUARDED) as prepared:
+        generated(model, x)
+        counted = prepared.statistics.eligible["scores"]
+        assert counted > 0
+        model.generate(x, max_new_tokens=4, do_sample=False, use_cache=False)
+        model.generate(
+            x, max_new_tokens=4, do_sample=False, past_key_values=DynamicCache(config=model.config)
+        )
+        assert prepared.statistics.eligible["scores"] == counted
+
+
+def test_gpt2_has_no_gated_mlp_but_all_else(build, tokens, caplog):
+    model, x = build("gpt2"), tokens(2, 16)
+    with pytest.raises(ValueError, match="runs gated MLPs without biases only; leave both out"):
+        prepare(model, "mlp_up=int8, mlp_down=int8")
+    assert is_untouched(model)
+    want = decoded(model, x, DynamicCache(config=model.config))
+    with prepare(model, "qkv=int12, attention_out=int12, lm_head=int12") as prepared:
+        got = decoded(model, x, DynamicCache(config=model.config))
+    assert (got - want).norm() < 0.01 * want.norm()
+    assert list(prepared.statistics.eligible) == ["lm_head"]
+    with prepare(model) as prepared:  # the default, less what GPT-2 doesn't allow
+        assert "mlp_up" not in prepared.policy.sites
+        assert "mlp_up and mlp_down: read in full precision, since" in caplog.text
+
+
+def test_biases_of_attention_and_mlp(tokens):
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, mlp_bias=True, initializer_range=0.25,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    x = tokens(2, 16)
+    want = decoded(model, x, DynamicCache(config=model.config))
+    with prepare(model, "qkv=int12, attention_out=int12"):
+        got = decoded(model, x, DynamicCache(config=model.config))
+    assert (got - want).norm() < 0.01 * want.norm()
+    with pytest.raises(ValueError, match="without biases only"):
+        prepare(model, LINEAR)
+    model.lm_head.bias = nn.Parameter(torch.ones(61))
+    with pytest.raises(ValueError, match="head has a bias"):
+        prepare(model, "lm_head=int8")
+    assert is_untouched(model)

@@ -1,0 +1,158 @@
+import copy
+
+import pytest
+import torch
+from decoding_models import GUARDED, LINEAR, WHOLE, decoded, generated, is_untouched
+from torch import nn
+from transformers import DynamicCache
+
+import torchlamp
+from torchlamp.huggingface import prepare as decoding
+from torchlamp.huggingface.decode_attention import NAME
+from torchlamp.huggingface.prepare import prepare
+from torchlamp.huggingface.site_forwards import Forward
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_undo_gives_back_the_same_model(build, tokens, name):
+    model, x = build(name), tokens(2, 12)
+    model.set_attn_implementation("eager" if name == "gemma2" else "sdpa")
+    implementation = model.config._attn_implementation
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    want, text = model(x).logits, generated(model, x)
+    prepared = prepare(model, GUARDED)
+    assert not torch.equal(decoded(model, x, prepared.cache()), want[:, 9:])
+    assert generated(model, x).shape == text.shape
+    prepared.undo()
+    assert is_untouched(model, implementation)
+    prepared.undo()
+    assert torch.equal(model(x).logits, want)
+    assert torch.equal(generated(model, x), text)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_with_block_undoes_even_after_an_error(build, tokens):
+    model = build("llama")
+    with prepare(model, GUARDED) as prepared:
+        assert prepared.model is model
+        assert model.config._attn_implementation == NAME
+    with pytest.raises(ZeroDivisionError), prepare(model, GUARDED):
+        1 / 0  # noqa: B018
+    assert is_untouched(model)
+
+
+def test_other_tools_replacements_stay(build, tokens):
+    model, calls = build("llama"), []
+    head, own = model.lm_head, model.lm_head.forward
+    cache = model._prepare_cache_for_generation
+    model._prepare_cache_for_generation = lambda *a, **k: (calls.append("cache"), cache(*a, **k))[1]
+    theirs = model._prepare_cache_for_generation
+    head.forward = lambda x: (calls.append("head"), own(x))[1]
+    replaced = head.forward
+    with prepare(model, GUARDED):
+        generated(model, tokens(1, 5))
+        assert calls == ["cache"]
+        model(tokens(1, 5))  # what isn't decoding runs what was there
+        assert calls == ["cache", "head"]
+    assert head.forward is replaced
+    assert model._prepare_cache_for_generation is theirs
+
+
+@pytest.mark.parametrize("policy", ["qkv=int8", "scores=int8, values=int8", GUARDED])
+def test_a_model_is_prepared_once_at_a_time(build, policy):
+    model = build("llama")
+    with prepare(model, policy), pytest.raises(ValueError, match="prepared, or under a policy, already"):
+        prepare(model, "lm_head=int8")
+    assert is_untouched(model)
+    for simulated in ("ps4+strict:0.1", "qkv=ps4+none"):
+        with torchlamp.lookahead(model, simulated), pytest.raises(ValueError, match="undo that first"):
+            prepare(model, policy)
+
+
+def test_a_deep_copy_is_prepared_on_its_own(build, tokens):
+    model, x = build("llama"), tokens(2, 9)
+    prepared = prepare(model, GUARDED)
+    want = generated(model, x)
+    other = copy.deepcopy(model)
+    forwards = [vars(m)["forward"] for m in other.modules() if "forward" in vars(m)]
+    own = {id(module) for module in other.modules()}
+    assert forwards
+    assert all(isinstance(forward, Forward) and id(forward.module) in own for forward in forwards)
+    assert torch.equal(generated(other, x), want)
+    prepared.undo()
+    assert is_untouched(model)
+    assert torch.equal(generated(other, x), want)
+
+
+def test_memory_is_said_up_front(build):
+    model = build("llama")
+    with prepare(model, "qkv=int8, lm_head=int8") as prepared:
+        # 64 and 61 rows of 32 codes and a scale; blocks are whole.
+        assert prepared.memory.low_bit == (2 * 64 + 64) * (32 + 2)
+        assert prepared.memory.extra_full == 0
+        assert prepared.memory.full == sum(p.nbytes for p in set(model.parameters()))
+        assert "MB more" in str(prepared.memory)
+    with prepare(model, LINEAR) as prepared:
+        assert prepared.memory.extra_full == 2 * 48 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        (lambda m: m.half(), TypeError, "the model is torch.float16"),
+        (lambda m: m.bfloat16(), TypeError, "load it with dtype=torch.float32"),
+        (
+            lambda m: m.to("meta"),
+            ValueError,
+            "the model is on meta: low-bit decoding has kernels for the CPU",
+        ),
+        (lambda m: nn.Linear(3, 3), TypeError, "Linear is no transformers model"),
+    ],
+)
+@pytest.mark.parametrize("policy", [LINEAR, "scores=int8, values=int8"])
+def test_models_that_are_refused(build, change, error, said, policy):
+    with pytest.raises(error) as raised:
+        prepare(change(build("llama")), policy)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "said"),
+    [
+        ("qkv=int5", {}, "format 'int5' at site qkv"),
+        (LINEAR, {"top": 0}, "top=0: give at least 1"),
+        (GUARDED, {"full": "float8"}, "full='float8': allowed are float16 and float32"),
+    ],
+)
+def test_what_is_refused_leaves_the_model_as_it_was(build, policy, options, said):
+    model = build("llama")
+    with pytest.raises(ValueError) as raised:
+        prepare(model, policy, **options)
+    assert said in str(raised.value)
+    assert is_untouched(model)
+    with (
+        prepare(model, LINEAR) as prepared,
+        pytest.raises(ValueError, match="leaves out scores and values: use transformers' DynamicCache"),
+    ):
+        prepared.cache()
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(build, monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(decoding, "_use_cache", lambda prepared: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(model, GUARDED)
+    assert is_untouched(model)
+
+
+def test_autocast_and_gradients_are_refused(build, tokens):
+    model, x = build("llama"), tokens(1, 1)
+    with prepare(model, LINEAR):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="under autocast"):
+            model(x, past_key_values=DynamicCache(config=model.config))
+        with torch.enable_grad():
+            loss = model(x, past_key_values=DynamicCache(config=model.config)).logits.sum()
+            with pytest.raises(RuntimeError, match="no gradient flows through look-ahead"):
+                loss.backward()

@@ -1,0 +1,86 @@
+"""The figures' data against the points they come from; that they are drawn is tested with the report."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from torchlamp.report.figures_data import (
+    head_data,
+    layer_data,
+    mu_data,
+    position_data,
+    site_data,
+    typical_points,
+)
+from torchlamp.report.style import STYLES, order, styles
+from torchlamp.rules import RULES
+
+
+def point(rule="strict", rate=0.01, accumulate="ps4", **changes):
+    own = {
+        "policy": f"{accumulate}+{rule}:{rate}", "rule": rule, "accumulate": accumulate, "mu": int(accumulate[2:]),
+        "rate": rate, "realisable": True, "kl": 0.1, "kl_se": 0.01, "flip": 0.2, "flip_se": 0.01, "site": "scores",
+        "layers": "all", "by_head": [[0.1, 0.2], [], [0.3, 0.4]], "by_position": [0.5, 0.25],
+    }  # fmt: skip
+    return own | changes
+
+
+def test_typical_points_are_the_nearest_to_one_percent_of_each_realisable_rule():
+    rows = [point(rate=r) for r in (0.001, 0.009, 0.03)] + [point("running", 0.2), point("none", 0.0)]
+    rows += [point("oracle", realisable=False), point("random-like strict"), point("strict", 0.01, "ps7")]
+    found = typical_points(pd.DataFrame(rows))
+    assert list(zip(found["rule"], found["rate"], strict=True)) == [("strict", 0.009), ("running", 0.2)]
+    assert set(found["accumulate"]) == {"ps4"}
+    assert len(typical_points(pd.DataFrame([point("none", 0.0)]))) == 0
+
+
+def test_heads_and_positions_are_unrolled():
+    points = pd.DataFrame([point()])
+    heads = head_data(points)
+    assert list(zip(heads["layer"], heads["head"], heads["rate"], strict=True)) == [
+        (0, 0, 0.1), (0, 1, 0.2), (2, 0, 0.3), (2, 1, 0.4),
+    ]  # fmt: skip
+    assert list(position_data(points)["position"]) == [8.0, 24.0]
+
+
+def test_mu_takes_the_ends_and_the_equal_rates():
+    points = pd.DataFrame(
+        [point("none", 0.0, "ps7"), point("none", 0.0), point("all", 1.0, kl=1e-12), point()]
+    )
+    at = pd.DataFrame(
+        [{"accumulate": "ps4", "mu": 4, "rule": "strict", "rate": 0.01, "kl": 0.05, "kl_se": math.nan}]
+    )
+    found = mu_data(points, at)
+    assert list(zip(found["rule"], found["mu"], found["rate"], strict=True)) == [
+        ("all", 4, 1.0), ("none", 4, 0.0), ("none", 7, 0.0), ("strict", 4, 0.01),
+    ]  # fmt: skip
+
+
+def test_layers_and_sites_are_sorted():
+    layers = layer_data(pd.DataFrame([point(layers="10"), point(layers="9")]))
+    assert list(layers["layer"]) == [9, 10]
+    sites = site_data(pd.DataFrame([point(site="values"), point(site="qkv"), point(accumulate="ps2")]))
+    assert list(sites["site"]) == ["scores", "qkv", "values"]
+
+
+def test_a_rule_has_one_look_and_controls_come_last():
+    labels = ["oracle", "random-like strict", "my-rule", "strict"]
+    assert styles(labels)["strict"] == STYLES["strict"] == styles(["strict"])["strict"]
+    assert styles(labels)["random-like strict"] == STYLES["random-like"]
+    assert sorted(labels, key=order) == ["strict", "my-rule", "random-like strict", "oracle"]
+
+
+def _luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("rule", sorted(set(RULES) | {"someone-elses"}))
+def test_every_rule_is_visible_on_both_papers(rule):
+    style = styles([rule])[rule]
+    on_white = 1.05 / (_luminance(style.light) + 0.05)
+    on_dark = (_luminance(style.dark) + 0.05) / (_luminance("#16181b") + 0.05)
+    assert on_white >= 3
+    assert on_dark >= 4.5

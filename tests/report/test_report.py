@@ -1,0 +1,119 @@
+"""`torchlamp report` as a whole: what it writes, and what it leaves alone."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sample_sweep import ALL_GROUPS, point_line, point_of, write_sweep
+from typer.testing import CliRunner
+
+import torchlamp.report.report as report_module
+from torchlamp.cli import app
+from torchlamp.report.data import read_study
+from torchlamp.report.figures import figures, save
+from torchlamp.report.report import report
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny, tmp_path_factory):
+    return write_sweep(tiny[0], tmp_path_factory.mktemp("sweep"), ALL_GROUPS[:1])
+
+
+@pytest.fixture(scope="module")
+def written(sweep, tmp_path_factory):
+    """The files of a report by name."""
+    target = tmp_path_factory.mktemp("out") / "new"
+    files = report([sweep], target)
+    assert all(file.is_file() for file in files)
+    return {file.name: file for file in files}
+
+
+def test_every_figure_comes_as_svg_png_and_csv(written):
+    names = {Path(name).stem for name in written}
+    where = "tiny-prose-real"
+    kinds = ("kl-rate", "kl-cost", "flip-rate", "flip-cost", "kl-mu", "heads", "position", "layers", "sites")
+    assert {f"{kind}-{where}" for kind in kinds} <= names
+    for name in names - {"report", "points", "equal-rate"}:
+        assert written[f"{name}.svg"].read_text().lstrip().startswith("<?xml")
+        assert written[f"{name}.png"].read_bytes().startswith(b"\x89PNG")
+        assert len(pd.read_csv(written[f"{name}.csv"])) > 1
+
+
+def test_tables_hold_all_points_and_ratios(written):
+    points = pd.read_csv(written["points.csv"])
+    assert len(points) == 4 + 18 + 2 + 2
+    equal = pd.read_csv(written["equal-rate.csv"])
+    strict, running = (equal[equal["rule"] == rule] for rule in ("strict", "running"))
+    assert len(strict) > 2
+    assert (strict["kl_ratio"] == 1).all()
+    assert running["kl_ratio"].notna().any()
+    assert running["kl_ratio_se"].dropna().gt(0).all()
+
+
+def test_a_figure_is_drawn_the_same_twice(sweep, written, tmp_path):
+    figure = next(iter(figures(read_study([sweep]))))
+    for file in save(figure, tmp_path):
+        assert file.read_bytes() == written[file.name].read_bytes()
+
+
+def test_an_error_leaves_the_older_report_alone(sweep, tmp_path, monkeypatch):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "figures" / "kl-rate-tiny-prose-real.csv").write_text("old")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(report_module, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        report([sweep], tmp_path)
+    assert (tmp_path / "report.html").read_text() == "old"
+    assert (tmp_path / "figures" / "kl-rate-tiny-prose-real.csv").read_text() == "old"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "no results in"),
+        (lambda folder: (folder / "results.jsonl").write_text(""), "nothing to report"),
+        (
+            lambda folder: (folder / "results.jsonl").write_text('{"schema": "torchlamp-sweep/7"}\n'),
+            "sweep/7",
+        ),
+        (
+            lambda folder: (folder / "results.jsonl").write_text(
+                point_line(point_of("ps3+none"), None, "no")
+            ),
+            "all 1 points failed",
+        ),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path, prepare, message):
+    prepare(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_inspect_writes_its_page(tiny_folder, tmp_path):
+    page = tmp_path / "page.html"
+    arguments = [
+        "inspect",
+        str(tiny_folder),
+        "the quick fox",
+        "--policy",
+        "ps3+strict:0.2",
+        "--output",
+        str(page),
+    ]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "recomputed" in done.output
+    assert page.stat().st_size > 1e6
+    refused = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "no" / "page.html")])
+    assert refused.exit_code == 2
+    assert "there is no folder" in refused.output
