@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*)
+BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*.?pp native/*/*.?pp)
 CROSS ?= aarch64-linux-gnu
 
 .PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 \

@@ -1,7 +1,8 @@
 // The kernels compiled for portable; the flags are in CMakeLists.txt.
 #define LAMP_ISA portable
-#include "drive_attention.hpp"
-#include "lowbit_kernels.hpp"
+#include "kernels.hpp"
+#include "lowbit/kernels.hpp"
+#include "simulation/attention.hpp"
 
 namespace lamp {
 

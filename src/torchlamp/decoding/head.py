@@ -1,6 +1,6 @@
 """The LM head from a low-bit copy: its largest logits are provably those of full precision.
 
-`native/lowbit_head.hpp` is the kernel, `LowBitHead.twin` its readable equal; docs/decoding.md has the proof.
+`native/lowbit/head.hpp` is the kernel, `LowBitHead.twin` its readable equal; docs/decoding.md has the proof.
 """
 
 from dataclasses import dataclass

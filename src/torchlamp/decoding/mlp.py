@@ -1,6 +1,6 @@
 """A gated MLP from low-bit copies of its three matrices, look-ahead through the activation and the down projection.
 
-`native/lowbit_mlp.hpp` is the kernel, `LowBitMlp.twin` its readable equal; docs/decoding.md derives the weights.
+`native/lowbit/mlp.hpp` is the kernel, `LowBitMlp.twin` its readable equal; docs/decoding.md derives the weights.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """The readable twin of the decoding kernel: attention of new queries over low-bit copies with look-ahead.
 
-`native/decode_scores.hpp`, `decode_values.hpp` and `drive_decode.hpp` are the kernel.
+`scores.hpp`, `values.hpp` and `attend.hpp` in `native/lowbit` are the kernel.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchlamp.kernels.reference_lowbit import quantise_vector
 
-#: As in native/decode_values.hpp: how far a recomputed logit may lie above the largest low-bit one, and what must be
+#: As in native/lowbit/values.hpp: how far a recomputed logit may lie above the largest low-bit one, and what must be
 #: left of the sum of exponentials.
 _SURPRISE, _VANISHED = 8.0, 0.125
 

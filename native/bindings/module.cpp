@@ -1,0 +1,170 @@
+// The Python face of the kernels: checks shapes, turns DLPack tensors into plain pointers, drops the GIL, calls.
+#include "bindings/module.hpp"
+
+namespace lamp {
+
+bool supports(const std::string& isa) {
+#if defined(LAMP_X86)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return isa == "portable";
+}
+
+const lamp::Kernels& kernels(const std::string& isa) {
+  if (!supports(isa)) throw std::invalid_argument("this machine cannot run the '" + isa + "' kernels");
+#if defined(LAMP_X86)
+  if (isa == "avx512") return lamp::avx512_kernels();
+  if (isa == "avx2") return lamp::avx2_kernels();
+#endif
+  return lamp::portable_kernels();
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+}  // namespace lamp
+
+namespace {
+
+using namespace lamp::python;
+
+// (mantissa_bits, min_exponent, max_exponent, top_codes_lost, overflow, subnormals, signed, negative_zero,
+//  fused, block, promote)
+using How = std::tuple<int, int, int, int, int, bool, bool, bool, bool, int, int>;
+
+lamp::Accumulation accumulation(const How& h) {
+  lamp::Accumulation a;
+  a.grid = {std::get<0>(h), std::get<1>(h), std::get<2>(h), std::get<3>(h), static_cast<lamp::Overflow>(std::get<4>(h)),
+            std::get<5>(h), std::get<6>(h), std::get<7>(h)};
+  a.fused = std::get<8>(h), a.block = std::get<9>(h), a.promote = std::get<10>(h);
+  if (a.grid.mantissa_bits < 1 || a.grid.mantissa_bits > 23 || a.block < 1 || a.promote < 0)
+    throw std::invalid_argument("accumulation out of range");
+  return a;
+}
+
+// The operands that products and recompute share.
+template <class P>
+void set_operands(P& p, const Floats<3>& a, const Floats<3>& b) {
+  require(b.shape(0) > 0 && a.shape(0) % b.shape(0) == 0, "the batch of a must be a multiple of the batch of b");
+  require(a.shape(2) == b.shape(1), "a and b must share their inner dimension");
+  p.a = a.data(), p.b = b.data();
+  p.G = length(a.shape(0)), p.M = length(a.shape(1)), p.K = length(a.shape(2)), p.N = length(b.shape(2));
+  p.group = p.G / length(b.shape(0));
+  p.a_batch = a.stride(0), p.a_row = a.stride(1), p.a_k = a.stride(2);
+  p.b_batch = b.stride(0), p.b_k = b.stride(1), p.b_column = b.stride(2);
+}
+
+void products(const std::string& isa, Floats<3> a, Floats<3> b, Array<float, 3> out,
+              std::optional<Array<float, 3>> squares, const How& how, std::optional<float> scaling,
+              std::optional<std::int64_t> causal, int threads) {
+  lamp::Products p;
+  set_operands(p, a, b);
+  const auto fits = [&](const Array<float, 3>& x) {
+    return row_major(x) && length(x.shape(0)) == p.G && length(x.shape(1)) == p.M && length(x.shape(2)) == p.N;
+  };
+  require(fits(out), "out must be contiguous, of shape (G, M, N)");
+  p.out = out.data();
+  if (squares) {
+    require(fits(*squares), "squares must be contiguous, of shape (G, M, N)");
+    p.squares = squares->data();
+  }
+  p.scaled = scaling.has_value(), p.scaling = scaling.value_or(1.0f);
+  p.causal = causal.has_value(), p.offset = static_cast<std::ptrdiff_t>(causal.value_or(0));
+  p.accumulation = accumulation(how), p.threads = threads;
+  const lamp::Kernels& k = kernels(isa);
+  const nb::gil_scoped_release release;
+  k.products(p);
+}
+
+void recompute(const std::string& isa, Array<float, 3> scores, Floats<3> a, Floats<3> b,
+               Array<const std::uint8_t, 3> mask, std::optional<float> scaling, int threads) {
+  lamp::Recompute p;
+  set_operands(p, a, b);
+  require(row_major(scores) && length(scores.shape(0)) == p.G && length(scores.shape(1)) == p.M &&
+              length(scores.shape(2)) == p.N,
+          "scores must be contiguous, of shape (G, M, N)");
+  require(length(mask.shape(0)) == p.G && length(mask.shape(1)) == p.M && length(mask.shape(2)) == p.N &&
+              (mask.stride(2) == 1 || p.N <= 1),
+          "mask must have shape (G, M, N) and a contiguous last dimension");
+  p.scores = scores.data(), p.mask = mask.data(), p.mask_batch = mask.stride(0), p.mask_row = mask.stride(1);
+  p.scaled = scaling.has_value(), p.scaling = scaling.value_or(1.0f), p.threads = threads;
+  const lamp::Kernels& k = kernels(isa);
+  const nb::gil_scoped_release release;
+  k.recompute(p);
+}
+
+void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, Array<float, 4> out,
+               Array<std::int32_t, 3> selected, Array<std::int32_t, 3> visible,
+               std::optional<Array<std::uint8_t, 4>> blocks, std::optional<Array<const std::uint8_t, 3>> mask,
+               std::optional<Floats<1>> sinks, bool causal, float scaling, float softcap, int weight, double threshold,
+               bool by_length, float error_scale, const How& how, int threads) {
+  lamp::Attention p;
+  p.B = length(q.shape(0)), p.H = length(q.shape(1)), p.Lq = length(q.shape(2)), p.D = length(q.shape(3));
+  p.Hkv = length(k.shape(1)), p.Lk = length(k.shape(2)), p.Dv = length(v.shape(3));
+  require(length(k.shape(0)) == p.B && length(v.shape(0)) == p.B && length(k.shape(3)) == p.D &&
+              length(v.shape(1)) == p.Hkv && length(v.shape(2)) == p.Lk && p.Hkv > 0 && p.H % p.Hkv == 0,
+          "q, k and v do not fit together");
+  require((p.D <= 1 || (q.stride(3) == 1 && k.stride(3) == 1)) && (p.Dv <= 1 || v.stride(3) == 1),
+          "q, k and v must be contiguous in their last dimension");
+  require(row_major(out) && length(out.shape(0)) == p.B && length(out.shape(1)) == p.Lq &&
+              length(out.shape(2)) == p.H && length(out.shape(3)) == p.Dv,
+          "out must be contiguous, of shape (B, Lq, H, Dv)");
+  require(row_major(selected) && length(selected.shape(0)) == p.B && length(selected.shape(1)) == p.H &&
+              length(selected.shape(2)) == p.Lq,
+          "selected must be contiguous, of shape (B, H, Lq)");
+  require(row_major(visible) && length(visible.shape(0)) == p.B && length(visible.shape(1)) == p.Lq &&
+              visible.shape(2) == 2,
+          "visible must be contiguous, of shape (B, Lq, 2)");
+  require(weight >= 0 && weight <= static_cast<int>(lamp::Weight::topz), "unknown weight");
+  p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.selected = selected.data();
+  p.visible = visible.data();
+  p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_row = q.stride(2);
+  p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_row = k.stride(2);
+  p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_row = v.stride(2);
+  if (blocks) {  // all zero
+    require(row_major(*blocks) && length(blocks->shape(0)) == p.B && length(blocks->shape(1)) == p.H &&
+                length(blocks->shape(2)) == p.Lq &&
+                length(blocks->shape(3)) == (p.Lk + lamp::kBlockKeys - 1) / lamp::kBlockKeys,
+            "blocks must be contiguous, of shape (B, H, Lq, ceil(Lk / 16))");
+    p.blocks = blocks->data();
+  }
+  if (mask) {
+    require(length(mask->shape(0)) == p.B && length(mask->shape(1)) == p.Lq && length(mask->shape(2)) == p.Lk &&
+                (p.Lk <= 1 || mask->stride(2) == 1) && !causal,
+            "mask must have shape (B, Lq, Lk), a contiguous last dimension, and no causal flag beside it");
+    p.mask = mask->data(), p.mask_batch = mask->stride(0), p.mask_row = mask->stride(1);
+  }
+  if (sinks) {
+    require(length(sinks->shape(0)) == p.H && row_major(*sinks), "sinks must be contiguous, of shape (H,)");
+    p.sinks = sinks->data();
+  }
+  p.causal = causal, p.scaling = scaling, p.softcap = softcap;
+  p.weight = static_cast<lamp::Weight>(weight), p.threshold = threshold, p.by_length = by_length;
+  p.error_scale = error_scale, p.accumulation = accumulation(how), p.threads = threads;
+  const lamp::Kernels& kernel = kernels(isa);
+  const nb::gil_scoped_release release;
+  kernel.attention(p);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native kernels of torchlamp; torchlamp.kernels is their documented face.";
+  m.def("supports", &lamp::supports, "isa"_a);
+  m.def("products", &products, "isa"_a, "a"_a, "b"_a, "out"_a, "squares"_a.none(), "how"_a, "scaling"_a.none(),
+        "causal"_a.none(), "threads"_a);
+  m.def("recompute", &recompute, "isa"_a, "scores"_a, "a"_a, "b"_a, "mask"_a, "scaling"_a.none(), "threads"_a);
+  m.def("attention", &attention, "isa"_a, "q"_a, "k"_a, "v"_a, "out"_a, "selected"_a, "visible"_a,
+        "blocks"_a.none(), "mask"_a.none(),
+        "sinks"_a.none(), "causal"_a, "scaling"_a, "softcap"_a, "weight"_a, "threshold"_a, "by_length"_a,
+        "error_scale"_a, "how"_a, "threads"_a);
+  lamp::python::bind_lowbit(m);
+  lamp::python::bind_decode(m);
+}

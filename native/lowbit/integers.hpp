@@ -1,0 +1,43 @@
+// Integer vectors of the low-bit kernels: sixteen rows times a pair of columns at once, and rows of codes as floats.
+//
+// A block holds sixteen rows with their columns in pairs, [pair][row][2], so that one multiply-add of 16-bit integers
+// gives every row the sum of a pair's two products in a 32-bit lane of its own: no sum across lanes is ever needed, and
+// results of sixteen rows leave as one vector. The vectors of each instruction set are in simd.
+#pragma once
+
+#include "lowbit/spec.hpp"
+#include "simd/vector.hpp"
+
+namespace LAMP_ISA {
+
+constexpr int kRows = lamp::kPackRows;      // rows of a block
+constexpr int kGroup = lamp::kPackGroup;    // columns that share a scale
+constexpr int kRowVectors = kRows / vf::width;  // float vectors that hold a number for every row of a block
+static_assert(sizeof(vrows) == kRows * sizeof(float));
+
+inline vrows rows_zero() {
+  vrows r;
+  for (auto& x : r.v) x = zero();
+  return r;
+}
+inline vrows rows_load(const float* p) {
+  vrows r;
+  for (int i = 0; i < kRowVectors; ++i) r.v[i] = load(p + i * vf::width);
+  return r;
+}
+inline void rows_store(float* p, const vrows& x) {
+  for (int i = 0; i < kRowVectors; ++i) store(p + i * vf::width, x.v[i]);
+}
+
+template <int Bits>
+inline vpairs load_pairs(const std::uint8_t* p) {
+  if constexpr (Bits == 4) return subtract(nibbles(p), 8);
+  if constexpr (Bits == 8) return signed_bytes(p);
+  return join(signed_bytes(p), nibbles(p + 32));
+}
+
+inline vf widen(const float* p) { return load(p); }
+inline float widen_one(const float* p) { return *p; }
+inline float widen_one(const std::uint16_t* p) { return from_f16(*p); }
+
+}  // namespace LAMP_ISA

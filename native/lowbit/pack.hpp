@@ -1,0 +1,152 @@
+// Quantisation: rows of float32 into blocks or lines of codes, and vectors into 16-bit integers.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "lowbit/integers.hpp"
+
+namespace LAMP_ISA {
+
+inline std::uint32_t float_bits(float x) { return std::bit_cast<std::uint32_t>(x); }
+
+// The smallest bfloat16 at or above x >= 0, so that no code exceeds the largest; NaN for what is not finite, which
+// makes every product with the group NaN: the kernels take that as "recompute".
+inline std::uint16_t scale_above(float x) {
+  if (!(x <= std::numeric_limits<float>::max())) return 0x7fc0;
+  const std::uint32_t bits = float_bits(x) + 0xffffu;
+  return static_cast<std::uint16_t>(bits >> 16) >= 0x7f80u ? 0x7fc0 : static_cast<std::uint16_t>(bits >> 16);
+}
+
+// max |x| over a group, infinite if any element is no finite number.
+inline float group_magnitude(const float* x, std::ptrdiff_t count) {
+  float m = 0.0f;
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    const float a = std::fabs(x[i]);
+    if (!(a <= std::numeric_limits<float>::max())) return std::numeric_limits<float>::infinity();
+    m = std::max(m, a);
+  }
+  return m;
+}
+
+// Quantises one group (count <= kGroup columns, zeros behind them); returns the scale and adds the squared residuals.
+inline std::uint16_t quantise_group(const float* x, std::ptrdiff_t count, int bits, int* codes, double& squares) {
+  const int largest = lamp::largest_code(bits);
+  const std::uint16_t scale = scale_above(group_magnitude(x, count) / static_cast<float>(largest));
+  const float s = from_bf16(scale);
+  std::fill_n(codes, kGroup, 0);
+  if (!(s == s) || s == 0.0f) {
+    for (std::ptrdiff_t i = 0; i < count; ++i) squares += static_cast<double>(x[i]) * x[i];
+    return scale;
+  }
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    const float c = std::nearbyint(x[i] / s);
+    codes[i] = static_cast<int>(std::min(std::max(c, static_cast<float>(-largest)), static_cast<float>(largest)));
+    const double d = static_cast<double>(x[i]) - static_cast<double>(s) * codes[i];
+    squares += d * d;
+  }
+  return scale;
+}
+
+// Above the norm, whatever the rounding; among subnormal numbers the margin alone would be lost.
+inline float residual_norm(double squares) {
+  const double norm = std::sqrt(squares) * (1.0 + 1e-6);
+  const float nearest = static_cast<float>(norm);
+  return nearest < norm ? std::nextafter(nearest, std::numeric_limits<float>::infinity()) : nearest;
+}
+
+// Row `row` of a block copy <- x[0, columns).
+inline void pack_block_row(const lamp::Blocks& b, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  const std::ptrdiff_t block = row / kRows, lane = row % kRows, bytes = lamp::pair_bytes(b.bits);
+  std::uint8_t* codes = b.codes + block * b.block_codes();
+  std::uint16_t* scales = b.scales + block * b.block_scales();
+  double squares = 0.0;
+  int c[kGroup];
+  for (std::ptrdiff_t g = 0; g < b.groups; ++g) {
+    scales[g * kRows + lane] =
+        quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), b.bits, c, squares);
+    for (int pair = 0; pair < kGroup / 2; ++pair) {
+      std::uint8_t* p = codes + (g * (kGroup / 2) + pair) * bytes;
+      const int even = c[2 * pair], odd = c[2 * pair + 1];
+      if (b.bits == 4) {
+        p[lane] = static_cast<std::uint8_t>((even + 8) | (odd + 8) << 4);
+        continue;
+      }
+      const int shift = b.bits == 12 ? 4 : 0;
+      p[2 * lane] = static_cast<std::uint8_t>(even >> shift), p[2 * lane + 1] = static_cast<std::uint8_t>(odd >> shift);
+      if (shift) p[32 + lane] = static_cast<std::uint8_t>((even & 15) | (odd & 15) << 4);
+    }
+  }
+  b.errors[row] = residual_norm(squares);
+}
+
+// Row `row` of a copy in pairs of rows <- x[0, columns).
+inline void pack_pair_row(const lamp::RowPairs& p, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  std::uint8_t* codes = p.codes + row / 2 * p.pair_codes();
+  std::uint16_t* scales = p.scales + row / kRows * p.block_scales() + row % kRows;
+  const std::ptrdiff_t second = row % 2;
+  double squares = 0.0;
+  int c[kGroup];
+  for (std::ptrdiff_t g = 0; g < p.groups; ++g, codes += lamp::row_pair_bytes(p.bits)) {
+    scales[g * kRows] =
+        quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), p.bits, c, squares);
+    for (int i = 0; i < kGroup; ++i) {
+      if (p.bits == 8) {
+        codes[2 * i + second] = static_cast<std::uint8_t>(c[i]);
+      } else {
+        const int other = second ? codes[i] & 15 : codes[i] & 0xf0;
+        codes[i] = static_cast<std::uint8_t>(other | (c[i] + 8) << 4 * second);
+      }
+    }
+  }
+}
+
+constexpr float kLargestShort = 32767.0f;
+
+// m / kLargestShort, rounded up: among subnormal numbers rounding down would leave much beyond the last code.
+inline float short_scale(float m) {
+  const float s = m / kLargestShort;
+  const bool below = static_cast<double>(s) * kLargestShort < m;
+  return below ? std::nextafter(s, std::numeric_limits<float>::infinity()) : s;
+}
+
+// A vector as 16-bit integers with a float32 scale for each group: x ~ scale * codes, |error| <= scale (1/2 + 2^-10):
+// the quotient x / scale is itself rounded.
+struct Shorts {
+  std::vector<std::int16_t> codes;
+  std::vector<float> scales;
+  std::ptrdiff_t groups = 0;
+  float norm = 0.0f;      // 2-norm of the vector
+  float residual = 0.0f;  // 2-norm of what the integers leave out, an upper bound
+
+  const std::int16_t* at(std::ptrdiff_t vector) const { return codes.data() + vector * groups * kGroup; }
+  const float* scale(std::ptrdiff_t vector) const { return scales.data() + vector * groups; }
+
+  void reserve(std::ptrdiff_t vectors, std::ptrdiff_t columns) {
+    groups = (columns + kGroup - 1) / kGroup;
+    codes.resize(static_cast<std::size_t>(vectors * groups * kGroup));
+    scales.resize(static_cast<std::size_t>(vectors * groups));
+  }
+  void set(std::ptrdiff_t vector, const float* x, std::ptrdiff_t columns) {
+    double squares = 0.0, left = 0.0;
+    for (std::ptrdiff_t g = 0; g < groups; ++g) {
+      const float* from = x + g * kGroup;
+      const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
+      std::int16_t* c = codes.data() + (vector * groups + g) * kGroup;
+      float& s = scales[static_cast<std::size_t>(vector * groups + g)];
+      s = short_scale(group_magnitude(from, count));
+      const bool plain = s > 0.0f && s <= std::numeric_limits<float>::max();
+      for (std::ptrdiff_t i = 0; i < kGroup; ++i) {
+        const float v = i < count ? from[i] : 0.0f;
+        const float q = plain ? std::clamp(std::nearbyint(v / s), -kLargestShort, kLargestShort) : 0.0f;
+        c[i] = static_cast<std::int16_t>(q);
+        const double d = static_cast<double>(v) - static_cast<double>(s) * q;
+        squares += static_cast<double>(v) * v, left += plain || s == 0.0f ? d * d : 0.0;
+      }
+      if (!plain && s != 0.0f) s = std::numeric_limits<float>::quiet_NaN();
+    }
+    norm = static_cast<float>(std::sqrt(squares)), residual = residual_norm(left);
+  }
+};
+
+}  // namespace LAMP_ISA

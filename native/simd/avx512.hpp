@@ -1,0 +1,101 @@
+// The vectors of simd/vector.hpp in AVX-512 (F, BW, VL and DQ).
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <immintrin.h>
+
+#include "simd/halves.hpp"
+
+namespace LAMP_ISA {
+
+struct vf {
+  static constexpr int width = 16;
+  __m512 v;
+};
+using vmask = __mmask16;
+
+inline vf set1(float x) { return {_mm512_set1_ps(x)}; }
+inline vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, vf x) { _mm512_storeu_ps(p, x.v); }
+inline vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf fnma(vf a, vf b, vf c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline vf bit_and(vf a, vf b) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+inline vf bit_or(vf a, vf b) {
+  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+inline vmask gt(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+inline vmask le(vf a, vf b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ); }
+inline vf select(vmask m, vf yes, vf no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
+inline unsigned bits(vmask m) { return m; }
+inline vmask mask_bytes(const std::uint8_t* p) {
+  return _mm_test_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(-1));
+}
+inline vmask mask_and(vmask a, vmask b) { return a & b; }
+// 2^n for the integer-valued floats n in [-126, 127].
+inline vf exp2_integer(vf n) {
+  const __m512i i = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(i, 23))};
+}
+inline vf round_integer(vf x) { return {_mm512_roundscale_ps(x.v, 0)}; }
+inline vf sqrt(vf x) { return {_mm512_sqrt_ps(x.v)}; }
+
+// One number for each of the sixteen rows of a block.
+struct vrows {
+  vf v[1];
+};
+
+// Pairs of 16-bit integers, one pair for each row of a block, and a 32-bit sum for each row.
+struct vpairs {
+  __m512i v;
+};
+struct vsums {
+  __m512i v;
+};
+inline vsums sums_zero() { return {_mm512_setzero_si512()}; }
+// Thirty-two signed bytes, and as many unsigned halves of bytes: the even numbers of the pairs are the low halves.
+inline vpairs signed_bytes(const std::uint8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline vpairs nibbles(const std::uint8_t* p) {
+  const __m128i n = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(n, low), odd = _mm_and_si128(_mm_srli_epi16(n, 4), low);
+  return {_mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)))};
+}
+inline vpairs subtract(vpairs a, std::int16_t b) { return {_mm512_sub_epi16(a.v, _mm512_set1_epi16(b))}; }
+// 16 high + low, 0 <= low < 16.
+inline vpairs join(vpairs high, vpairs low) { return {_mm512_or_si512(_mm512_slli_epi16(high.v, 4), low.v)}; }
+inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {
+  return {_mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, _mm512_set1_epi32(pair)))};
+}
+inline vrows to_rows(vsums x) { return {{{_mm512_cvtepi32_ps(x.v)}}}; }
+inline vf widen_bf16(const std::uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline vrows load_scales(const std::uint16_t* p) { return {{widen_bf16(p)}}; }
+// Integers to nearest; what isn't a number or doesn't fit gives any.
+inline void store_shorts(std::int16_t* p, const vrows& x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x.v[0].v)));
+}
+inline vf widen(const std::uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+// Sum of the lanes, halves first: a short chain, where `sum` adds them one by one. The largest lane, none of them NaN.
+inline float sum_halves(vf x) { return _mm512_reduce_add_ps(x.v); }
+inline float largest_halves(vf x) { return _mm512_reduce_max_ps(x.v); }
+
+#define LAMP_OWN_FUNCTION
+inline void pin(vsums&) {}
+
+}  // namespace LAMP_ISA

@@ -1,0 +1,106 @@
+// What the kernels are told: plain numbers, the same as torchlamp.kernels.specification.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lamp {
+
+enum class Overflow : int { inf, nan, saturate };
+
+// The set of values that results are rounded to, a subset of float32.
+struct Grid {
+  int mantissa_bits = 23;
+  int min_exponent = -126;
+  int max_exponent = 127;
+  int top_codes_lost = 0;
+  Overflow overflow = Overflow::inf;
+  bool subnormals = true;
+  bool is_signed = true;
+  bool negative_zero = true;
+
+  bool has_float32_range() const {
+    return min_exponent == -126 && max_exponent == 127 && top_codes_lost == 0 && overflow == Overflow::inf &&
+           subnormals && is_signed && negative_zero;
+  }
+  bool is_float32() const { return has_float32_range() && mantissa_bits == 23; }
+};
+
+// How K products are summed: strict (block = 1, promote = 0), in float32 blocks, or promoted to a float32 total.
+struct Accumulation {
+  Grid grid;
+  bool fused = true;
+  int block = 1;
+  int promote = 0;
+
+  // The grid that finished sums lie on, and are rounded to again once scaled.
+  Grid result() const { return promote > 0 ? Grid() : grid; }
+};
+
+// out[g] = a[g] x b[g / group], sizes (M, K) x (K, N), each with element strides; the columns of out are contiguous.
+struct Products {
+  const float* a = nullptr;
+  const float* b = nullptr;
+  float* out = nullptr;
+  float* squares = nullptr;  // optional: sum over the rounding steps of acc^2, laid out as out
+  std::ptrdiff_t G = 0, M = 0, K = 0, N = 0, group = 1;
+  std::ptrdiff_t a_batch = 0, a_row = 0, a_k = 0;
+  std::ptrdiff_t b_batch = 0, b_k = 0, b_column = 0;
+  bool scaled = false;  // multiply by scaling in float32 and round again
+  float scaling = 1.0f;
+  bool causal = false;  // row i sees columns j <= i + offset only; the others become 0
+  std::ptrdiff_t offset = 0;
+  Accumulation accumulation;
+  int threads = 1;
+};
+
+// scores[g, i, j] = scaling * (a[g, i] . b[g / group, :, j]) in float32 where mask[g, i, j]; the rest stays.
+struct Recompute {
+  const float* a = nullptr;
+  const float* b = nullptr;
+  float* scores = nullptr;
+  const std::uint8_t* mask = nullptr;
+  std::ptrdiff_t G = 0, M = 0, K = 0, N = 0, group = 1;
+  std::ptrdiff_t a_batch = 0, a_row = 0, a_k = 0;
+  std::ptrdiff_t b_batch = 0, b_k = 0, b_column = 0;
+  std::ptrdiff_t mask_batch = 0, mask_row = 0;
+  bool scaled = false;
+  float scaling = 1.0f;
+  int threads = 1;
+};
+
+// The weight that a threshold rule compares with its threshold (torchlamp.rules states each formula).
+enum class Weight : int { strict, relaxed, running, topz };
+
+// Keys of a block whose recomputation is counted, and what is noted of a row's block.
+constexpr std::ptrdiff_t kBlockKeys = 16;
+enum BlockBit : std::uint8_t { block_visible = 1, block_touched = 2 };
+
+// Attention under a threshold rule: q (B, H, Lq, D), k and v (B, Hkv, Lk, D or Dv), all with contiguous last dimension.
+struct Attention {
+  const float* q = nullptr;
+  const float* k = nullptr;
+  const float* v = nullptr;
+  float* out = nullptr;               // (B, Lq, H, Dv), contiguous
+  std::int32_t* selected = nullptr;   // (B, H, Lq), contiguous: recomputed entries of each row
+  std::int32_t* visible = nullptr;    // (B, Lq, 2), contiguous: how many keys each query sees, and the last one or -1
+  std::uint8_t* blocks = nullptr;     // (B, H, Lq, ceil(Lk / kBlockKeys)), contiguous, or null: bits of BlockBit
+  const std::uint8_t* mask = nullptr; // (B, Lq, Lk), key stride 1, or null
+  const float* sinks = nullptr;       // (H), or null
+  std::ptrdiff_t B = 0, H = 0, Hkv = 1, Lq = 0, Lk = 0, D = 0, Dv = 0;
+  std::ptrdiff_t q_batch = 0, q_head = 0, q_row = 0;
+  std::ptrdiff_t k_batch = 0, k_head = 0, k_row = 0;
+  std::ptrdiff_t v_batch = 0, v_head = 0, v_row = 0;
+  std::ptrdiff_t mask_batch = 0, mask_row = 0;
+  bool causal = false;  // query i sees keys j <= i
+  float scaling = 1.0f;
+  float softcap = 0.0f;  // 0: none
+  Weight weight = Weight::topz;
+  double threshold = 0.0;
+  bool by_length = false;
+  float error_scale = 0.0f;  // running: r = error_scale * sqrt(sum of squares)
+  Accumulation accumulation;
+  int threads = 1;
+};
+
+}  // namespace lamp
