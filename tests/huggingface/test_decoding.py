@@ -5,11 +5,11 @@ from decoding_models import GUARDED, LINEAR, STEADY, WHOLE, decoded, generated, 
 from torch import nn
 from transformers import DynamicCache
 
-from torchlamp.decoding.matrix import LowBitMatrix
 from torchlamp.huggingface import prepare as decoding
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels import native
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

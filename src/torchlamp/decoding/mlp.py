@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels import native
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels.reference_lowbit import ROWS, block_count
 
 #: Activations that the kernel knows, by the names it is told.

@@ -1,4 +1,4 @@
-"""Low-bit copies of matrices, packed and multiplied by the native kernel where it runs and by its torch twin elsewhere.
+"""Low-bit copies of matrices, packed and multiplied by the native kernel where it runs and by its reference elsewhere.
 
 They are made of plain tensors, so that they can be copied, pickled and shared between threads. The layout, and the
 formulas that both kinds of kernels follow, are in `torchlamp.kernels.reference_lowbit`; `docs/decoding.md` says
