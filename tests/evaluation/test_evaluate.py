@@ -74,6 +74,19 @@ def test_comparisons(tiny, windows):
     assert control.recompute_rate == pytest.approx(result.recompute_rate, rel=0.2)
 
 
+@pytest.mark.parametrize("baselines", [True, False])
+def test_compared_policies_have_the_figures_of_an_evaluation_of_their_own(tiny, windows, baselines):
+    other = "ps3+running:0.01"
+    result = evaluate(tiny[0], windows, POLICY, compare=[other, POLICY, "ps2+none"], baselines=baselines)
+    roles = [(c.role, c.policy) for c in result.comparisons if c.role in ("plain", "compared")]
+    plain = ("plain" if baselines else "compared", "ps2+none")
+    # The tested policy, and one that is a baseline already, don't run twice.
+    assert sorted(roles) == sorted([("compared", other), plain])
+    alone = figures(evaluate(tiny[0], windows, other, baselines=False))
+    found = figures(next(c for c in result.comparisons if c.policy == other))
+    assert found == alone | {"role": "compared"}
+
+
 def test_no_baselines_and_the_same_figures(tiny, windows):
     alone = evaluate(tiny[0], windows, POLICY, baselines=False)
     assert alone.comparisons == ()

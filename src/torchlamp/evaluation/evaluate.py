@@ -27,6 +27,7 @@ def evaluate(
     policy: str | Policy,
     *,
     baselines: bool = True,
+    compare: Sequence[str | Policy] = (),
     seed: int = 0,
     layers: Sequence[int] | None = None,
     blocks: bool = False,
@@ -50,7 +51,10 @@ def evaluate(
         For example ``"ps4+strict:0.1"``.
     baselines : bool
         Also run plain low precision and random-like, and list them and the reference in `comparisons`; one that
-        would repeat the tested policy is left out.
+        would repeat another policy is left out.
+    compare : sequence of str or Policy
+        More policies to run on the same windows against the same references; each is a `Result` of its own in
+        `comparisons`, with the role "compared".
     seed : int
         Of the random baselines, 0 or more.
     layers : sequence of int, optional
@@ -80,9 +84,10 @@ def evaluate(
         A wrong type or dtype.
     """
     policy = Policy.parse(policy)
+    others = [Policy.parse(other) for other in compare]
     _check(model, windows, seed)
     start = time.perf_counter()
-    runs = plan_runs(policy, baselines)
+    runs = plan_runs(policy, baselines, others)
     reference = Run("reference", None)
     # A budget of 0: only the reference logits of the current window are kept.
     loop = Loop(
@@ -102,9 +107,9 @@ def evaluate(
             reason = (str(stop).strip() or type(stop).__name__).splitlines()[0]
             logger.warning("stopped by an error (%s); the finished windows are kept", reason)
     shared = _shared(model, windows[: loop.collect()], seed, model_name, text) | {"partial": interrupted}
-    compared = [_result(run, shared) for run in [reference, *runs[1:]]] if baselines else []
+    beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
-        "comparisons": tuple(compared),
+        "comparisons": tuple(_result(run, shared) for run in beside),
         "seconds": time.perf_counter() - start,
         "forward_seconds": sum(run.forward_seconds for run in [reference, *runs]),
     }

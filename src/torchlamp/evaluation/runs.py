@@ -1,5 +1,6 @@
 """The runs of an evaluation: the tested policy, its baselines, and what each of them collects."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,27 +101,43 @@ class Run:
         return total
 
 
-def plan_runs(policy: Policy, baselines: bool) -> list[Run]:
-    """The tested policy first, then the baselines that say something about it.
+def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[Run]:
+    """The runs of an evaluation beside the reference; the first one is the tested policy.
 
     Plain is the same accumulators with rule none; random-like recomputes as many entries per row as the
-    tested rules do, at random. Neither is run where it would repeat the tested policy or recompute everything
-    or nothing.
+    tested rules do, at random. Neither is run where it would recompute everything or nothing. A policy that is there
+    already isn't run again.
+
+    Parameters
+    ----------
+    policy : Policy
+        The tested one.
+    baselines : bool
+        Whether plain and random-like run.
+    compared : sequence of Policy
+        Others to run on the same windows.
     """
     runs = [Run("tested", policy)]
-    if not baselines:
-        return runs
-    plain = Policy(
-        sites={site: SitePolicy(p.accumulate, Rule.parse("none")) for site, p in policy.sites.items()}
-    )
-    if plain != policy:
-        runs.append(Run("plain", plain))
-    control = Policy(
-        sites={site: SitePolicy(p.accumulate, _random_like(p.rule)) for site, p in policy.sites.items()}
-    )
-    if control != policy:
-        runs.append(Run("random-like", control))
+    if baselines:
+        _add(runs, "plain", _plain(policy))
+    for other in compared:
+        _add(runs, "compared", other)
+    if baselines:
+        control = {site: SitePolicy(p.accumulate, _random_like(p.rule)) for site, p in policy.sites.items()}
+        _add(runs, "random-like", Policy(sites=control))
     return runs
+
+
+def _add(runs: list[Run], role: Role, policy: Policy) -> None:
+    """Add a run unless the policy runs already."""
+    if all(policy != run.policy for run in runs):
+        runs.append(Run(role, policy))
+
+
+def _plain(policy: Policy) -> Policy:
+    """The same accumulators, nothing recomputed."""
+    none = Rule.parse("none")
+    return Policy(sites={site: SitePolicy(part.accumulate, none) for site, part in policy.sites.items()})
 
 
 def _random_like(rule: Rule) -> Rule:

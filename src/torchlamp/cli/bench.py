@@ -1,0 +1,24 @@
+"""``torchlamp bench``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torchlamp.cli.common import Threads, app, one_line_errors, set_threads
+
+
+@app.command()
+@one_line_errors
+def bench(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="scores, forward, evaluate, attention, decode or soak.")
+    ],
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures there.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Time the kernels, a forward pass, or an evaluation, beside float32 and the project's targets."""
+    set_threads(threads)
+    from torchlamp.bench.turns import run
+
+    run(name, json)

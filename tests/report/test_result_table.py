@@ -1,0 +1,51 @@
+import dataclasses
+import math
+
+from sample_result import make, whole
+from torchlamp.report.table import label, notes, print_result
+from torchlamp.results.result import Result
+
+
+def printed(result: Result, width: int = 80) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_result(result, console)
+    return console.export_text()
+
+
+def test_table_fits_a_terminal_and_has_a_row_for_each_run():
+    text = printed(whole())
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    rows = {label(r): r for r in (whole(), *whole().comparisons)}
+    assert list(rows) == ["ps4+strict:0.1", "float32", "plain ps4", "random control"]
+    for name in rows:
+        assert name in text
+    assert "10x" in text  # 2.5 / 0.25
+    assert "1.25x" in text
+    assert "dequantised" in text
+
+
+def test_table_without_baselines_and_with_figures_that_are_not_finite():
+    text = printed(
+        make(kl_mean=math.nan, kl_standard_error=math.nan, perplexity=math.inf, rms_delta_p=math.nan)
+    )
+    assert "nan" not in text.lower()
+    assert "inf" not in text.lower()
+
+
+def test_compared_policies_stand_between_plain_and_tested():
+    result = whole()
+    other = make("compared", policy="ps4+running:0.01", kl_mean=0.5)
+    lines = printed(dataclasses.replace(result, comparisons=(*result.comparisons, other))).splitlines()
+    names = ("float32", "plain ps4", "ps4+running:0.01", "ps4+strict:0.1", "random control")
+    body = lines[2:]
+    rows = [next(i for i, line in enumerate(body) if line.startswith(name)) for name in names]
+    assert rows == sorted(rows)
+    assert "5x" in body[rows[2]]  # 2.5 / 0.5
+
+
+def test_partial_is_said():
+    assert "PARTIAL" in printed(whole(partial=True))
+    assert "one window only" in notes(whole(windows=1))[0]
