@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp.decoding.head import LowBitHead
-from torchlamp.decoding.mlp import ACTIVATIONS, LowBitMlp, activate
+from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
+from torchlamp.kernels.constants import ACTIVATIONS
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.policy.decode_policy import SiteStorage
 

@@ -73,7 +73,7 @@ def _frame(accumulator: Node, sites: Node | None) -> list[str | None]:
 def _with_parameters(node: Node, kind: str, frame: list[str | None]) -> list[Candidate]:
     """The policies of one item: a spelling, or a name with a list of thresholds or target rates.
 
-    `kind` is "policy" (the name is a whole policy, its threshold written {}) or "name" (a rule's, to go behind
+    `kind` is "policy" (the name is a whole policy, its threshold written {}) or "name" (a rule's, to go after
     each part of the frame).
     """
     if not isinstance(node.value, dict):
@@ -143,7 +143,7 @@ def _checked_template(node: Node, spelling: str) -> str:
 
 
 def _probe(template: str) -> str:
-    """An allowed number, with digits that no threshold of a study has."""
+    """An allowed number, with digits that no threshold of a sweep has."""
     low, high = threshold_range(template)
     return repr(low + 0.73645981 * (min(high, low + 1) - low))
 
