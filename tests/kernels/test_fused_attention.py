@@ -84,10 +84,10 @@ def test_any_options_together(instruction_set, weight, options, bits, queries, m
     check(q, k, v, Accumulation(Grid(mantissa_bits=bits)), arguments)
 
 
-@pytest.mark.parametrize("threshold", [-1.0, 0.12])
+@pytest.mark.parametrize("threshold", [-1.0, 0.2])
 def test_recomputed_scores_are_those_of_the_exact_operands(instruction_set, threshold):
     """All entries (one product for the whole row) and few (one sum each)."""
-    options = {"exact_query", "exact_key", "shift", "softcap", "sinks"}
+    options = {"exact_query", "exact_key", "shift", "sinks"}
     q, k, v, arguments = case(1, options, 30, 100, weight="topz", threshold=threshold)
     want = check(q, k, v, Accumulation(Grid(mantissa_bits=3)), arguments)
     assert want.chosen.all() if threshold < 0 else 0 < want.chosen.float().mean() < 0.1
