@@ -209,7 +209,7 @@ def last_step(places: Tensor) -> int:
 def record(run: Run, site: str, layer: int, eligible: int, selected: Tensor, places: Tensor) -> None:
     """Count one call of a site without heads: `selected` is int64 (..., length)."""
     rows = selected.reshape(-1, 1, selected.shape[-1])
-    run.statistics.record(layer, torch.full_like(rows, eligible), rows, places, site)
+    run.statistics.record(site, layer, rows, torch.full_like(rows, eligible), places)
 
 
 def check_float32(module: nn.Module, x: Tensor) -> None:
