@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.operands import Operand, quantise
+from torchlamp.kernels.constants import GROUP
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.kernels.products import products
-from torchlamp.kernels.reference_lowbit import GROUP, quantise_vector
+from torchlamp.kernels.reference_lowbit import quantise_rows, quantise_vector
 from torchlamp.kernels.specification import Accumulation, Grid
 
 #: Sums in float32, one FMA after the other.
@@ -78,7 +79,12 @@ def store_matrix(weight: Tensor, operand: Operand) -> StoredMatrix:
 
 def stored_values(x: Tensor, operand: Operand) -> Tensor:
     """The numbers that stored ones stand for: float32, the shape of `x`; sums run along the last dimension."""
-    return quantise(x, operand)
+    if operand.kernel_bits is None:
+        return quantise(x, operand)
+    codes, patterns = quantise_rows(x.reshape(-1, x.shape[-1]).contiguous(), operand.kernel_bits)
+    scales = (patterns.to(torch.int32) << 16).view(torch.float32)
+    groups = codes.view(*scales.shape, GROUP).float() * scales[..., None]
+    return groups.flatten(1)[:, : x.shape[-1]].reshape(x.shape)
 
 
 def rounded_vectors(x: Tensor) -> Tensor:
@@ -88,7 +94,8 @@ def rounded_vectors(x: Tensor) -> Tensor:
     """
     codes, scales = quantise_vector(x.reshape(-1, x.shape[-1]))
     groups = codes.view(*scales.shape, GROUP).float() * scales[..., None]
-    return groups.flatten(1)[:, : x.shape[-1]].reshape(x.shape)
+    rounded: Tensor = groups.flatten(1)[:, : x.shape[-1]].reshape(x.shape)
+    return rounded
 
 
 def residual_norms(x: Tensor, copy: Tensor) -> Tensor:
@@ -97,7 +104,8 @@ def residual_norms(x: Tensor, copy: Tensor) -> Tensor:
     norms = left.norm(dim=-1) * _ABOVE
     nearest = norms.float()
     above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
-    return torch.where(nearest.double() < norms, above, nearest)
+    bound: Tensor = torch.where(nearest.double() < norms, above, nearest)
+    return bound
 
 
 def expected_errors(x: Tensor, errors: Tensor) -> Tensor:
@@ -118,4 +126,5 @@ def expected_errors(x: Tensor, errors: Tensor) -> Tensor:
     float32 (vectors, rows).
     """
     lengths: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return errors * (lengths / x.shape[-1] ** 0.5)
+    deviations: Tensor = errors * (lengths / x.shape[-1] ** 0.5)
+    return deviations
