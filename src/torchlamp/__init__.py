@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torchlamp.huggingface.lookahead_cache import LookaheadCache
     from torchlamp.huggingface.prepare import prepare
     from torchlamp.models.load import load
-    from torchlamp.policy.decode_policy import DecodePolicy
     from torchlamp.policy.policy import Policy
     from torchlamp.results.result import Result
     from torchlamp.rules.rule import Rule
@@ -30,7 +29,6 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",
-    "DecodePolicy": "policy.decode_policy",
     "Format": "arithmetic.formats",
     "LookaheadCache": "huggingface.lookahead_cache",
     "Policy": "policy.policy",
@@ -49,7 +47,6 @@ _HOMES = {
 
 __all__ = [
     "Accumulator",
-    "DecodePolicy",
     "Format",
     "LookaheadCache",
     "Policy",

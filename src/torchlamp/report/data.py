@@ -146,7 +146,7 @@ def _layers(point: dict[str, Any]) -> str:
 def _row(result: Result) -> dict[str, Any]:
     policy = Policy.parse(result.policy)
     parts = list(policy.sites.values())
-    accumulators = {str(part.accumulate): part.accumulate for part in parts}
+    accumulators = {str(part.precision): part.precision for part in parts}
     rules = {str(part.rule): part.rule for part in parts}
     rule = next(iter(rules.values()))
     value = getattr(rule, "value", None)
