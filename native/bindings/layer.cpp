@@ -7,14 +7,14 @@
 namespace lamp::python {
 namespace {
 
-using Weight = std::optional<Vector>;
+using OptionalVector = std::optional<Vector>;
 
 // A decoder layer; keys and values are in a store of their own.
 class Layer {
  public:
   Layer(std::string isa, const BlockMatrix& qkv, const BlockMatrix& out, const Mlp& mlp, Vector attention_norm,
-        Weight after_attention, Vector mlp_norm, Weight after_mlp, Weight query_norm, Weight key_norm, float eps,
-        Weight qkv_bias, Weight out_bias, std::ptrdiff_t heads, std::ptrdiff_t kv_heads, std::ptrdiff_t head_size,
+        OptionalVector after_attention, Vector mlp_norm, OptionalVector after_mlp, OptionalVector query_norm, OptionalVector key_norm, float eps,
+        OptionalVector qkv_bias, OptionalVector out_bias, std::ptrdiff_t heads, std::ptrdiff_t kv_heads, std::ptrdiff_t head_size,
         float up_threshold, float down_threshold)
       : kernels_(kernels(isa)),
         kept_{attention_norm, after_attention, mlp_norm, after_mlp, query_norm, key_norm, qkv_bias, out_bias} {
@@ -25,7 +25,7 @@ class Layer {
     require(qkv.rows() == (heads + 2 * kv_heads) * head_size && out.columns() == heads * head_size &&
                 out.rows() == call_.hidden && call_.mlp.columns == call_.hidden && call_.mlp.outputs == call_.hidden,
             "the matrices do not fit together");
-    const auto norm = [&](const Weight& weight, std::ptrdiff_t size) {
+    const auto norm = [&](const OptionalVector& weight, std::ptrdiff_t size) {
       return RmsNorm{vector(weight, size), eps};
     };
     call_.attention_norm = norm(kept_[0], call_.hidden), call_.after_attention = norm(kept_[1], call_.hidden);
@@ -40,7 +40,7 @@ class Layer {
   std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int> step(
       Floats<2> x, Floats<2> cosines, Floats<2> sines, const KeyValueStore& keys_values, std::ptrdiff_t start,
       std::ptrdiff_t first, std::optional<Array<const std::uint8_t, 2>> mask, float scaling, float scores_threshold,
-      float values_threshold, bool strange, Array<float, 2> y, int threads) const {
+      float values_threshold, bool nonfinite_values, Array<float, 2> y, int threads) const {
     LowBitLayer p = call_;
     const KeyValues& store = keys_values.store();
     const std::ptrdiff_t batch = length(x.shape(0)), size = p.head_size, keys = p.kv_heads * size;
@@ -87,7 +87,7 @@ class Layer {
       const nb::gil_scoped_release release;
       kernels_.lowbit.layer_begin(p);
       kernels_.decode.append(append);
-      attend.strange = strange || append.strange;
+      attend.nonfinite_values = nonfinite_values || (append.flags & append_nonfinite_values);
       kernels_.decode.attend(attend);
       kernels_.lowbit.layer_end(p);
     }
@@ -95,19 +95,18 @@ class Layer {
       return std::accumulate(from, from + count, std::int64_t{0});
     };
     return {total(attend.recomputed, batch * p.heads), total(attend.full_rows, batch * p.kv_heads),
-            total(attend.visible, batch), selected[0], selected[1],
-            (append.overflow ? 1 : 0) + (append.strange ? 2 : 0)};
+            total(attend.visible, batch), selected[0], selected[1], append.flags};
   }
 
  private:
-  static float* vector(const Weight& weight, std::ptrdiff_t size) {
+  static float* vector(const OptionalVector& weight, std::ptrdiff_t size) {
     if (!weight) return nullptr;
     require(row_major(*weight) && length(weight->size()) == size, "a norm or bias must be contiguous and fit");
     return weight->data();
   }
 
   const Kernels& kernels_;
-  Weight kept_[8];
+  OptionalVector kept_[8];
   LowBitLayer call_;
 };
 
@@ -115,15 +114,15 @@ class Layer {
 
 void bind_layer(nb::module_& m) {
   nb::class_<Layer>(m, "Layer")
-      .def(nb::init<std::string, const BlockMatrix&, const BlockMatrix&, const Mlp&, Vector, Weight, Vector, Weight,
-                    Weight, Weight, float, Weight, Weight, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, float,
-                    float>(),
+      .def(nb::init<std::string, const BlockMatrix&, const BlockMatrix&, const Mlp&, Vector, OptionalVector, Vector,
+                    OptionalVector, OptionalVector, OptionalVector, float, OptionalVector, OptionalVector,
+                    std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, float, float>(),
            "isa"_a, "qkv"_a, "out"_a, "mlp"_a, "attention_norm"_a, "after_attention"_a.none(), "mlp_norm"_a,
            "after_mlp"_a.none(), "query_norm"_a.none(), "key_norm"_a.none(), "eps"_a, "qkv_bias"_a.none(),
            "out_bias"_a.none(), "heads"_a, "kv_heads"_a, "head_size"_a, "up_threshold"_a, "down_threshold"_a,
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def("step", &Layer::step, "x"_a, "cosines"_a, "sines"_a, "store"_a, "start"_a, "first"_a, "mask"_a.none(),
-           "scaling"_a, "scores_threshold"_a, "values_threshold"_a, "strange"_a, "y"_a, "threads"_a);
+           "scaling"_a, "scores_threshold"_a, "values_threshold"_a, "nonfinite_values"_a, "y"_a, "threads"_a);
 }
 
 }  // namespace lamp::python

@@ -122,7 +122,7 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, Ar
   require(row_major(visible) && length(visible.shape(0)) == p.B && length(visible.shape(1)) == p.Lq &&
               visible.shape(2) == 2,
           "visible must be contiguous, of shape (B, Lq, 2)");
-  require(weight >= 0 && weight <= static_cast<int>(lamp::Weight::topz), "unknown weight");
+  require(weight >= 0 && weight <= static_cast<int>(lamp::RuleWeight::topz), "unknown weight");
   p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.selected = selected.data();
   p.visible = visible.data();
   p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_row = q.stride(2);
@@ -146,7 +146,7 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, Ar
     p.sinks = sinks->data();
   }
   p.causal = causal, p.scaling = scaling, p.softcap = softcap;
-  p.weight = static_cast<lamp::Weight>(weight), p.threshold = threshold, p.by_length = by_length;
+  p.weight = static_cast<lamp::RuleWeight>(weight), p.threshold = threshold, p.by_length = by_length;
   p.error_scale = error_scale, p.accumulation = accumulation(how), p.threads = threads;
   const lamp::Kernels& kernel = kernels(isa);
   const nb::gil_scoped_release release;
@@ -167,4 +167,5 @@ NB_MODULE(_native, m) {
         "error_scale"_a, "how"_a, "threads"_a);
   lamp::python::bind_lowbit(m);
   lamp::python::bind_decode(m);
+  lamp::python::bind_constants(m);
 }

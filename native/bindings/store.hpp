@@ -55,7 +55,7 @@ class KeyValueStore {
     prefer_large_pages(full_keys.data(), full_keys.nbytes()), prefer_large_pages(full_values.data(), full_values.nbytes());
   }
 
-  // 1: a number overflowed float16; 2: a value isn't finite; their sum if both.
+  // Returns bits of AppendFlag.
   int append(Floats<4> k, Floats<4> v, std::ptrdiff_t start, int threads) {
     Append p;
     p.store = store_, p.start = start, p.count = length(k.shape(2)), p.threads = threads;
@@ -70,13 +70,13 @@ class KeyValueStore {
     p.v = v.data(), p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_row = v.stride(2);
     const nb::gil_scoped_release release;
     kernels_.decode.append(p);
-    return (p.overflow ? 1 : 0) + (p.strange ? 2 : 0);
+    return p.flags;
   }
 
   void attend(Floats<4> q, Array<float, 4> out, Counts recomputed, Counts full_rows, Array<std::int32_t, 2> visible,
               std::ptrdiff_t first, std::ptrdiff_t last, std::optional<Array<const std::uint8_t, 3>> mask, bool causal,
               std::optional<Floats<1>> sinks, float scaling, float softcap, float scores_threshold,
-              float values_threshold, bool strange, int threads) const {
+              float values_threshold, bool nonfinite_values, int threads) const {
     Attend p;
     p.store = store_, p.first = first, p.last = last;
     p.heads = length(q.shape(1)), p.queries = length(q.shape(2));
@@ -106,7 +106,7 @@ class KeyValueStore {
     }
     p.q = q.data(), p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_row = q.stride(2), p.out = out.data();
     p.recomputed = recomputed.data(), p.full_rows = full_rows.data(), p.visible = visible.data();
-    p.causal = causal, p.scaling = scaling, p.softcap = softcap, p.strange = strange, p.threads = threads;
+    p.causal = causal, p.scaling = scaling, p.softcap = softcap, p.nonfinite_values = nonfinite_values, p.threads = threads;
     p.scores_threshold = scores_threshold, p.values_threshold = values_threshold;
     const nb::gil_scoped_release release;
     kernels_.decode.attend(p);

@@ -126,7 +126,7 @@ inline void join_values(const lamp::Attend& p, DecodeWork& work) {
     const std::int32_t visible = p.visible[row.batch * p.queries + row.query];
     if (visible == 0) {
       attend_blind(p, r / work.per_head, sum);
-    } else if (unsafe || total < kVanished * work.sum[i] ||
+    } else if (unsafe || total < lamp::kVanished * work.sum[i] ||
                (total != total && top == std::numeric_limits<float>::infinity())) {
       attend_in_full(p, work, r, sum);
       recomputed = visible;

@@ -101,7 +101,7 @@ inline void pack_pair_row(const lamp::RowPairs& p, std::ptrdiff_t row, const flo
   }
 }
 
-constexpr float kLargestShort = 32767.0f;
+constexpr float kLargestShort = lamp::kLargestShort;
 
 // m / kLargestShort, rounded up: among subnormal numbers rounding down would leave much beyond the last code.
 inline float short_scale(float m) {

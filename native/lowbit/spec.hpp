@@ -9,6 +9,7 @@ namespace lamp {
 
 constexpr int kPackRows = 16;   // rows of a block
 constexpr int kPackGroup = 32;  // columns that share a scale
+constexpr int kLargestShort = 32767;  // largest of the 16-bit integers that vectors are rounded to
 
 // Bits of a code (4, 8 or 12) and what follows from them.
 constexpr int largest_code(int bits) { return bits == 4 ? 7 : bits == 8 ? 127 : 2047; }

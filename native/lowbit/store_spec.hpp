@@ -42,6 +42,12 @@ struct KeyValues {
   }
 };
 
+// What is found in numbers that are appended.
+enum AppendFlag : int {
+  append_overflow = 1,          // a finite number is too large for float16
+  append_nonfinite_values = 2,  // a value is infinite or NaN
+};
+
 // New keys and values, (batch, head, position, element) with contiguous elements, for positions start, start + 1, ...
 struct Append {
   KeyValues store;
@@ -49,8 +55,7 @@ struct Append {
   std::ptrdiff_t k_batch = 0, k_head = 0, k_row = 0, v_batch = 0, v_head = 0, v_row = 0;
   std::ptrdiff_t start = 0, count = 0;
   int threads = 1;
-  bool overflow = false;   // out: a finite number is too large for float16
-  bool strange = false;    // out: a value is infinite or not a number
+  int flags = 0;  // out: bits of AppendFlag
 };
 
 // Queries (batch, head, query, element) that attend to positions [first, last); output (batch, query, head, element).
@@ -71,12 +76,17 @@ struct Attend {
   // Values with z <= skip / keys for every head of a group are left out: together less than `skip` of the weights, and
   // 8-bit copies alone err by more.
   float skip = 0x1p-8f;
-  bool strange = false;           // values may be infinite or not a number: read every one of them in full
+  bool nonfinite_values = false;  // values may be infinite or not a number: read every one of them in full
   std::int32_t* recomputed = nullptr;  // (batch, head, query): scores
   std::int32_t* full_rows = nullptr;   // (batch, key head, query): values, each for all heads of its group
   std::int32_t* visible = nullptr;     // (batch, query): keys
   int threads = 1;
 };
+
+// If recomputation raises a logit by more than kSurprise above the row's largest low-bit logit, or leaves less than
+// kVanished of the sum that probabilities were made with, the row starts again in full precision.
+constexpr float kSurprise = 8.0f;
+constexpr float kVanished = 0.125f;
 
 struct DecodeKernels {
   void (*append)(Append&);

@@ -8,10 +8,7 @@
 
 namespace LAMP_ISA {
 
-// Beyond this, e^(recomputed logit - largest low-bit logit) is not worth trusting: the row starts again in full.
-constexpr float kSurprise = 8.0f;
-// Likewise where recomputation leaves less than this of the sum that probabilities were made with.
-constexpr float kVanished = 0.125f;
+using lamp::kSurprise;
 
 // 2 z (1 - z) s r, the l1 change of the probabilities that a score's error r makes, with s the slope of the softcap.
 // That is linear in r, and says nothing once r exceeds a nat: there z counts as what it might be four standard errors
@@ -190,7 +187,7 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
     const std::size_t i = static_cast<std::size_t>(g);
     const float sum = work.sum[static_cast<std::size_t>(first_row + g)], bound = p.values_threshold * sum;
     sums.least[i] = p.skip / static_cast<float>(p.last - p.first) * sum;
-    sums.bound[i] = bound > 0.0f && !p.strange ? bound : 0.0f;
+    sums.bound[i] = bound > 0.0f && !p.nonfinite_values ? bound : 0.0f;
     sums.out[i] = work.part(first_row + g, s);
     std::fill_n(sums.out[i], work.padded, 0.0f);
   }

@@ -90,7 +90,7 @@ void attention(const lamp::Attention& p) {
   for (std::ptrdiff_t b = 0; b < p.B; ++b)
     for (std::ptrdiff_t h = 0; h < p.H; ++h)
       for (std::ptrdiff_t i = 0; i < p.Lq; ++i) seen.add(p.q + b * p.q_batch + h * p.q_head + i * p.q_row, p.D);
-  const bool running = p.weight == lamp::Weight::running;
+  const bool running = p.weight == lamp::RuleWeight::running;
   const Micro low = pick_micro(p.accumulation, running, wide_is_exact(seen, packed.all(), p.D));
 
   const auto ranges = visible_ranges(p);

@@ -100,16 +100,16 @@ class RowSoftmax {
   // The weight of the rule as torchlamp.rules.ThresholdForm states it, factor by factor in its order; `z` is the
   // probability, or e^(logit - largest) for `relaxed`.
   vf weigh(vf z, vf y, const float* squares) const {
-    const bool gained = p_.weight == lamp::Weight::strict || p_.weight == lamp::Weight::running;
+    const bool gained = p_.weight == lamp::RuleWeight::strict || p_.weight == lamp::RuleWeight::running;
     vf w = z;
     if (gained) w = (set1(1.0f) - z) * z * set1(2.0f);
-    if (p_.weight == lamp::Weight::relaxed) w = w * abs(y);
-    if (p_.softcap > 0.0f && p_.weight != lamp::Weight::topz) {
+    if (p_.weight == lamp::RuleWeight::relaxed) w = w * abs(y);
+    if (p_.softcap > 0.0f && p_.weight != lamp::RuleWeight::topz) {
       const vf t = tanh(y / set1(p_.softcap));
       w = w * (set1(1.0f) - t * t);
     }
-    if (p_.weight == lamp::Weight::strict) w = w * abs(y);
-    if (p_.weight == lamp::Weight::running) w = w * (sqrt(load(squares)) * set1(p_.error_scale));
+    if (p_.weight == lamp::RuleWeight::strict) w = w * abs(y);
+    if (p_.weight == lamp::RuleWeight::running) w = w * (sqrt(load(squares)) * set1(p_.error_scale));
     return w;
   }
 
@@ -120,7 +120,7 @@ class RowSoftmax {
     const float* e = tile_.logits.data();
     float threshold = static_cast<float>(p_.threshold);
     vf norm = set1(1.0f / sum_);
-    if (p_.weight == lamp::Weight::relaxed) {
+    if (p_.weight == lamp::RuleWeight::relaxed) {
       norm = set1(1.0f);
       if (p_.by_length)
         threshold = static_cast<float>(std::min(1.0, p_.threshold * std::sqrt(1024.0 / static_cast<double>(visible))));

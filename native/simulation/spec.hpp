@@ -70,7 +70,7 @@ struct Recompute {
 };
 
 // The weight that a threshold rule compares with its threshold (torchlamp.rules states each formula).
-enum class Weight : int { strict, relaxed, running, topz };
+enum class RuleWeight : int { strict, relaxed, running, topz };
 
 // Keys of a block whose recomputation is counted, and what is noted of a row's block.
 constexpr std::ptrdiff_t kBlockKeys = 16;
@@ -95,7 +95,7 @@ struct Attention {
   bool causal = false;  // query i sees keys j <= i
   float scaling = 1.0f;
   float softcap = 0.0f;  // 0: none
-  Weight weight = Weight::topz;
+  RuleWeight weight = RuleWeight::topz;
   double threshold = 0.0;
   bool by_length = false;
   float error_scale = 0.0f;  // running: r = error_scale * sqrt(sum of squares)

@@ -152,7 +152,7 @@ void test_recompute(const lamp::Kernels& kernels, std::mt19937& random) {
   check(ok, std::string("recompute ") + kernels.name);
 }
 
-void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Weight weight) {
+void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::RuleWeight weight) {
   lamp::Attention p;
   p.B = 2, p.Hkv = 2, p.H = 4, p.D = 24, p.Dv = 21;
   p.Lq = 1 + static_cast<std::ptrdiff_t>(random() % 50), p.Lk = p.Lq + static_cast<std::ptrdiff_t>(random() % 100);
@@ -218,16 +218,16 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::We
         for (std::size_t j = 0; j < keys; ++j) {
           if (!sees[j]) continue;
           const double slope = p.softcap > 0 ? 1.0 - std::pow(logit[j] / p.softcap, 2) : 1.0;
-          if (weight == lamp::Weight::strict) w[j] = 2 * z[j] * (1 - z[j]) * std::fabs(y[j]) * slope;
-          if (weight == lamp::Weight::relaxed) w[j] = std::fabs(y[j]) * slope * std::exp(logit[j] - largest);
-          if (weight == lamp::Weight::running)
+          if (weight == lamp::RuleWeight::strict) w[j] = 2 * z[j] * (1 - z[j]) * std::fabs(y[j]) * slope;
+          if (weight == lamp::RuleWeight::relaxed) w[j] = std::fabs(y[j]) * slope * std::exp(logit[j] - largest);
+          if (weight == lamp::RuleWeight::running)
             w[j] = 2 * z[j] * (1 - z[j]) * slope * p.error_scale * std::sqrt(squares[j]);
-          if (weight == lamp::Weight::topz) w[j] = z[j];
+          if (weight == lamp::RuleWeight::topz) w[j] = z[j];
           top = std::max(top, w[j]);
         }
         std::int32_t count = 0;
         for (std::size_t j = 0; j < keys; ++j)
-          if (w[j] > p.threshold * (weight == lamp::Weight::relaxed ? top : 1.0)) y[j] = exact[j], ++count;
+          if (w[j] > p.threshold * (weight == lamp::RuleWeight::relaxed ? top : 1.0)) y[j] = exact[j], ++count;
         softmax();
         const auto row = static_cast<std::size_t>((b * p.H + h) * p.Lq + i);
         miscounted += selected[row] != count;
@@ -271,7 +271,7 @@ int main(int count, char** arguments) {
           for (const bool fused : {true, false}) test_products(*kernels, random, {grid, fused, block, promote}, kind);
     for (int i = 0; i < 20; ++i) test_recompute(*kernels, random);
     for (int i = 0; i < 5; ++i)
-      for (const auto weight : {lamp::Weight::strict, lamp::Weight::relaxed, lamp::Weight::running, lamp::Weight::topz})
+      for (const auto weight : {lamp::RuleWeight::strict, lamp::RuleWeight::relaxed, lamp::RuleWeight::running, lamp::RuleWeight::topz})
         test_attention(*kernels, random, weight);
     selftest::test_lowbit(*kernels, random);
     std::printf("%s: checked\n", kernels->name);

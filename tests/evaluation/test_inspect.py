@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tiny import TEXT
-from torchlamp.evaluation.inspect import MOST_TOKENS, inspect
+from torchlamp.evaluation.inspect import MAX_TOKENS, inspect
 from torchlamp.huggingface.lookahead import lookahead
-from torchlamp.report.inspect_page import inspect_page, places
+from torchlamp.report.inspect_page import diagonal_shares, inspect_page
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 
@@ -75,7 +75,7 @@ def test_longer_than_a_tile_and_other_sites(tiny):
     ("text", "policy", "message"),
     [
         ("", "ps3+none", "the text is empty"),
-        (TEXT, "ps3+none", f"tokens: inspect shows at most {MOST_TOKENS}"),
+        (TEXT, "ps3+none", f"tokens: inspect shows at most {MAX_TOKENS}"),
         (WORDS, "mlp_up=ps4+none", "leaves the scores in float32"),
         (WORDS, "ps3+nonsense", "unknown rule 'nonsense'"),
     ],
@@ -115,6 +115,6 @@ def test_places_count_the_first_column_and_the_diagonals(tiny):
     everything = inspect(*tiny, WORDS, "ps3+all")
     n = len(everything.tokens)
     total = n * (n + 1) / 2
-    shares = [int(re.match(r"\d+", share)[0]) for share in places(everything).values()]
+    shares = [int(re.match(r"\d+", share)[0]) for share in diagonal_shares(everything).values()]
     assert shares == [round(100 * n / total), round(100 * (n - 1) / total), round(100 * (n - 2) / total)]
-    assert places(inspect(*tiny, WORDS, "ps3+none")) == {}
+    assert diagonal_shares(inspect(*tiny, WORDS, "ps3+none")) == {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tiny import TEXT
-from torchlamp.sweep.config import Study, read_study
+from torchlamp.sweep.config import SweepConfig, read_config
 from torchlamp.sweep.folder import open_folder, read_results
 from torchlamp.sweep.run import LocalEngine, Summary, sweep
 
@@ -39,16 +39,16 @@ def write_study(folder: Path, model: Path, text: str = STUDY) -> Path:
     return path
 
 
-def make_study(folder: Path, model: Path, text: str = STUDY) -> Study:
-    return read_study(write_study(folder, model, text))
+def make_study(folder: Path, model: Path, text: str = STUDY) -> SweepConfig:
+    return read_config(write_study(folder, model, text))
 
 
-def run_sweep(study: Study, output: Path, **options: Any) -> Summary:
+def run_sweep(config: SweepConfig, output: Path, **options: Any) -> Summary:
     """In this process; leaves torch's threads as they were."""
     threads = torch.get_num_threads()
     try:
         with open_folder(output) as folder:
-            return sweep(study, folder, LocalEngine(study), **options)
+            return sweep(config, folder, LocalEngine(config), **options)
     finally:
         torch.set_num_threads(threads)
 

@@ -16,7 +16,7 @@ from torchlamp.sweep.worker import Worker, shuffled
 
 
 @pytest.fixture
-def study(tmp_path, tiny_folder):
+def config(tmp_path, tiny_folder):
     return make_study(tmp_path, tiny_folder)
 
 
@@ -25,16 +25,16 @@ def small(tmp_path, tiny_folder, policies: str, extra: str = ""):
     return make_study(tmp_path, tiny_folder, text)
 
 
-def test_a_whole_sweep(study, tmp_path, tiny):
+def test_a_whole_sweep(config, tmp_path, tiny):
     seen = []
-    summary = run_sweep(study, tmp_path / "out", progress=seen.append)
+    summary = run_sweep(config, tmp_path / "out", progress=seen.append)
     assert (summary.total, summary.done, summary.failed, summary.left) == (POINTS, POINTS, 0, 0)
     assert [p.done for p in seen] == list(range(POINTS + 1))
     assert seen[0].remaining is None
     assert seen[1].remaining > 0
     assert seen[-1].current is None
     found = lines(tmp_path / "out")
-    assert [r["key"] for r in found] == [p.key for p in study.points]
+    assert [r["key"] for r in found] == [p.key for p in config.points]
     assert found[0].keys() == {"schema", "key", "point", "status", "error", "seconds", "result"}
     model, tokenizer = tiny
     real = cut_windows(tokenizer, [Text("fox", TEXT)], 2, 24)
@@ -55,7 +55,7 @@ def test_a_whole_sweep(study, tmp_path, tiny):
             "tokens_sha256",
         ):
             assert getattr(result, name) == getattr(alone, name), (point, name)
-    again = run_sweep(study, tmp_path / "out")
+    again = run_sweep(config, tmp_path / "out")
     assert (again.skipped, again.done) == (POINTS, 0)
     assert lines(tmp_path / "out") == found
     record = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -66,9 +66,9 @@ def test_a_whole_sweep(study, tmp_path, tiny):
     assert record["torchlamp"]
 
 
-def test_target_rates_are_found_on_other_windows_and_kept(study, tmp_path, monkeypatch):
-    targets = [p for p in study.points if p.target_rate]
-    run_sweep(study, tmp_path / "out")
+def test_target_rates_are_found_on_other_windows_and_kept(config, tmp_path, monkeypatch):
+    targets = [p for p in config.points if p.target_rate]
+    run_sweep(config, tmp_path / "out")
     calibrations = [json.loads(x) for x in (tmp_path / "out" / "calibrations.jsonl").read_text().splitlines()]
     assert len(calibrations) == len(targets) == 4
     for record in calibrations:
@@ -82,13 +82,13 @@ def test_target_rates_are_found_on_other_windows_and_kept(study, tmp_path, monke
     before = figures(tmp_path / "out")
     (tmp_path / "out" / "results.jsonl").unlink()
     monkeypatch.setattr(sweep_worker, "find_threshold", lambda *_: pytest.fail("calibrated again"))
-    run_sweep(study, tmp_path / "out")
+    run_sweep(config, tmp_path / "out")
     assert figures(tmp_path / "out") == before
 
 
 def test_a_rate_out_of_reach_fails_in_one_line(tmp_path, tiny_folder):
-    study = small(tmp_path, tiny_folder, '{policy: "ps23+strict:{}", target_rates: [0.999999]}')
-    assert run_sweep(study, tmp_path / "out").failed == 1
+    config = small(tmp_path, tiny_folder, '{policy: "ps23+strict:{}", target_rates: [0.999999]}')
+    assert run_sweep(config, tmp_path / "out").failed == 1
     (record,) = lines(tmp_path / "out")
     assert record["result"] is None
     assert record["status"] == "failed"
@@ -108,7 +108,7 @@ def test_shuffled_tokens_are_the_same_tokens():
 
 
 def test_failed_points_are_recorded_and_tried_again(tmp_path, tiny_folder, monkeypatch):
-    study = small(tmp_path, tiny_folder, "[ps2+none, ps3+none, ps4+none]")
+    config = small(tmp_path, tiny_folder, "[ps2+none, ps3+none, ps4+none]")
     original = sweep_worker.evaluate_against
 
     def fails(references, policy, **options):
@@ -117,27 +117,27 @@ def test_failed_points_are_recorded_and_tried_again(tmp_path, tiny_folder, monke
         return original(references, policy, **options)
 
     monkeypatch.setattr(sweep_worker, "evaluate_against", fails)
-    summary = run_sweep(study, tmp_path / "out")
+    summary = run_sweep(config, tmp_path / "out")
     assert (summary.done, summary.failed, summary.left) == (2, 1, 0)
     assert "ps3+none: RuntimeError: not enough memory" in summary.last_error
     assert [r["status"] for r in lines(tmp_path / "out")] == ["done", "failed", "done"]
     assert lines(tmp_path / "out")[1]["error"] == "RuntimeError: not enough memory"
     monkeypatch.undo()
-    assert run_sweep(study, tmp_path / "out").done == 1
+    assert run_sweep(config, tmp_path / "out").done == 1
     assert [r["status"] for r in lines(tmp_path / "out")] == ["done", "failed", "done", "done"]
     assert {r["key"]: r["status"] for r in read_results(tmp_path / "out")} == dict.fromkeys(
-        (p.key for p in study.points), "done"
+        (p.key for p in config.points), "done"
     )
 
 
 def test_a_text_too_short_fails_its_points_only(tmp_path, tiny_folder):
-    study = small(
+    config = small(
         tmp_path,
         tiny_folder,
         "ps4+none",
         "grids:\n- window_length: 16\n- window_length: 129\n- windows: 99999\n",
     )
-    assert run_sweep(study, tmp_path / "out").failed == 2
+    assert run_sweep(config, tmp_path / "out").failed == 2
     errors = [r["error"] for r in lines(tmp_path / "out")]
     assert errors[0] is None
     assert "longer than the model's context of 128" in errors[1]
@@ -145,7 +145,7 @@ def test_a_text_too_short_fails_its_points_only(tmp_path, tiny_folder):
 
 
 def test_a_model_that_can_not_be_loaded_is_tried_once(tmp_path, tiny_folder, monkeypatch):
-    study = small(tmp_path, tiny_folder, "[ps2+none, ps3+none]")
+    config = small(tmp_path, tiny_folder, "[ps2+none, ps3+none]")
     loads = []
 
     def load(name):
@@ -153,20 +153,20 @@ def test_a_model_that_can_not_be_loaded_is_tried_once(tmp_path, tiny_folder, mon
         raise OSError("damaged")
 
     monkeypatch.setattr(sweep_worker, "load", load)
-    assert run_sweep(study, tmp_path / "out").failed == 2
+    assert run_sweep(config, tmp_path / "out").failed == 2
     assert len(loads) == 1
     assert all("damaged" in r["error"] for r in lines(tmp_path / "out"))
 
 
-def test_limit(study, tmp_path):
-    summary = run_sweep(study, tmp_path / "out", limit=3)
+def test_limit(config, tmp_path):
+    summary = run_sweep(config, tmp_path / "out", limit=3)
     assert (summary.done, summary.left) == (3, POINTS - 3)
-    assert run_sweep(study, tmp_path / "out", limit=4).skipped == 3
+    assert run_sweep(config, tmp_path / "out", limit=4).skipped == 3
     assert len(lines(tmp_path / "out")) == 7
 
 
 def test_references_are_computed_once_for_a_group(tmp_path, tiny_folder, monkeypatch):
-    study = small(tmp_path, tiny_folder, "[ps2+none, ps3+none, ps4+none]", "tokens: [real, shuffled]\n")
+    config = small(tmp_path, tiny_folder, "[ps2+none, ps3+none, ps4+none]", "tokens: [real, shuffled]\n")
     calls = []
     original = sweep_worker.References.get
 
@@ -175,7 +175,7 @@ def test_references_are_computed_once_for_a_group(tmp_path, tiny_folder, monkeyp
         return original(self, index)
 
     monkeypatch.setattr(sweep_worker.References, "get", get)
-    run_sweep(study, tmp_path / "out")
+    run_sweep(config, tmp_path / "out")
     assert calls == [False, True, True] * 2
 
 
@@ -200,9 +200,9 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 
 def test_fresh_moves_everything_aside(tmp_path, tiny_folder):
-    study, out = small(tmp_path, tiny_folder, "ps4+none"), tmp_path / "out"
+    config, out = small(tmp_path, tiny_folder, "ps4+none"), tmp_path / "out"
     for number in (1, 2):
-        run_sweep(study, out)
+        run_sweep(config, out)
         before = (out / "results.jsonl").read_bytes()
         with open_folder(out, fresh=True) as folder:
             assert folder.records == {}
@@ -215,7 +215,7 @@ def test_fresh_moves_everything_aside(tmp_path, tiny_folder):
 
 @pytest.mark.parametrize("name", ["results", "calibrations"])
 def test_results_of_another_version_are_left_alone(tmp_path, tiny_folder, name):
-    study, out = small(tmp_path, tiny_folder, "ps4+none"), tmp_path / "out"
+    config, out = small(tmp_path, tiny_folder, "ps4+none"), tmp_path / "out"
     out.mkdir()
     (out / f"{name}.jsonl").write_text('{"schema": "torchlamp-sweep/9"}\n{"torn')
     (out / "results.jsonl").touch()
@@ -223,13 +223,13 @@ def test_results_of_another_version_are_left_alone(tmp_path, tiny_folder, name):
     with pytest.raises(
         ValueError, match=f"{name}.*schema 'torchlamp-sweep/9' was written by another version"
     ):
-        run_sweep(study, out)
+        run_sweep(config, out)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != ".lock"} == before
 
 
 def test_a_full_disk_stops_the_sweep(tmp_path, tiny_folder, monkeypatch):
-    study, out = small(tmp_path, tiny_folder, "[ps2+none, ps3+none, ps4+none]"), tmp_path / "out"
-    run_sweep(study, out, limit=1)
+    config, out = small(tmp_path, tiny_folder, "[ps2+none, ps3+none, ps4+none]"), tmp_path / "out"
+    run_sweep(config, out, limit=1)
     before = (out / "results.jsonl").read_bytes()
     original = os.write
 
@@ -241,10 +241,10 @@ def test_a_full_disk_stops_the_sweep(tmp_path, tiny_folder, monkeypatch):
 
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(OSError, match="No space left on device; what was finished before is kept"):
-        run_sweep(study, out)
+        run_sweep(config, out)
     assert (out / "results.jsonl").read_bytes() == before
     monkeypatch.undo()
-    assert run_sweep(study, out).done == 2
+    assert run_sweep(config, out).done == 2
 
 
 def test_a_worker_changes_models(tmp_path, tiny_folder, tiny):
@@ -263,6 +263,6 @@ def test_a_worker_changes_models(tmp_path, tiny_folder, tiny):
     assert second.result["model"] == str(link)
 
 
-def test_the_study_of_these_tests_has_every_kind_of_point(study):
-    assert len(study.points) == POINTS
+def test_the_study_of_these_tests_has_every_kind_of_point(config):
+    assert len(config.points) == POINTS
     assert "target_rates" in STUDY

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from torchlamp.sweep.config import read_study
+from torchlamp.sweep.config import read_config
 from torchlamp.sweep.points import Calibration, Point, in_order
 
 
@@ -15,7 +15,7 @@ def read(tmp_path, tiny_folder, monkeypatch):
 
     def reader(text: str):
         (tmp_path / "s.yaml").write_text(text.replace("MODEL", str(tiny_folder)))
-        return read_study(tmp_path / "s.yaml")
+        return read_config(tmp_path / "s.yaml")
 
     return reader
 
@@ -23,22 +23,22 @@ def read(tmp_path, tiny_folder, monkeypatch):
 START = "models: MODEL\n"
 
 
-def policies(study) -> list[str]:
-    return [point.policy for point in study.points]
+def policies(config) -> list[str]:
+    return [point.policy for point in config.points]
 
 
 def test_the_product_of_the_axes(read, tiny_folder):
-    study = read(
+    config = read(
         START
         + "texts: [prose, fox.txt]\ntokens: [real, shuffled]\nwindows: 2\nwindow_length: [16, 32]\n"
         + "accumulate: [ps2, ps4]\nrules: [none, {name: strict, thresholds: [0.1, 1e-3]}]\n"
     )
-    assert len(study.points) == 2 * 2 * 2 * 2 * 3
-    assert {p.text for p in study.points} == {"prose", "fox.txt"}
-    assert {p.policy for p in study.points} == {
+    assert len(config.points) == 2 * 2 * 2 * 2 * 3
+    assert {p.text for p in config.points} == {"prose", "fox.txt"}
+    assert {p.policy for p in config.points} == {
         f"ps{mu}+{rule}" for mu in (2, 4) for rule in ("none", "strict:0.1", "strict:0.001")
     }
-    first = study.points[0]
+    first = config.points[0]
     assert first == Point(str(tiny_folder), "prose", "real", 2, 16, "ps2+none", None, 0)
     assert first.to_dict().keys() == {
         *("model", "text", "tokens", "windows", "window_length", "policy", "layers", "seed", "target_rate"),
@@ -54,55 +54,57 @@ def test_defaults(read):
 
 
 def test_grids_and_their_defaults(read):
-    study = read(
+    config = read(
         START
         + "windows: 3\naccumulate: ps4\nrules: [none]\nthreads: 2\nreference_memory_gb: 0.5\n"
         + "grids:\n- name: wide\n  accumulate: [ps7, ps10]\n- windows: 5\n- policies: [ps3+all]\n"
     )
-    assert [(g.name, [(p.policy, p.windows) for p in g.points]) for g in study.grids] == [
+    assert [(g.name, [(p.policy, p.windows) for p in g.points]) for g in config.grids] == [
         ("wide", [("ps7+none", 3), ("ps10+none", 3)]),
         ("grid 2", [("ps4+none", 5)]),
         ("grid 3", [("ps3+all", 3)]),
     ]
-    assert (study.threads, study.reference_memory) == (2, 500_000_000)
-    assert [g["points"] for g in study.to_dict()["grids"]] == [[p.key for p in g.points] for g in study.grids]
+    assert (config.threads, config.reference_memory) == (2, 500_000_000)
+    assert [g["points"] for g in config.to_dict()["grids"]] == [
+        [p.key for p in g.points] for g in config.grids
+    ]
 
 
 def test_sites_singly_and_together(read):
-    study = read(START + 'accumulate: ps4\nrules: none\nsites: [scores, mlp_up, "mlp_down & mlp_up"]\n')
-    assert policies(study) == ["ps4+none", "mlp_up=ps4+none", "mlp_up=ps4+none, mlp_down=ps4+none"]
+    config = read(START + 'accumulate: ps4\nrules: none\nsites: [scores, mlp_up, "mlp_down & mlp_up"]\n')
+    assert policies(config) == ["ps4+none", "mlp_up=ps4+none", "mlp_up=ps4+none, mlp_down=ps4+none"]
 
 
 def test_policies_with_thresholds(read):
-    study = read(
+    config = read(
         START + 'policies: ["scores=ps4+none", {policy: "ps4/block8+strict:{}", thresholds: [1, 0.5]}]'
     )
-    assert policies(study) == ["ps4+none", "ps4/block8+strict:1", "ps4/block8+strict:0.5"]
+    assert policies(config) == ["ps4+none", "ps4/block8+strict:1", "ps4/block8+strict:0.5"]
 
 
 def test_duplicates_are_computed_once(read):
-    study = read(
+    config = read(
         START
         + "windows: 1\ngrids:\n- {policies: [ps4+none, scores=ps4+none]}\n- {accumulate: ps4, rules: [none]}\n"
     )
-    assert [len(g.points) for g in study.grids] == [1, 1]
-    assert len(study.points) == 1
+    assert [len(g.points) for g in config.grids] == [1, 1]
+    assert len(config.points) == 1
 
 
 def test_seeds_only_where_something_is_random(read):
-    study = read(
+    config = read(
         START + "seeds: [3, 4]\npolicies: [ps4+strict:1, ps4+random:0.1, ps4+random-like:strict:1]\n"
         "tokens: [real, shuffled]\n"
     )
-    found = [(p.tokens, p.policy, p.seed) for p in study.points]
+    found = [(p.tokens, p.policy, p.seed) for p in config.points]
     assert ("real", "ps4+strict:1", 3) in found
     assert ("real", "ps4+strict:1", 4) not in found
     assert len(found) == 1 + 2 + 2 + 6
 
 
 def test_layers(read):
-    study = read(START + "policies: ps4+none\nlayers: [null, each, [0, 1]]")
-    assert [p.layers for p in study.points] == [None, (0,), (1,), (0, 1)]
+    config = read(START + "policies: ps4+none\nlayers: [null, each, [0, 1]]")
+    assert [p.layers for p in config.points] == [None, (0,), (1,), (0, 1)]
     assert [p.layers for p in read(START + "policies: ps4+none\nlayers: each").points] == [(0,), (1,)]
     assert [p.layers for p in read(START + "policies: ps4+none\nlayers: 1").points] == [(1,)]
 
@@ -115,18 +117,18 @@ def test_target_rates(read):
     assert point.calibration == Calibration("prose", 4, 1, 0.02)
     (point,) = read(START + rules + "calibration: {text: code, windows: 2, tolerance: 0.1}").points
     assert point.calibration == Calibration("code", 0, 2, 0.1)
-    study = read(
+    config = read(
         START
         + 'policies: [{policy: "scores=ps4+random-like:strict:{}, mlp_up=ps4+none", target_rates: [0.5]}]'
     )
-    assert policies(study) == ["scores=ps4+random-like:strict:{}, mlp_up=ps4+none"]
+    assert policies(config) == ["scores=ps4+random-like:strict:{}, mlp_up=ps4+none"]
 
 
 def test_points_are_in_groups(read):
-    study = read(
+    config = read(
         START + "texts: [prose, code]\ntokens: [real, shuffled]\nseeds: [0, 1]\npolicies: [ps4+none, ps3+all]"
     )
-    groups = [p.group for p in study.points]
+    groups = [p.group for p in config.points]
     assert len(set(groups)) == 6
     changes = sum(a != b for a, b in itertools.pairwise(groups))
     assert changes == 5
@@ -213,8 +215,8 @@ def test_bad_configurations_name_the_line(read, case):
 def test_the_example_of_the_documentation(read):
     page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
-    study = read(example.replace("smollm2-135m, gemma3-270m", "MODEL").replace("smollm2-135m", "MODEL"))
-    assert [(g.name, len(g.points)) for g in study.grids] == [
+    config = read(example.replace("smollm2-135m, gemma3-270m", "MODEL").replace("smollm2-135m", "MODEL"))
+    assert [(g.name, len(g.points)) for g in config.grids] == [
         ("rules", 2 * 2 * 7),
         ("order", 2 * (1 + 1) + 2 * 3 * 2),
         ("sites", 2 * 4 * 2),

@@ -12,8 +12,8 @@ from sweeping import POINTS, figures, lines, make_study, run_sweep
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 
 
-def sweep_in_a_process(study, output) -> None:
-    run_sweep(study, output)
+def sweep_in_a_process(config, output) -> None:
+    run_sweep(config, output)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def lines_in(path) -> int:
 
 
 def test_kill_9_again_and_again(tmp_path, tiny_folder, processes):
-    study, out = make_study(tmp_path, tiny_folder), tmp_path / "out"
+    config, out = make_study(tmp_path, tiny_folder), tmp_path / "out"
     results = out / "results.jsonl"
     draw = random.Random(5)
     kills = 0
     while kills < 4:
-        process = processes.Process(target=sweep_in_a_process, args=(study, out))
+        process = processes.Process(target=sweep_in_a_process, args=(config, out))
         process.start()
         wanted = lines_in(results) + draw.randint(1, 4)
         deadline = time.monotonic() + 60
@@ -50,21 +50,21 @@ def test_kill_9_again_and_again(tmp_path, tiny_folder, processes):
         kills += 1
     survived = lines_in(results)
     assert survived >= 4
-    summary = run_sweep(study, out)
+    summary = run_sweep(config, out)
     assert summary.skipped == survived
     assert summary.done == POINTS - survived
     assert len(lines(out)) == POINTS
-    run_sweep(study, tmp_path / "whole")
+    run_sweep(config, tmp_path / "whole")
     assert figures(out) == figures(tmp_path / "whole")
 
 
 def test_a_line_torn_by_a_kill(tmp_path, tiny_folder, caplog):
-    study, out = make_study(tmp_path, tiny_folder), tmp_path / "out"
-    run_sweep(study, out, limit=3)
+    config, out = make_study(tmp_path, tiny_folder), tmp_path / "out"
+    run_sweep(config, out, limit=3)
     whole = figures(out)
     data = (out / "results.jsonl").read_bytes()
     (out / "results.jsonl").write_bytes(data[:-100])
-    summary = run_sweep(study, out, limit=1)
+    summary = run_sweep(config, out, limit=1)
     assert (summary.skipped, summary.done) == (2, 1)
     assert "is torn" in caplog.text
     assert (out / "results.torn-1").exists()

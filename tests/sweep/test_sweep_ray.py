@@ -9,7 +9,7 @@ from sweeping import figures, lines, make_study, run_sweep
 
 from torchlamp.sweep.folder import open_folder
 from torchlamp.sweep.points import Point
-from torchlamp.sweep.ray_points import MOST_ATTEMPTS, Queue, RayEngine
+from torchlamp.sweep.ray_points import MAX_ATTEMPTS, Queue, RayEngine
 from torchlamp.sweep.run import sweep
 
 STUDY = """
@@ -54,15 +54,15 @@ def cluster():
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("local")
-    study = make_study(folder, tiny_folder, STUDY)
-    run_sweep(study, folder / "out")
-    return study, figures(folder / "out")
+    config = make_study(folder, tiny_folder, STUDY)
+    run_sweep(config, folder / "out")
+    return config, figures(folder / "out")
 
 
 def test_the_results_are_those_of_the_local_engine(cluster, local, tmp_path):
-    study, expected = local
+    config, expected = local
     with open_folder(tmp_path / "out") as folder:
-        summary = sweep(study, folder, RayEngine(study, workers=2))
+        summary = sweep(config, folder, RayEngine(config, workers=2))
     assert (summary.done, summary.failed) == (16, 0)
     assert figures(tmp_path / "out") == expected
     assert {r["result"]["environment"]["threads"] for r in lines(tmp_path / "out")} == {1}
@@ -70,8 +70,8 @@ def test_the_results_are_those_of_the_local_engine(cluster, local, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
 def test_a_worker_that_dies_is_survived(cluster, local, tmp_path):
-    study, expected = local
-    engine = RayEngine(study, workers=2)
+    config, expected = local
+    engine = RayEngine(config, workers=2)
     killed = []
 
     def kill_one(progress) -> None:
@@ -80,7 +80,7 @@ def test_a_worker_that_dies_is_survived(cluster, local, tmp_path):
             os.kill(killed[-1], signal.SIGKILL)
 
     with open_folder(tmp_path / "out") as folder:
-        summary = sweep(study, folder, engine, progress=kill_one)
+        summary = sweep(config, folder, engine, progress=kill_one)
     assert len(set(killed)) == 2
     assert (summary.done, summary.failed) == (16, 0)
     assert figures(tmp_path / "out") == expected
@@ -106,7 +106,7 @@ def test_a_point_that_kills_its_workers_fails(cluster, local, monkeypatch):
     assert len(outcomes) == 3
     failed = [o for o in outcomes if o.error]
     assert [o.point.policy for o in failed] == ["ps2+none"]
-    assert f"its worker died {MOST_ATTEMPTS} times" in failed[0].error
+    assert f"its worker died {MAX_ATTEMPTS} times" in failed[0].error
     assert "\n" not in failed[0].error
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from torchlamp.bench.real_keys import Heads, real_heads, wider
+from torchlamp.bench.real_keys import HeadTensors, real_heads, wider
 from torchlamp.bench.turns import Bench, Target, Timing, interleaved
 from torchlamp.decoding.key_value_store import Attended, KeyValueStore, StoreOptions
 from torchlamp.models.load import load
@@ -54,7 +54,7 @@ class Contestant:
 
     def __init__(
         self,
-        heads: Heads,
+        heads: HeadTensors,
         options: StoreOptions = _ROTATED,
         scores: float = SCORES.threshold,
         values: float = VALUES.threshold,
@@ -94,7 +94,7 @@ def timed(calls: dict[str, list[Call]]) -> list[Timing]:
     ]
 
 
-def at_length(what: str, layers: list[Heads]) -> Bench:
+def at_length(what: str, layers: list[HeadTensors]) -> Bench:
     """Time the attention of all layers, and compare each with float64."""
     variants = {
         LOOKAHEAD: (_ROTATED, SCORES.threshold, VALUES.threshold),
@@ -146,13 +146,14 @@ def at_length(what: str, layers: list[Heads]) -> Bench:
     )
 
 
-def over_lengths(layers: list[Heads]) -> Bench:
+def over_lengths(layers: list[HeadTensors]) -> Bench:
     """Cost over the number of keys; beyond the real ones they are repeated, which costs the same."""
     timings = []
     for length in LENGTHS:
         times = -(-length // KEYS)
         longer = [
-            Heads(h.q, h.k.repeat(1, 1, times, 1), h.v.repeat(1, 1, times, 1)).first(length) for h in layers
+            HeadTensors(h.q, h.k.repeat(1, 1, times, 1), h.v.repeat(1, 1, times, 1)).first(length)
+            for h in layers
         ]
         contestants = [Contestant(heads) for heads in longer]
         calls: dict[str, list[Call]] = {**torch_calls(longer), LOOKAHEAD: [*contestants]}
@@ -163,7 +164,7 @@ def over_lengths(layers: list[Heads]) -> Bench:
     )
 
 
-def over_rates(layers: list[Heads]) -> Bench:
+def over_rates(layers: list[HeadTensors]) -> Bench:
     """Cost over the share of scores recomputed, values read low-bit; the break-even is with the best of torch."""
     contestants = [Contestant(heads) for heads in layers]
     calls: dict[str, list[Call]] = torch_calls(layers)
@@ -178,13 +179,13 @@ def over_rates(layers: list[Heads]) -> Bench:
     return Bench(f"attention of one token over the recompute rate, {KEYS} keys", timings, [])
 
 
-def torch_calls(layers: list[Heads]) -> dict[str, list[Call]]:
+def torch_calls(layers: list[HeadTensors]) -> dict[str, list[Call]]:
     """Torch's ways in each layer."""
     by_layer = [_torch_calls(heads) for heads in layers]
     return {label: [calls[label] for calls in by_layer] for label in TORCH}
 
 
-def _torch_calls(heads: Heads) -> dict[str, Call]:
+def _torch_calls(heads: HeadTensors) -> dict[str, Call]:
     """Each in its best form: the queries of a group as rows, so that no key is copied or read twice."""
     kv_heads, size = heads.k.shape[1], heads.q.shape[-1]
     q = heads.q.view(1, kv_heads, -1, size)
@@ -202,7 +203,7 @@ def _torch_calls(heads: Heads) -> dict[str, Call]:
     return dict(zip(TORCH, calls, strict=True))
 
 
-def exact(heads: Heads) -> Tensor:
+def exact(heads: HeadTensors) -> Tensor:
     """The attention in float64: (1, heads, size)."""
     q = heads.q.view(1, heads.k.shape[1], -1, heads.q.shape[-1]).double()
     scores = q @ heads.k.double().mT * heads.q.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""What `torchlamp bench decode` compares: ways to decode one token after the other, behind one face."""
+"""Contestants of `torchlamp bench decode`: ways to decode one token after the other, with one interface."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Decoder(Protocol):
         """Read one token more; float32 logits (vocabulary,) of what follows it."""
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Free its memory."""
 
 
 class TransformersDecoder:

@@ -1,4 +1,4 @@
-"""How much of an evaluation's time is spent outside the forward passes: metrics, statistics, bookkeeping."""
+"""The share of an evaluation's time outside the forward passes: metrics, statistics, bookkeeping."""
 
 from torchlamp.bench.turns import Bench, Target, Timing
 from torchlamp.data.text import cut_windows, default_text

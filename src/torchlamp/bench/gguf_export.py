@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What llama.cpp fixes for Gemma 3: every sixth layer sees the whole context.
+#: Fixed by llama.cpp for Gemma 3: every sixth layer sees the whole context.
 _GEMMA_PATTERN = 6
 
 
 @dataclass(frozen=True)
 class _Type:
-    """How one of transformers' model types differs from what llama.cpp calls it."""
+    """llama.cpp's name of a transformers model type, and how its tensors differ."""
 
     architecture: str
     activation: str

@@ -88,7 +88,7 @@ class LlamaCpp:
     vocabulary : int
         The length of a row of logits.
     seconds : float
-        What the last `prefill`, `step` or `logits` took, without copying the logits.
+        Duration of the last `prefill`, `step` or `logits`, without copying the logits.
 
     Raises
     ------
@@ -157,7 +157,7 @@ class LlamaCpp:
         return self._decode(self._checked([token]), every=False).reshape(-1)
 
     def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
-        """Forget everything and read tokens; float32 (length, vocabulary), logits behind each of them.
+        """Forget everything and read tokens; float32 (length, vocabulary), logits after each of them.
 
         They differ a little from those of single steps: llama.cpp runs many tokens through other kernels. Takes the
         arguments and raises what `prefill` does.
@@ -193,7 +193,7 @@ class LlamaCpp:
         found: list[int] = np.asarray(tokens).tolist()
         if not found or self.length + len(found) > self.n_ctx:
             raise ValueError(
-                f"{len(found)} tokens behind {self.length}: at least 1 is needed, and n_ctx leaves room for "
+                f"{len(found)} tokens after {self.length}: at least 1 is needed, and n_ctx leaves room for "
                 f"{self.n_ctx - self.length}"
             )
         if outside := [token for token in found if not 0 <= token < self.vocabulary]:
@@ -211,12 +211,12 @@ class LlamaCpp:
             self._fill(part, set(outputs))
             began = time.perf_counter()
             status = self._library.llama_decode(self._context, self._batch)
-            # Some back ends compute behind the call's return.
+            # Some back ends still compute after the call has returned.
             self._library.llama_synchronize(self._context)
             self.seconds += time.perf_counter() - began
             if status:
                 raise RuntimeError(
-                    f"llama.cpp can't decode {len(part)} tokens behind {self.length} (status {status})"
+                    f"llama.cpp can't decode {len(part)} tokens after {self.length} (status {status})"
                 )
             self.length += len(part)
             for index in outputs:

@@ -1,8 +1,8 @@
 """Weights off the 4-bit grid: the packaged models are dequantised 4-bit files, on whose grid low bits would be exact.
 
-Llama-type models are rotated, which leaves the function as it is: with the norms' weights folded into the layers behind
+Llama-type models are rotated, which leaves the function as it is: with the norms' weights folded into the layers after
 them, an RMSNorm commutes with an orthogonal matrix Q, |Q x| = |x|, so that the whole residual stream can be kept in
-another basis. Where norms stand behind the sublayers (Gemma 3), their weights can't be folded; there every weight gets
+another basis. Where norms stand after the sublayers (Gemma 3), their weights can't be folded; there every weight gets
 uniform noise of half a quantisation step, which makes a reference model of its own. (Of a whole step, Gemma 3 270M's
 perplexity would rise by 40 %; of half a step, by 5 %.)
 """

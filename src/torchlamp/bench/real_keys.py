@@ -13,21 +13,21 @@ _PIECE = 2048
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadTensors:
     """A layer's last query (1, heads, 1, size) and all its keys and values (1, key heads, keys, size), float32."""
 
     q: Tensor
     k: Tensor
     v: Tensor
 
-    def first(self, keys: int) -> "Heads":
+    def first(self, keys: int) -> "HeadTensors":
         """The last so many keys, which are those nearest to the query."""
-        return Heads(self.q, self.k[:, :, -keys:], self.v[:, :, -keys:])
+        return HeadTensors(self.q, self.k[:, :, -keys:], self.v[:, :, -keys:])
 
 
 @torch.inference_mode()
-def real_heads(model: Any, tokenizer: Any, keys: int, layers: list[int]) -> list[Heads]:
-    """What some layers of a Llama-type model see after so many tokens of prose and code.
+def real_heads(model: Any, tokenizer: Any, keys: int, layers: list[int]) -> list[HeadTensors]:
+    """Queries, keys and values of some layers of a Llama-type model after so many tokens of prose and code.
 
     The text is read in windows of 2048 tokens, each from position 0, and their keys are joined: the last window's query
     sees its own window and, as a model with a long context does, much text before it.
@@ -55,11 +55,11 @@ def real_heads(model: Any, tokenizer: Any, keys: int, layers: list[int]) -> list
         first, second = q.chunk(2, -1)
         q = q * cosines + torch.cat([-second, first], -1) * sines
         k, v = (torch.cat([part[i] for part in parts[number]], 2)[:, :, -keys:] for i in (0, 1))
-        found.append(Heads(q.contiguous(), k.contiguous(), v.contiguous()))
+        found.append(HeadTensors(q.contiguous(), k.contiguous(), v.contiguous()))
     return found
 
 
-def wider(heads: list[Heads], kv_heads: int, group: int) -> Heads:
+def wider(heads: list[HeadTensors], kv_heads: int, group: int) -> HeadTensors:
     """Heads of twice the size, each from two real ones: their scores are sums of two real scores, over the root of 2.
 
     Key heads are taken from the given layers in turn; each serves `group` queries, which are the real ones' and, where
@@ -73,7 +73,7 @@ def wider(heads: list[Heads], kv_heads: int, group: int) -> Heads:
     pick = torch.arange(group) % real
     shifted = (torch.arange(group) + torch.arange(group) // real) % real
     queries = torch.cat([q[:, one][:, :, pick], q[:, other][:, :, shifted]], -1)
-    return Heads(
+    return HeadTensors(
         queries.flatten(1, 2).contiguous(),
         torch.cat([k[:, one], k[:, other]], -1).contiguous(),
         torch.cat([v[:, one], v[:, other]], -1).contiguous(),

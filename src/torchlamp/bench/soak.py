@@ -15,7 +15,7 @@ MODEL, TOKENS, SEQUENCE, PROMPT = "smollm2-135m", 20_000, 2_000, 64
 
 
 def measure() -> Bench:
-    """Decode greedily, a new sequence every 2,000 tokens; resident memory behind each sequence."""
+    """Decode greedily, a new sequence every 2,000 tokens; resident memory after each sequence."""
     model, tokenizer = load(MODEL)
     prompts = cut_windows(tokenizer, [default_text()], TOKENS // SEQUENCE, PROMPT)
     decoder, resident, seconds = PreparedDecoder(model, None), [], []
@@ -28,13 +28,13 @@ def measure() -> Bench:
         seconds.append((time.perf_counter() - start) / SEQUENCE)
         resident.append(_resident())
     median = statistics.median(seconds)
-    label = f"{MODEL}, a token of {SEQUENCE} behind {PROMPT}"
+    label = f"{MODEL}, a token of {SEQUENCE} after {PROMPT}"
     return Bench(
         f"soak: {TOKENS} decoded tokens, {torch.get_num_threads()} threads",
         [Timing(label, median, min(seconds), max(seconds), per_second=1 / median)],
         [
             Target(
-                "MB of resident memory more behind the last sequence than behind the second",
+                "MB of resident memory more after the last sequence than after the second",
                 resident[-1] - resident[1],
                 16,
             )

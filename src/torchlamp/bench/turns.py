@@ -66,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a benchmark found."""
+    """The timings of a benchmark, and its figures beside their targets."""
 
     title: str
     timings: list[Timing]

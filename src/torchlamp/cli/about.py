@@ -22,7 +22,9 @@ def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False)
         print(json_module.dumps(record, indent=2))
         return
     native = record.pop("kernels")
-    record["kernels"] = "native" if native["native"] else f"torch twins (slow), because {native['why_not']}"
+    record["kernels"] = (
+        "native" if native["native"] else f"torch reference (slow), because {native['why_not']}"
+    )
     record |= {f"kernel {name}": state for name, state in native["features"].items()}
     record["cpu_features"] = " ".join(record["cpu_features"]) or "unknown"
     width = max(map(len, record))

@@ -14,7 +14,7 @@ import torchlamp
 P = ParamSpec("P")
 INTERRUPTED = 130
 #: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 app = typer.Typer(
     name="torchlamp",
@@ -110,8 +110,8 @@ def text_files(named: list[Path], more: list[Path]) -> list[Path]:
 
 def check_threads(threads: int | None) -> None:
     """ValueError for a number of threads that can't be meant."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise ValueError(f"--threads {threads}: give 1 to {MOST_THREADS}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"--threads {threads}: give 1 to {MAX_THREADS}")
 
 
 def set_threads(threads: int | None) -> None:

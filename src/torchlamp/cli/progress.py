@@ -1,4 +1,4 @@
-"""How an evaluation's progress is shown: a bar on a terminal, plain lines otherwise."""
+"""The display of an evaluation's progress: a bar on a terminal, plain lines otherwise."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ import typer
 from torchlamp.cli.common import INTERRUPTED, Threads, app, check_threads, one_line_errors
 
 if TYPE_CHECKING:
-    from torchlamp.sweep.config import Study
+    from torchlamp.sweep.config import SweepConfig
 
 #: Exit code of a sweep with failed points: everything else was computed.
 SOME_FAILED = 1
@@ -19,7 +19,7 @@ ENGINES = ("local", "ray")
 @app.command()
 @one_line_errors
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A study in YAML: see docs/sweep.md.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A sweep in YAML: see docs/sweep.md.")],
     output: Annotated[
         Path,
         typer.Option(metavar="DIR", help="Folder of the results; a sweep that was stopped there goes on."),
@@ -39,7 +39,7 @@ def sweep(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Compute every point of a study: resumable, one line of JSON a point, nothing finished is ever lost."""
+    """Compute every point of a sweep: resumable, one line of JSON a point, nothing finished is ever lost."""
     if engine not in ENGINES:
         raise ValueError(f"--engine {engine!r}: allowed are {' and '.join(ENGINES)}")
     for name, number in (("limit", limit), ("workers", workers)):
@@ -51,11 +51,11 @@ def sweep(
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"can't sweep into {str(output)!r}: it is a file, give a folder")
 
-    from torchlamp.sweep.config import read_study
+    from torchlamp.sweep.config import read_config
 
-    study = read_study(config)
+    plan = read_config(config)
     if dry_run:
-        _print_plan(study, output)
+        _print_plan(plan, output)
         return
 
     from rich.console import Console
@@ -69,12 +69,12 @@ def sweep(
         try:
             with sweep_reporter(console) as progress:
                 summary = run_sweep(
-                    study, folder, _engine(engine, study, workers, threads), limit=limit, progress=progress
+                    plan, folder, _engine(engine, plan, workers, threads), limit=limit, progress=progress
                 )
         except KeyboardInterrupt:
-            finished = sum(folder.done(point) for point in study.points)
+            finished = sum(folder.done(point) for point in plan.points)
             print(
-                f"torchlamp: interrupted; {finished} of {len(study.points)} points are done, and the same command "
+                f"torchlamp: interrupted; {finished} of {len(plan.points)} points are done, and the same command "
                 "goes on from there",
                 file=sys.stderr,
             )
@@ -90,17 +90,17 @@ def sweep(
         raise typer.Exit(SOME_FAILED)
 
 
-def _engine(name: str, study: "Study", workers: int | None, threads: int | None) -> Any:
+def _engine(name: str, plan: "SweepConfig", workers: int | None, threads: int | None) -> Any:
     if name == "ray":
         from torchlamp.sweep.ray_points import RayEngine
 
-        return RayEngine(study, workers, threads)
+        return RayEngine(plan, workers, threads)
     from torchlamp.sweep.run import LocalEngine
 
-    return LocalEngine(study, threads)
+    return LocalEngine(plan, threads)
 
 
-def _print_plan(study: "Study", output: Path) -> None:
+def _print_plan(plan: "SweepConfig", output: Path) -> None:
     """Points of each grid, and a time where earlier results give one."""
     from torchlamp.cli.sweep_progress import duration
     from torchlamp.sweep.estimate import Estimate
@@ -116,9 +116,9 @@ def _print_plan(study: "Study", output: Path) -> None:
         time = "" if seconds is None or not left else f", about {duration(seconds)}"
         print(f"{name:{width}}  {len(points):6} points, {len(left)} to compute{time}")
 
-    width = max(len(name) for name in ("all", *(grid.name for grid in study.grids)))
-    for grid in study.grids:
+    width = max(len(name) for name in ("all", *(grid.name for grid in plan.grids)))
+    for grid in plan.grids:
         row(grid.name, list(grid.points))
-    row("all", study.points)
+    row("all", plan.points)
     if not done:
         print("No results yet to estimate the time from: run a few points with --limit 5.")

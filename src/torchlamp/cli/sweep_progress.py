@@ -1,4 +1,4 @@
-"""How a sweep's progress is shown: a bar on a terminal, plain lines otherwise."""
+"""The display of a sweep's progress: a bar on a terminal, plain lines otherwise."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -48,13 +48,13 @@ def sweep_reporter(console: Console) -> Iterator[Callable[[SweepProgress], None]
 
 
 def _line(p: SweepProgress) -> str:
-    """What a step of the sweep gave."""
+    """One line about the point that has just ended, or, at the start, about the sweep."""
     if p.last is None:
         following = f"; next: {p.current}" if p.current else ""
         return f"{p.done} of {p.total} points are done{following}"
     failed = f", {p.failed} failed" if p.failed else ""
-    said = f"FAILED: {p.last.error}" if p.last.error else f"{_figures(p.last)}, {p.last.seconds:.1f} s"
-    return f"{p.done}/{p.total}{failed}: {p.last.point}: {said}"
+    outcome = f"FAILED: {p.last.error}" if p.last.error else f"{_figures(p.last)}, {p.last.seconds:.1f} s"
+    return f"{p.done}/{p.total}{failed}: {p.last.point}: {outcome}"
 
 
 def _figures(outcome: Outcome) -> str:

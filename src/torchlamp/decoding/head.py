@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
-from torchlamp.kernels import native
+from torchlamp.kernels.dispatch import as_native, native_for
 from torchlamp.kernels.reference_lowbit import group_count, quantise_vector
 
 #: Above 1 by more than float32 norms and bounds round.
@@ -48,7 +48,7 @@ class LowBitHead:
         TypeError
             Weights that aren't float32.
         """
-        weight = weight.detach().resolve_neg()
+        weight = as_native(weight, "any")
         head = LowBitMatrix.pack(weight, bits)
         error = float(head.errors.max()) if len(weight) else 0.0
         if not error < float("inf"):
@@ -60,9 +60,8 @@ class LowBitHead:
             (float(slab.double().norm(dim=1).max()) for slab in torch.split(weight, _SLAB_ROWS) if len(slab)),
             default=0.0,
         )
-        rows = weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
         # The copy's rows are at most their residual longer.
-        return cls(head, rows, (norm + error) * _ABOVE, error)
+        return cls(head, as_native(weight), (norm + error) * _ABOVE, error)
 
     @torch.no_grad()
     def run(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
@@ -96,13 +95,14 @@ class LowBitHead:
         x = check_vectors(x, self.head.columns)
         if top < 1:
             raise ValueError(f"top={top}: give at least 1")
-        if not native.available():
+        native = native_for(x)
+        if native is None:
             return self.twin(x, threshold, top)
         logits = x.new_empty(len(x), len(self.full))
         bounds = (self.largest_norm, self.largest_error, top, threshold)
-        selected = native.extension().head(
-            native.instruction_set(),
-            self.head.kernel(),
+        selected = native.extension.head(
+            native.instruction_set,
+            self.head.kernel(native),
             self.full,
             x,
             logits,

@@ -9,6 +9,7 @@ from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.huggingface.attached_policy import place_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.policy.policy import Policy, SitePolicy
+from torchlamp.policy.precision import Precision
 from torchlamp.rules.heads import Heads
 from torchlamp.rules.oracle import OracleResidual
 from torchlamp.simulation.attention import Observation
@@ -56,7 +57,7 @@ def choose_heads(model: Any, windows: Tensor, accumulate: str | Accumulator, rat
             harm[layer, head] = harm.get((layer, head), 0.0) + square
             scores[layer, head] = scores.get((layer, head), 0) + count
 
-    policy = Policy(sites={"scores": SitePolicy(Accumulator.parse(accumulate), measure)})
+    policy = Policy(sites={"scores": SitePolicy(Precision.parse(accumulate), measure)})
     with torch.inference_mode(), lookahead(model, policy):
         seats = (place_of(module) for module in model.modules())
         run = next(seat.run for seat in seats if seat is not None)

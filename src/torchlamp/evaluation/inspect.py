@@ -14,7 +14,7 @@ from torchlamp.policy.policy import Policy
 from torchlamp.simulation.attention import Observation
 
 #: Tokens of a text at most: beyond these neither the map nor the page's size serves a reader.
-MOST_TOKENS = 256
+MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     tokenizer : transformers tokenizer
         Its own.
     text : str
-        At most `MOST_TOKENS` tokens.
+        At most `MAX_TOKENS` tokens.
     policy : str or Policy
         With the site `scores`.
     seed : int
@@ -83,9 +83,9 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     length = ids.shape[-1]
     if length == 0:
         raise ValueError("the text is empty: give at least one word")
-    if length > MOST_TOKENS:
+    if length > MAX_TOKENS:
         raise ValueError(
-            f"the text has {length} tokens: inspect shows at most {MOST_TOKENS}, give a shorter one"
+            f"the text has {length} tokens: inspect shows at most {MAX_TOKENS}, give a shorter one"
         )
     check_context(model, length, "number of tokens")
     ids = ids.to(model.device)

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.matrix import LowBitMatrix
-from torchlamp.decoding.mlp import ACTIVATIONS, LowBitMlp, activate
+from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
+from torchlamp.kernels.constants import ACTIVATIONS
 from torchlamp.policy.decodable import Settings
 
 

@@ -253,7 +253,12 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
         layers = [
             LookaheadLayer(
-                options, key_settings, value_settings, statistics, text, window if kind == "sliding_attention" else None
+                options,
+                key_settings,
+                value_settings,
+                statistics,
+                text,
+                window if kind == "sliding_attention" else None,
             )
             for kind in kinds
         ]

@@ -152,7 +152,8 @@ def prepare(
     TypeError
         Not a transformers model, or weights that aren't float32.
     ValueError
-        A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, or a model that is prepared already.
+        A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, or a model that is
+        prepared already.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(

@@ -1,15 +1,17 @@
 """Attention under a threshold rule in one native call.
 
 The native kernel does for the threshold rules what the torch tile loop of `torchlamp.simulation.attention` does for
-every rule; that loop is its twin. Scores, and therefore what a rule is shown, agree bit for bit; exponentials agree to
-about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry whose
-weight lies that close to the threshold may be decided otherwise.
+every rule; that loop is its reference. Scores, and therefore what a rule is shown, agree bit for bit; exponentials
+agree to about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry
+whose weight lies that close to the threshold may be decided otherwise.
 """
 
+import torch
 from torch import Tensor
 
-from torchlamp.kernels import native
-from torchlamp.kernels.specification import Accumulation
+from torchlamp.kernels.constants import BLOCK_KEYS, RULE_WEIGHTS
+from torchlamp.kernels.dispatch import as_native, native_for
+from torchlamp.kernels.specification import Accumulation, accumulation_numbers
 
 
 def fused_attention(
@@ -61,26 +63,36 @@ def fused_attention(
     visible key, plus 2 if one of them is recomputed. Or None where the native kernel doesn't serve: no extension,
     tensors that aren't float32 on the CPU, a mask for each head, or the weight `relaxed` with sinks.
     """
-    served = (
-        native.supports(query, key, value, sinks)
-        and (mask is None or (mask.device.type == "cpu" and mask.shape[1] == 1 and not causal))
-        and not (weight == "relaxed" and sinks is not None)
+    served = (mask is None or (mask.shape[1] == 1 and not causal)) and not (
+        weight == "relaxed" and sinks is not None
     )
-    if not served:
+    native = native_for(query, key, value, mask, sinks) if served else None
+    if native is None:
         return None
-    return native.attention(
-        query,
-        key,
-        value,
-        accumulation,
-        weight=weight,
-        threshold=threshold,
-        by_length=by_length,
-        scaling=scaling,
-        error_scale=error_scale,
-        mask=None if mask is None else mask[:, 0].expand(query.shape[0], -1, -1),
-        causal=causal,
-        softcap=softcap,
-        sinks=sinks,
-        blocks=blocks,
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    selected = torch.empty(batch, heads, length, dtype=torch.int32)
+    visible = torch.empty(batch, length, 2, dtype=torch.int32)
+    noted = None
+    if blocks:
+        noted = torch.zeros(batch, heads, length, -(-key.shape[2] // BLOCK_KEYS), dtype=torch.uint8)
+    native.extension.attention(
+        native.instruction_set,
+        *map(as_native, (query, key, value)),
+        output,
+        selected,
+        visible,
+        noted,
+        None if mask is None else as_native(mask[:, 0].expand(batch, -1, -1)),
+        None if sinks is None else as_native(sinks, "all"),
+        causal,
+        scaling,
+        softcap or 0.0,
+        RULE_WEIGHTS.index(weight),
+        threshold,
+        by_length,
+        error_scale,
+        accumulation_numbers(accumulation),
+        torch.get_num_threads(),
     )
+    return output, selected, visible, noted

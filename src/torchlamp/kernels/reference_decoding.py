@@ -1,4 +1,4 @@
-"""The readable twin of the decoding kernel: attention of new queries over low-bit copies with look-ahead.
+"""The readable reference of the decoding kernel: attention of new queries over low-bit copies with look-ahead.
 
 `scores.hpp`, `values.hpp` and `attend.hpp` in `native/lowbit` are the kernel.
 """
@@ -6,11 +6,8 @@
 import torch
 from torch import Tensor
 
+from torchlamp.kernels.constants import SURPRISE, VANISHED
 from torchlamp.kernels.reference_lowbit import quantise_vector
-
-#: As in native/lowbit/values.hpp: how far a recomputed logit may lie above the largest low-bit one, and what must be
-#: left of the sum of exponentials.
-_SURPRISE, _VANISHED = 8.0, 0.125
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -129,7 +126,7 @@ def attend(
     before, after = (
         torch.exp(torch.cat([y, *ends[1:]], -1) - top).sum(-1, keepdim=True) for y in (ends[0], better)
     )
-    misled = ((better - top) > _SURPRISE).any(-1, keepdim=True) | (after < _VANISHED * before)
+    misled = ((better - top) > SURPRISE).any(-1, keepdim=True) | (after < VANISHED * before)
     again = torch.where(misled, visible, again)
     in_full = probabilities(full) @ by_head(full_values)
     output = torch.where(misled, in_full, output)

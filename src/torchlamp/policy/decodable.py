@@ -95,7 +95,10 @@ def site_settings(site: str, part: SitePolicy, policy: Policy | None = None) -> 
     precision = part.precision
     assert precision.operand.kernel_bits is not None
     return Settings(
-        precision.operand.kernel_bits, threshold(part.rule), precision.has("center"), precision.has("hadamard")
+        precision.operand.kernel_bits,
+        threshold(part.rule),
+        precision.has("center"),
+        precision.has("hadamard"),
     )
 
 
@@ -115,7 +118,9 @@ def nearest(policy: Policy, *, alone: bool = False) -> Policy | None:
     for pair in () if alone else TOGETHER:
         for one, other in (pair, pair[::-1]):
             if one in sites and other not in sites:
-                sites[other] = SitePolicy(Precision(sites[one].precision.operand), KERNELS[other].rule or Nothing())
+                sites[other] = SitePolicy(
+                    Precision(sites[one].precision.operand), KERNELS[other].rule or Nothing()
+                )
     return Policy(sites=sites) if sites else None
 
 
@@ -126,7 +131,11 @@ def _wrong(site: str, part: SitePolicy) -> str | None:
         return f"site {site} ('{site}={part}')"
     if not precision.is_stored:
         what = "accumulator" if precision.operand.is_float32 else "precision"
-        name = precision.sums if precision.operand.is_float32 else Precision(precision.operand, precision.accumulator)
+        name = (
+            precision.sums
+            if precision.operand.is_float32
+            else Precision(precision.operand, precision.accumulator)
+        )
         return f"{what} '{name}' at site {site}"
     if precision.operand.kernel_bits not in kernel.bits:
         return f"operand '{precision.operand}' at site {site}"

@@ -46,7 +46,9 @@ def check_rule(site: str, precision: Precision, rule: Rule) -> None:
     if needed == "any" or needed in shows[site]:
         return
     fitting = [s for s in SITES if needed in shows[s]]
-    stored = f" with the stored operand {precision.operand}" if precision.is_stored and site == "values" else ""
+    stored = (
+        f" with the stored operand {precision.operand}" if precision.is_stored and site == "values" else ""
+    )
     raise ValueError(
         f"rule '{rule}' can't run at the site {site}{stored}: it looks through {_NEEDS[needed]}; it fits "
         f"{', '.join(fitting)}"

@@ -12,9 +12,12 @@ from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
 from torchlamp.site_names import SITES
 
+_NOTHING = Nothing()
 # A rule's parameters may hold commas, so only a comma that starts the next `site=` separates two sites.
 _SITE_SEPARATOR = re.compile(r",(?=\s*[\w-]*\s*=)")
-_SPELLING = "write [site=][operand@]accumulator[.transform...][+rule], for example 'ps4+strict:0.1' or 'qkv=int8'"
+_SPELLING = (
+    "write [site=][operand@]accumulator[.transform...][+rule], for example 'ps4+strict:0.1' or 'qkv=int8'"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class SitePolicy:
     """
 
     precision: Precision
-    rule: Rule = Nothing()
+    rule: Rule = _NOTHING
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", Precision.parse(self.precision))

@@ -20,7 +20,9 @@ _OPERANDS = ("float32", "int4", "int8", "int12", "int8/row", "e4m3fn/row", "mxfp
 _UNITS = ("hopper-fp8", "ada-fp8", "volta", "ampere", "hopper", "blackwell", "blackwell-fp4", "int32")
 #: What a misspelt name is compared with.
 _NAMES = (*NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24)), *_OPERANDS, *_UNITS, "tender4", "tender8")
-SPELLING = "write [operand@]accumulator[.transform...], for example 'ps4', 'int8.center' or 'mxfp4@hopper-fp8'"
+SPELLING = (
+    "write [operand@]accumulator[.transform...], for example 'ps4', 'int8.center' or 'mxfp4@hopper-fp8'"
+)
 
 
 @dataclass(frozen=True)

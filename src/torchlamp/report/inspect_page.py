@@ -1,4 +1,4 @@
-"""The page of `torchlamp inspect`: what was recorded, packed small enough to travel inside one HTML file."""
+"""The page of `torchlamp inspect`: the recorded tiles, packed small enough to travel inside one HTML file."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torchlamp.evaluation.inspect import Inspection, Layer
 from torchlamp.report.page import pack, render
 
 #: Scores are part of the page up to so many entries (6 bytes each in base64); beyond, only probabilities are.
-MOST_SCORES = 1_200_000
+MAX_SCORES = 1_200_000
 
 
 def inspect_page(inspection: Inspection, model: str) -> str:
@@ -31,7 +31,7 @@ def inspect_page(inspection: Inspection, model: str) -> str:
     length = len(inspection.tokens)
     lower = torch.ones(length, length, dtype=torch.bool).tril()
     entries = sum(layer.chosen.shape[0] for layer in inspection.layers.values()) * int(lower.sum())
-    with_scores = entries <= MOST_SCORES
+    with_scores = entries <= MAX_SCORES
     data = {
         "model": model,
         "policy": inspection.policy,
@@ -46,13 +46,13 @@ def inspect_page(inspection: Inspection, model: str) -> str:
         policy=inspection.policy,
         length=length,
         rate=f"{100 * inspection.recompute_rate:.2f}\N{NO-BREAK SPACE}%",
-        places=places(inspection),
+        shares=diagonal_shares(inspection),
         version=torchlamp.__version__,
     )
 
 
-def places(inspection: Inspection) -> dict[str, str]:
-    """Where the recomputed entries of all layers and heads lie, in percent of them; empty if there are none."""
+def diagonal_shares(inspection: Inspection) -> dict[str, str]:
+    """Percent of all recomputed entries on the first token, the diagonal and beside it; empty without any."""
     chosen = torch.stack([layer.chosen.sum(dim=0) for layer in inspection.layers.values()]).sum(dim=0)
     total = int(chosen.sum())
     if not total:
@@ -62,7 +62,7 @@ def places(inspection: Inspection) -> dict[str, str]:
         "on the query's own token": int(chosen.diagonal()[1:].sum()),
         "on the token before it": int(chosen.diagonal(-1)[1:].sum()),
     }
-    return {place: f"{100 * count / total:.0f}\N{NO-BREAK SPACE}%" for place, count in shares.items()}
+    return {name: f"{100 * count / total:.0f}\N{NO-BREAK SPACE}%" for name, count in shares.items()}
 
 
 def _layer(number: int, layer: Layer, lower: Tensor, with_scores: bool) -> dict[str, Any]:

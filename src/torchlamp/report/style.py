@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Style:
-    """How a rule is drawn."""
+    """Colours, marker and line of a rule."""
 
     light: str
     dark: str

@@ -42,7 +42,7 @@ def result_table(result: Result) -> Table:
 
 
 def notes(result: Result) -> list[str]:
-    """What a reader must know to read the table."""
+    """Lines under the table: the reference, the kind of error bar, tokens, threads, kernels and seconds."""
     error = (
         "± of the KL: standard error over windows"
         if result.windows > 1

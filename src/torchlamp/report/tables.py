@@ -15,8 +15,8 @@ RATES = (0.005, 0.01, 0.02, 0.04, 0.06)
 WIDEST_GAP = 4.0
 #: The rule that others are measured against.
 BASE = "strict"
-#: The columns that a curve shares: one experiment, one place, one accumulator.
-PLACE = [*GROUP, "site", "layers", "accumulate"]
+#: The columns that a curve shares: one experiment, one site, one accumulator.
+CURVE = [*GROUP, "site", "layers", "accumulate"]
 
 
 def at_rates(rates: Sequence[float], values: Any, wanted: Sequence[float]) -> np.ndarray:
@@ -46,10 +46,10 @@ def at_rates(rates: Sequence[float], values: Any, wanted: Sequence[float]) -> np
     good = np.isfinite(x) & (x > 0) & (np.isfinite(table) & (table > 0)).all(axis=1)
     found = np.full((len(wanted), table.shape[1]), np.nan)
     if good.any():
-        logs, place = np.unique(np.log(x[good]), return_inverse=True)
+        logs, index = np.unique(np.log(x[good]), return_inverse=True)
         sums = np.zeros((len(logs), table.shape[1]))
-        np.add.at(sums, place, np.log(table[good]))
-        means = sums / np.bincount(place)[:, None]
+        np.add.at(sums, index, np.log(table[good]))
+        means = sums / np.bincount(index)[:, None]
         targets = np.log(np.asarray(wanted, dtype=float))
         # A rate that a bisection hit to the last digit but one is on the curve.
         inside = (targets >= logs[0] - 1e-9) & (targets <= logs[-1] + 1e-9)
@@ -72,11 +72,11 @@ def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataF
     Returns
     -------
     DataFrame
-        Columns of `PLACE`, mu, rule, realisable, rate, and for metric kl and flip: <metric>, <metric>_se,
+        Columns of `CURVE`, mu, rule, realisable, rate, and for metric kl and flip: <metric>, <metric>_se,
         <metric>_ratio, <metric>_ratio_se; rows where the rule has no value at the rate are left out.
     """
     tables = []
-    for place, part in points[points["rate"] > 0].groupby(PLACE, sort=False):
+    for key, part in points[points["rate"] > 0].groupby(CURVE, sort=False):
         curves = {str(rule): curve for rule, curve in part.groupby("rule", sort=False)}
         known = {
             (rule, metric): (_values(curve, metric, rates), _left_out(curve, metric, rates))
@@ -84,7 +84,7 @@ def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataF
             for metric in ("kl", "flip")
         }
         for rule, curve in curves.items():
-            table = pd.DataFrame(dict(zip(PLACE, place, strict=True)), index=range(len(rates)))
+            table = pd.DataFrame(dict(zip(CURVE, key, strict=True)), index=range(len(rates)))
             table = table.assign(
                 mu=part["mu"].iloc[0], rule=rule, realisable=bool(curve["realisable"].all()), rate=rates
             )
@@ -99,7 +99,7 @@ def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataF
                     paired = without.shape == base_without.shape
                     table[f"{metric}_ratio_se"] = _jackknife(without / base_without) if paired else math.nan
             tables.append(table[table["kl"].notna()])
-    columns = [*PLACE, "mu", "rule", "realisable", "rate"]
+    columns = [*CURVE, "mu", "rule", "realisable", "rate"]
     columns += [f"{metric}{end}" for metric in ("kl", "flip") for end in ("", "_se", "_ratio", "_ratio_se")]
     tables = [table for table in tables if len(table)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
@@ -129,12 +129,12 @@ def _jackknife(left_out: np.ndarray) -> np.ndarray:
 
 
 def summary(points: pd.DataFrame) -> pd.DataFrame:
-    """Every point in the column order of llama.cpp's perplexity tool, with the recompute rate behind it.
+    """Every point in the column order of llama.cpp's perplexity tool, followed by the recompute rate.
 
-    Columns: those of `PLACE` and the policy; PPL; delta_PPL and its error; KLD and its error; KLD_99; rms_delta_p;
+    Columns: those of `CURVE` and the policy; PPL; delta_PPL and its error; KLD and its error; KLD_99; rms_delta_p;
     same_top and its error; recompute_rate; rows_touched.
     """
-    table = points[[*PLACE, "policy", "rule"]].copy()
+    table = points[[*CURVE, "policy", "rule"]].copy()
     table["PPL"] = points["perplexity"]
     table["delta_PPL"] = points["perplexity"] - points["reference_perplexity"]
     # d PPL = PPL d ln(PPL / PPL_reference), the reference's own perplexity taken as exact.

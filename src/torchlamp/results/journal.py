@@ -20,7 +20,7 @@ class Journal:
     path : Path
         Made with the first record.
     schema : str
-        What `read` accepts and `append` writes.
+        Value of the key "schema": `read` accepts no other, and `append` writes it.
     """
 
     def __init__(self, path: Path, schema: str) -> None:
@@ -39,7 +39,7 @@ class Journal:
         return self._read()[0]
 
     def recover(self) -> list[dict[str, Any]]:
-        """All whole records; a torn last line is moved to a file of its own, and that is said.
+        """All whole records; a torn last line is moved to a file of its own, with a warning.
 
         Raises
         ------
@@ -137,7 +137,7 @@ class Journal:
 
 
 def free_name(path: Path) -> Path:
-    """The path with the first of -1, -2, ... behind it that doesn't exist."""
+    """The path with the first of -1, -2, ... appended that doesn't exist."""
     number = 1
     while (candidate := path.with_name(f"{path.name}-{number}")).exists():
         number += 1

@@ -140,7 +140,7 @@ def _number(value: float | None) -> float:
 
 
 def finite(value: Any) -> Any:
-    """The same dictionaries and lists with None in the place of every number that is not finite."""
+    """The same dictionaries and lists with None instead of every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.kernels.attention import fused_attention
-from torchlamp.kernels.native import BLOCK_KEYS
+from torchlamp.kernels.constants import BLOCK_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid

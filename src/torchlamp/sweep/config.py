@@ -19,7 +19,7 @@ GRID_KEYS = (
     "seeds", "calibration",
 )  # fmt: skip
 TOP_KEYS = (*GRID_KEYS, "grids", "threads", "reference_memory_gb")
-#: What a grid has where neither it nor the top says anything.
+#: Values of the keys that neither a grid nor the top names.
 _DEFAULTS: dict[str, Any] = {
     "texts": ["prose"], "tokens": [REAL], "windows": [8], "window_length": [512], "layers": [None], "seeds": [0],
 }  # fmt: skip
@@ -28,18 +28,18 @@ _CALIBRATION_WINDOWS, _TOLERANCE = 1, 0.02
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A named part of a study, with its points in the order of its axes."""
+class SweepGrid:
+    """A named part of a sweep, with its points in the order of its axes."""
 
     name: str
     points: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
-class Study:
-    """A checked configuration."""
+class SweepConfig:
+    """A checked configuration of a sweep."""
 
-    grids: tuple[Grid, ...]
+    grids: tuple[SweepGrid, ...]
     #: Torch threads of each process that computes; None: torch's choice (1 under Ray).
     threads: int | None
     #: Memory for reference logits in bytes, of each process that computes; None: half of what is free.
@@ -53,7 +53,7 @@ class Study:
         return in_order(point for grid in self.grids for point in grid.points)
 
     def to_dict(self) -> dict[str, Any]:
-        """What sweep.json holds of it."""
+        """The configuration, its digest, and the keys of each grid's points: the content of sweep.json."""
         return {
             "configuration": self.configuration,
             "configuration_sha256": digest(self.configuration),
@@ -61,7 +61,7 @@ class Study:
         }
 
 
-def read_study(path: Path) -> Study:
+def read_config(path: Path) -> SweepConfig:
     """Read and check a configuration; no model is loaded, unless ``layers: each`` needs one that was never converted.
 
     Raises
@@ -81,7 +81,7 @@ def read_study(path: Path) -> Study:
     )
     parts = top["grids"].items() if "grids" in top else [root]
     shared = {key: node for key, node in top.items() if key in GRID_KEYS}
-    grids: list[Grid] = []
+    grids: list[SweepGrid] = []
     for number, part in enumerate(parts, start=1):
         own = part.mapping(("name", *GRID_KEYS), "a grid") if part is not root else {}
         name = own["name"].string("name") if "name" in own else f"grid {number}"
@@ -92,8 +92,8 @@ def read_study(path: Path) -> Study:
             inherited = {k: v for k, v in shared.items() if k not in ("policies", "rules")}
         else:
             inherited = shared
-        grids.append(Grid(name, tuple(_points(part, inherited | own))))
-    return Study(tuple(grids), threads, None if memory is None else int(memory * 1e9), root.plain())
+        grids.append(SweepGrid(name, tuple(_points(part, inherited | own))))
+    return SweepConfig(tuple(grids), threads, None if memory is None else int(memory * 1e9), root.plain())
 
 
 def _points(grid: Node, axes: dict[str, Node]) -> list[Point]:

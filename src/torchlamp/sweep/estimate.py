@@ -1,4 +1,4 @@
-"""How long the points of a sweep will take, from those that are done."""
+"""An estimate of the seconds that the points of a sweep will take, from those that are done."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -39,7 +39,7 @@ class Estimate:
 
 
 def _kinds(point: Point) -> list[tuple[Any, ...]]:
-    """What a point has in common with others, from much to nothing."""
+    """Keys that a point shares with others, from the most particular to the one that all share."""
     rules = tuple((site, part.rule.name) for site, part in sample(point.policy).sites.items())
     calibrated = point.target_rate is not None
     return [

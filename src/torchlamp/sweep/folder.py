@@ -10,7 +10,7 @@ from typing import Any
 import torchlamp
 from torchlamp.results.journal import Journal, free_name
 from torchlamp.results.output import write_text
-from torchlamp.sweep.config import Study
+from torchlamp.sweep.config import SweepConfig
 from torchlamp.sweep.points import Point
 
 SCHEMA = "torchlamp-sweep/1"
@@ -20,7 +20,7 @@ RESULTS, CALIBRATIONS, CONFIGURATION, LOCK = "results.jsonl", "calibrations.json
 
 @dataclass(frozen=True)
 class Outcome:
-    """What computing a point gave: a result as a dictionary, or an error in one line."""
+    """The outcome of computing a point: a result as a dictionary, or an error in one line."""
 
     point: Point
     result: dict[str, Any] | None
@@ -82,9 +82,9 @@ class Folder:
         self._results.append(record)
         self.records[outcome.point.key] = record
 
-    def write_configuration(self, study: Study) -> None:
+    def write_configuration(self, config: SweepConfig) -> None:
         """Write sweep.json in one step."""
-        record = {"schema": SCHEMA, "torchlamp": torchlamp.__version__} | study.to_dict()
+        record = {"schema": SCHEMA, "torchlamp": torchlamp.__version__} | config.to_dict()
         write_text(self.path / CONFIGURATION, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 

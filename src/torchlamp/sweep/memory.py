@@ -1,4 +1,4 @@
-"""How much memory there is to use."""
+"""The memory that a process can still have."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def _machine() -> int:
 
 
 def _control_group() -> int | None:
-    """What a container (Linux control groups, version 2) has left; None without a limit."""
+    """Bytes that a container (Linux control groups, version 2) has left; None without a limit."""
     try:
         limit = (_CONTROL_GROUP / "memory.max").read_text().strip()
         used = int((_CONTROL_GROUP / "memory.current").read_text())

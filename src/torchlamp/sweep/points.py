@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-#: What a policy has in the place of a threshold that is to be found.
+#: Stands in a policy for a threshold that is to be found.
 HOLE = "{}"
 REAL, SHUFFLED = "real", "shuffled"
 
 
 class Group(NamedTuple):
-    """What points must share to be compared with the same float32 logits."""
+    """The key of points that are compared with the same float32 logits."""
 
     model: str
     text: str
@@ -24,7 +24,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the threshold for a target rate is found, and how well."""
+    """The text on which the threshold for a target rate is found, and the tolerance."""
 
     #: Name of the text.
     text: str
@@ -103,6 +103,6 @@ def digest(record: Any) -> str:
 def in_order(points: Iterable[Point]) -> list[Point]:
     """Every point once: models together, within a model groups together, in the order of first appearance."""
     unique = list(dict.fromkeys(points))
-    models = {model: place for place, model in enumerate(dict.fromkeys(p.model for p in unique))}
-    groups = {group: place for place, group in enumerate(dict.fromkeys(p.group for p in unique))}
+    models = {model: index for index, model in enumerate(dict.fromkeys(p.model for p in unique))}
+    groups = {group: index for index, group in enumerate(dict.fromkeys(p.group for p in unique))}
     return sorted(unique, key=lambda p: (models[p.model], groups[p.group]))

@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.policy.policy import Policy
+from torchlamp.policy.precision import Precision
 from torchlamp.rules.registry import rule_class
 from torchlamp.rules.rule import NumberRule, Rule
 from torchlamp.sweep.points import HOLE
@@ -57,7 +57,7 @@ def _frame(accumulator: Node, sites: Node | None) -> list[str | None]:
     """The beginning of each site's policy: 'ps4+', or 'mlp_up=ps4+' and 'mlp_down=ps4+'."""
     spelling = accumulator.string("accumulate")
     try:
-        spelling = str(Accumulator.parse(spelling))
+        spelling = str(Precision.parse(spelling))
     except ValueError as error:
         raise accumulator.error(str(error)) from error
     if sites is None:
@@ -73,7 +73,7 @@ def _frame(accumulator: Node, sites: Node | None) -> list[str | None]:
 def _with_parameters(node: Node, kind: str, frame: list[str | None]) -> list[Candidate]:
     """The policies of one item: a spelling, or a name with a list of thresholds or target rates.
 
-    `kind` is "policy" (the name is a whole policy, its threshold written {}) or "name" (a rule's, to go behind
+    `kind` is "policy" (the name is a whole policy, its threshold written {}) or "name" (a rule's, to go after
     each part of the frame).
     """
     if not isinstance(node.value, dict):
@@ -143,7 +143,7 @@ def _checked_template(node: Node, spelling: str) -> str:
 
 
 def _probe(template: str) -> str:
-    """An allowed number, with digits that no threshold of a study has."""
+    """An allowed number, with digits that no threshold of a sweep has."""
     low, high = threshold_range(template)
     return repr(low + 0.73645981 * (min(high, low + 1) - low))
 

@@ -14,11 +14,11 @@ logger = logging.getLogger("torchlamp.ray")
 
 Task = TypeVar("Task")
 #: An actor that ends so often before it has computed anything will not do better the next time.
-_MOST_FALSE_STARTS = 3
+_MAX_FALSE_STARTS = 3
 
 
 class Computes(Protocol):
-    """What an actor holds."""
+    """The object in an actor: one method that computes a task."""
 
     def compute(self, *arguments: Any) -> Any:
         """Compute a task from its arguments."""
@@ -70,7 +70,7 @@ class ActorPool:
     """
 
     def __init__(self, make: Callable[[], Computes], workers: int | None = None, processors: int = 1) -> None:
-        # A study's results are nobody else's business; whoever wants to report usage sets the variable.
+        # A sweep's results are nobody else's business; whoever wants to report usage sets the variable.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -123,7 +123,7 @@ class ActorPool:
             Gives the next task for the actor of a number, or None if there is none at the moment. A task that was
             yielded with a death may be given again.
         arguments : callable
-            What the actor's `compute` is called with for a task.
+            Arguments of the actor's `compute` for a task.
 
         Raises
         ------
@@ -157,7 +157,7 @@ class ActorPool:
                 self._actors[worker] = self._kind.remote(self._make)
                 done = Done(task, None, _cause(error))
             yield done
-            if false_starts > _MOST_FALSE_STARTS * self.workers:
+            if false_starts > _MAX_FALSE_STARTS * self.workers:
                 raise OSError(f"Ray workers die one after the other: {done.death}")
 
     def close(self) -> None:

@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 
-from torchlamp.sweep.config import Study
+from torchlamp.sweep.config import SweepConfig
 from torchlamp.sweep.folder import Outcome
 from torchlamp.sweep.points import Group, Point
 from torchlamp.sweep.ray_engine import ActorPool
 from torchlamp.sweep.worker import Worker
 
 #: A point whose worker died so often is recorded as failed.
-MOST_ATTEMPTS = 3
+MAX_ATTEMPTS = 3
 
 
 class Queue:
@@ -35,7 +35,7 @@ class Queue:
             if not open_groups:
                 return None
             crowd = Counter(self._on.values())
-            # Groups without a worker first, in the order of the study.
+            # Groups without a worker first, in the order of the sweep.
             group = max(open_groups, key=lambda g: (crowd[g] == 0, len(self._waiting[g]) / (1 + crowd[g])))
             self._on[worker] = group
         return self._waiting[group].pop(0)
@@ -50,17 +50,17 @@ class RayEngine:
 
     Parameters
     ----------
-    study : Study
+    config : SweepConfig
         Its threads (1 by default) are those of each worker.
     workers : int, optional
         Actors; by default one for each processor, or for each so many as a worker has threads.
     threads : int, optional
-        In the place of the study's.
+        In the place of the configuration's.
     """
 
-    def __init__(self, study: Study, workers: int | None = None, threads: int | None = None) -> None:
-        self._threads = threads or study.threads or 1
-        self._memory = study.reference_memory
+    def __init__(self, config: SweepConfig, workers: int | None = None, threads: int | None = None) -> None:
+        self._threads = threads or config.threads or 1
+        self._memory = config.reference_memory
         self._pool: ActorPool | None = None
         self._asked = workers
         #: Until the pool is there, and the cluster is known: what was asked for.
@@ -83,11 +83,11 @@ class RayEngine:
                     yield done.value
                     continue
                 deaths[done.task] += 1
-                if deaths[done.task] < MOST_ATTEMPTS:
+                if deaths[done.task] < MAX_ATTEMPTS:
                     queue.put_back(done.task)
                 else:
-                    said = f"its worker died {MOST_ATTEMPTS} times, the last time: {done.death}"
-                    yield Outcome(done.task, None, said, 0.0)
+                    error = f"its worker died {MAX_ATTEMPTS} times, the last time: {done.death}"
+                    yield Outcome(done.task, None, error, 0.0)
 
     def pids(self) -> list[int]:
         """Processes of the workers while `run` runs."""

@@ -1,4 +1,4 @@
-"""`torchlamp sweep`: compute the points of a study that a folder doesn't hold yet, and write each one down at once."""
+"""`torchlamp sweep`: compute the points of a sweep that a folder doesn't hold yet, and write each one down at once."""
 
 import contextlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torchlamp.sweep.config import Study
+from torchlamp.sweep.config import SweepConfig
 from torchlamp.sweep.estimate import Estimate
 from torchlamp.sweep.folder import Folder, Outcome
 from torchlamp.sweep.points import Point
@@ -15,9 +15,9 @@ from torchlamp.sweep.worker import Worker, calibration_key
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """Where a sweep stands: handed to the `progress` callback when it starts and after every point."""
+    """State of a sweep: handed to the `progress` callback when it starts and after every point."""
 
-    #: Points of the study with a result, those that failed in this run, and all.
+    #: Points of the sweep with a result, those that failed in this run, and all.
     done: int
     failed: int
     total: int
@@ -31,7 +31,7 @@ class SweepProgress:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a sweep ended."""
+    """Numbers of points of a sweep that has ended, and its seconds."""
 
     total: int
     #: Points that had a result before, that got one now, that failed now, and that are left.
@@ -62,8 +62,8 @@ class LocalEngine:
 
     workers = 1
 
-    def __init__(self, study: Study, threads: int | None = None) -> None:
-        self._worker = Worker(study.reference_memory, threads or study.threads)
+    def __init__(self, config: SweepConfig, threads: int | None = None) -> None:
+        self._worker = Worker(config.reference_memory, threads or config.threads)
 
     def run(
         self, points: Sequence[Point], found: Callable[[Point], str | None]
@@ -74,19 +74,19 @@ class LocalEngine:
 
 
 def sweep(
-    study: Study,
+    config: SweepConfig,
     folder: Folder,
     engine: Engine,
     *,
     limit: int | None = None,
     progress: Callable[[SweepProgress], None] | None = None,
 ) -> Summary:
-    """Compute every point of a study that has no result in the folder; failed ones are tried again.
+    """Compute every point of a sweep that has no result in the folder; failed ones are tried again.
 
     Parameters
     ----------
-    study, folder, engine
-        What to compute, where it goes, and what computes it.
+    config, folder, engine
+        The points to compute, where their results go, and the engine that computes them.
     limit : int, optional
         Compute at most so many points now.
     progress : callable, optional
@@ -106,11 +106,11 @@ def sweep(
         Interrupted; the point being computed is lost, nothing else.
     """
     start = time.perf_counter()
-    points = study.points
+    points = config.points
     todo = [point for point in points if not folder.done(point)]
     skipped = len(points) - len(todo)
     now = todo[:limit]
-    folder.write_configuration(study)
+    folder.write_configuration(config)
     estimate = Estimate(folder.records.values())
     waiting = dict.fromkeys(now)
     done = failed = 0
@@ -136,7 +136,7 @@ def sweep(
         return None if point.target_rate is None else folder.calibrations.get(calibration_key(point))
 
     report(None)
-    # Closed at once when something is raised here: an engine's workers must not go on behind its back.
+    # Closed at once when something is raised here: an engine's workers must not go on computing.
     with contextlib.closing(engine.run(now, found)) as outcomes:
         for outcome in outcomes:
             folder.add(outcome)

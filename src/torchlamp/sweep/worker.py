@@ -1,4 +1,4 @@
-"""What computes the points of a sweep, in this process or in a Ray actor: it keeps a model and its references."""
+"""The computation of a sweep's points, in this process or in a Ray actor: it keeps a model and its references."""
 
 import gc
 import time
@@ -49,7 +49,7 @@ class Worker:
         Parameters
         ----------
         point : Point
-            What to compute.
+            Its policy, text and windows say everything that is computed.
         found : str, optional
             The policy that an earlier calibration of this point found.
 
@@ -165,8 +165,12 @@ def shuffled(windows: Tensor, seed: int) -> Tensor:
 
 def one_line(error: BaseException) -> str:
     """An error's first line; the kind is named unless it is one whose message is written for users."""
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return said if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: {said}"
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        message
+        if isinstance(error, ValueError | TypeError | OSError)
+        else f"{type(error).__name__}: {message}"
+    )
 
 
 def _filled(template: str, threshold: float) -> str:

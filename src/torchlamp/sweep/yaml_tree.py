@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-#: Deeper than any study; an alias that contains itself would never end.
-_DEEPEST = 20
+#: Deeper than any configuration; an alias that contains itself would never end.
+_MAX_DEPTH = 20
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ def read_yaml(path: Path) -> Node:
         if error.context_mark and any(end in str(error.problem) for end in ("end of stream", "stream end")):
             mark = error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "line 1"
-        said = ", ".join(filter(None, (error.context, error.problem)))
-        raise ValueError(f"{name}, {where}: this is no YAML ({said})") from error
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{name}, {where}: this is no YAML ({problem})") from error
     except yaml.YAMLError as error:  # bytes that are no text, or characters that YAML forbids
-        said = " ".join(str(error).split())
-        raise ValueError(f"{name}, line 1: this is no YAML ({said})") from error
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{name}, line 1: this is no YAML ({problem})") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -140,8 +140,8 @@ def _tree(loader: Any, node: Any, name: str, depth: int) -> Node:
     import yaml
 
     line = node.start_mark.line + 1
-    if depth > _DEEPEST:
-        raise ValueError(f"{name}, line {line}: nested more than {_DEEPEST} deep")
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{name}, line {line}: nested more than {_MAX_DEPTH} deep")
     if isinstance(node, yaml.SequenceNode):
         return Node([_tree(loader, child, name, depth + 1) for child in node.value], name, line)
     if isinstance(node, yaml.ScalarNode):
