@@ -236,6 +236,9 @@ struct Packed {
   }
 };
 
+// The caller's thread keeps the memory of two between calls: of the low-precision operand, and of the exact one.
+enum class Operand { low, exact };
+template <Operand Which = Operand::low>
 inline Packed& workspace_packed() {
   thread_local Packed packed;
   return packed;

@@ -152,7 +152,8 @@ void test_recompute(const lamp::Kernels& kernels, std::mt19937& random) {
   check(ok, std::string("recompute ") + kernels.name);
 }
 
-void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::RuleWeight weight) {
+// `transformed`: coarser operands with errors, exact ones for the recomputation, and a shift of each row.
+void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::RuleWeight weight, bool transformed) {
   lamp::Attention p;
   p.B = 2, p.Hkv = 2, p.H = 4, p.D = 24, p.Dv = 21;
   p.Lq = 1 + static_cast<std::ptrdiff_t>(random() % 50), p.Lk = p.Lq + static_cast<std::ptrdiff_t>(random() % 100);
@@ -168,36 +169,54 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Ru
   std::vector<float> out(static_cast<std::size_t>(p.B * p.Lq * p.H * p.Dv));
   std::vector<std::int32_t> selected(static_cast<std::size_t>(p.B * p.H * p.Lq));
   std::vector<std::int32_t> visible(static_cast<std::size_t>(2 * p.B * p.Lq));
-  p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.selected = selected.data();
+  p.q = {q.data(), p.H * p.Lq * p.D, p.Lq * p.D, p.D};
+  p.k = {k.data(), p.Hkv * p.Lk * p.D, p.Lk * p.D, p.D};
+  p.v = {v.data(), p.Hkv * p.Lk * p.Dv, p.Lk * p.Dv, p.Dv};
+  const auto exact_q = fill(p.B * p.H * p.Lq * p.D), exact_k = fill(p.B * p.Hkv * p.Lk * p.D);
+  const auto shift = fill(p.B * p.H * p.Lq);
+  auto row_error = fill(p.B * p.H * p.Lq), key_error = fill(p.B * p.Hkv * p.Lk);
+  for (auto* errors : {&row_error, &key_error})
+    for (float& x : *errors) x = std::fabs(x);
+  p.accumulation.grid = wide(4);
+  if (transformed) {
+    if (random() % 2) p.exact_q = {exact_q.data(), p.q.batch, p.q.head, p.q.row};
+    if (random() % 2) p.exact_k = {exact_k.data(), p.k.batch, p.k.head, p.k.row};
+    p.shift = random() % 2 ? shift.data() : nullptr;
+    p.row_error = row_error.data(), p.key_error = key_error.data();
+    if (random() % 2) p.accumulation.grid = Grid();
+  }
+  const bool sums_err = !(transformed && p.accumulation.grid.is_float32());
+  p.out = out.data(), p.selected = selected.data();
   p.visible = visible.data();
   p.mask = mask.data(), p.mask_batch = p.Lq * p.Lk, p.mask_row = p.Lk;
   p.sinks = random() % 2 ? sinks.data() : nullptr;
-  p.q_batch = p.H * p.Lq * p.D, p.q_head = p.Lq * p.D, p.q_row = p.D;
-  p.k_batch = p.Hkv * p.Lk * p.D, p.k_head = p.Lk * p.D, p.k_row = p.D;
-  p.v_batch = p.Hkv * p.Lk * p.Dv, p.v_head = p.Lk * p.Dv, p.v_row = p.Dv;
   p.scaling = 0.25f, p.weight = weight, p.threshold = 0.05f, p.error_scale = 0.01f, p.threads = 3;
   p.softcap = random() % 2 ? 2.0f : 0.0f;
-  p.accumulation.grid = wide(4);
   kernels.attention(p);
   double worst = 0.0;
   int miscounted = 0;
   for (std::ptrdiff_t b = 0; b < p.B; ++b)
     for (std::ptrdiff_t h = 0; h < p.H; ++h)
       for (std::ptrdiff_t i = 0; i < p.Lq; ++i) {
-        std::vector<double> y, squares, logit, z;
+        std::vector<double> y, error, logit, z;
         const auto keys = static_cast<std::size_t>(p.Lk);
         const std::uint8_t* sees = &mask[static_cast<std::size_t>((b * p.Lq + i) * p.Lk)];
         std::vector<float> exact;
         for (std::ptrdiff_t j = 0; j < p.Lk; ++j) {
-          std::vector<float> left, right;
-          for (std::ptrdiff_t d = 0; d < p.D; ++d) {
-            left.push_back(q[static_cast<std::size_t>(b * p.q_batch + h * p.q_head + i * p.q_row + d)]);
-            right.push_back(k[static_cast<std::size_t>(b * p.k_batch + h / 2 * p.k_head + j * p.k_row + d)]);
-          }
-          const Sum low = accumulate(left, right, p.accumulation);
-          y.push_back(round_scalar(low.value * p.scaling, p.accumulation.grid));
-          squares.push_back(low.squares);
-          exact.push_back(accumulate(left, right, Accumulation()).value * p.scaling);
+          const auto sum = [&](const lamp::HeadRows& query, const lamp::HeadRows& key, const Accumulation& how) {
+            const float *left = query.at(b, h, i), *right = key.at(b, h / 2, j);
+            return accumulate({left, left + p.D}, {right, right + p.D}, how);
+          };
+          const auto row = static_cast<std::size_t>((b * p.H + h) * p.Lq + i);
+          const float moved = p.shift ? shift[row] : 0.0f;
+          const Sum low = sum(p.q, p.k, p.accumulation);
+          y.push_back(round_scalar(low.value * p.scaling, p.accumulation.grid) + moved);
+          const double of_sums = sums_err ? p.error_scale * std::sqrt(static_cast<double>(low.squares)) : 0.0;
+          const double of_operands =
+              transformed ? row_error[row] * key_error[static_cast<std::size_t>((b * 2 + h / 2) * p.Lk + j)] : 0.0;
+          error.push_back(std::hypot(of_sums, of_operands));
+          const Sum full = sum(p.exact_q.data ? p.exact_q : p.q, p.exact_k.data ? p.exact_k : p.k, Accumulation());
+          exact.push_back(full.value * p.scaling + moved);
         }
         const auto softmax = [&] {
           logit.assign(keys, 0.0), z.assign(keys, 0.0);
@@ -221,7 +240,7 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Ru
           if (weight == lamp::RuleWeight::strict) w[j] = 2 * z[j] * (1 - z[j]) * std::fabs(y[j]) * slope;
           if (weight == lamp::RuleWeight::relaxed) w[j] = std::fabs(y[j]) * slope * std::exp(logit[j] - largest);
           if (weight == lamp::RuleWeight::running)
-            w[j] = 2 * z[j] * (1 - z[j]) * slope * p.error_scale * std::sqrt(squares[j]);
+            w[j] = 2 * z[j] * (1 - z[j]) * slope * error[j];
           if (weight == lamp::RuleWeight::topz) w[j] = z[j];
           top = std::max(top, w[j]);
         }
@@ -238,13 +257,12 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Ru
           double want = 0.0;
           for (std::size_t j = 0; j < keys; ++j)
             want += (seen > 0 ? z[j] : 1.0 / static_cast<double>(keys)) *
-                    v[static_cast<std::size_t>(b * p.v_batch + h / 2 * p.v_head) +
-                      j * static_cast<std::size_t>(p.v_row) + static_cast<std::size_t>(d)];
+                    p.v.at(b, h / 2, static_cast<std::ptrdiff_t>(j))[d];
           worst = std::max(worst, std::fabs(want - out[static_cast<std::size_t>(((b * p.Lq + i) * p.H + h) * p.Dv + d)]));
         }
       }
   check(worst < 2e-6 && miscounted <= static_cast<int>(selected.size()) / 50,
-        std::string("attention ") + kernels.name + " weight " + std::to_string(static_cast<int>(weight)) + " error " +
+        std::string("attention ") + kernels.name + (transformed ? " transformed" : "") + " weight " + std::to_string(static_cast<int>(weight)) + " error " +
             std::to_string(worst) + " miscounted " + std::to_string(miscounted));
 }
 
@@ -272,7 +290,7 @@ int main(int count, char** arguments) {
     for (int i = 0; i < 20; ++i) test_recompute(*kernels, random);
     for (int i = 0; i < 5; ++i)
       for (const auto weight : {lamp::RuleWeight::strict, lamp::RuleWeight::relaxed, lamp::RuleWeight::running, lamp::RuleWeight::topz})
-        test_attention(*kernels, random, weight);
+        for (const bool transformed : {false, true}) test_attention(*kernels, random, weight, transformed);
     selftest::test_lowbit(*kernels, random);
     std::printf("%s: checked\n", kernels->name);
   }

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels.dispatch import as_native, native_for
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels.reference_lowbit import group_count, quantise_vector
 
 #: Above 1 by more than float32 norms and bounds round.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels.reference_lowbit import block_count
 
 _LARGEST = torch.finfo(torch.float32).max

@@ -109,7 +109,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
         tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
         layers=dict(sorted(recorder.layers.items())),
         kl=kl.cpu(),
-        recompute_rate=statistics.by_site["scores"],
+        recompute_rate=statistics.rates["scores"],
     )
 
 

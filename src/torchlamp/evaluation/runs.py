@@ -140,7 +140,7 @@ def _plain(policy: Policy) -> Policy:
 
 
 def _random_like(rule: Rule) -> Rule:
-    if rule.name in ("none", "all") or rule.name.startswith("random"):
+    if rule.role == "control":
         return rule
     return Rule.parse(f"random-like:{rule}")
 

@@ -40,7 +40,7 @@ def build(model: nn.Module, run: Run) -> list[Forward]:
     if not sites.layers:
         inner = [site for site in named if site != "lm_head"]
         rule = run.policies["scores"].rule if "scores" in run.policies else None
-        if rule is not None and rule.needs_distance == "residual":
+        if rule is not None and rule.reads_residual_stream:
             raise ValueError(
                 f"{type(model).__name__}: no list of decoder layers found, so rule {str(rule)!r} can't look as far as "
                 "the residual stream; running looks through the softmax alone"
@@ -80,16 +80,16 @@ def _layer(sites: Sites, run: Run, number: int, layer: nn.Module) -> list[Forwar
         run.value_norms[number] = _value_norms(sites, layer)
     if "qkv" in policies:
         group = LinearGroup(run, "qkv", number, policies["qkv"])
-        group.look = HeadVectors(sites.head_size(layer))
+        group.next_function = HeadVectors(sites.head_size(layer))
         forwards += _install(sites, group, sites.qkv(layer))
     if "mlp_up" in policies:
         group = LinearGroup(run, "mlp_up", number, policies["mlp_up"])
         modules, is_gated = sites.mlp_up(layer)
         rows = sites.weights(sites.mlp_down(layer)).matrix
         look = gated if is_gated else activated
-        group.look = look(sites.activation(layer), rows.detach().norm(dim=1))
+        group.next_function = look(sites.activation(layer), rows.detach().norm(dim=1))
         forwards += _install(sites, group, modules)
-    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
         forwards += _residual_stream(sites, run, number, layer, policies)
     return forwards
@@ -105,7 +105,7 @@ def _residual_stream(
     forwards: list[Forward] = []
     streams = {"attention_out": Residual(), "mlp_down": Residual()}
     norm_policy = policies.get("norm")
-    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far:
         run.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
     own = (
@@ -147,7 +147,7 @@ def _lm_head(sites: Sites, run: Run) -> list[Forward]:
         return []
     head, softcap = sites.lm_head()
     group = LinearGroup(run, "lm_head", -1, policy)
-    group.look = Vocabulary(softcap)
+    group.next_function = Vocabulary(softcap)
     return _install(sites, group, [head])
 
 

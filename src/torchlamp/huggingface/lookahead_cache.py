@@ -10,9 +10,9 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
-from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.policy.decodable import Settings, site_settings
 from torchlamp.policy.policy import SitePolicy
+from torchlamp.simulation.statistics import Statistics
 
 #: Name of the attention implementation whose decoding reads the low-bit copies.
 NAME = "lamp-decode"
@@ -30,12 +30,15 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         options: StoreOptions,
         scores: Settings,
         values: Settings,
-        statistics: DecodeStatistics | None,
+        statistics: Statistics | None,
         config: Any,
         sliding_window: int | None,
+        number: int,
     ) -> None:
         super().__init__()
         self.scores, self.values_settings, self.statistics, self.config = scores, values, statistics, config
+        #: Number of the layer in the model, from 0.
+        self.number = number
         self.store = KeyValueStore(options)
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
@@ -216,7 +219,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         Quantise keys less their mean over the first ones, and rotated by the Hadamard matrix, for which the head size
         must be a power of two. None is what `scores` names (``int8.center.hadamard``); if it names neither, both,
         the rotation where the head size allows it.
-    statistics : DecodeStatistics, optional
+    statistics : Statistics, optional
         Where recomputed scores and values read in full are counted.
 
     Raises
@@ -234,7 +237,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         full: str = "float16",
         center: bool | None = None,
         hadamard: bool | None = None,
-        statistics: DecodeStatistics | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         if full not in _FULL:
             raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
@@ -259,8 +262,9 @@ class LookaheadCache(Cache):  # type: ignore[misc]
                 statistics,
                 text,
                 window if kind == "sliding_attention" else None,
+                number,
             )
-            for kind in kinds
+            for number, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
         self._angles: list[tuple[Any, tuple[Any, Any]]] = []

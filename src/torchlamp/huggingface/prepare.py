@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchlamp.arithmetic.transforms import Transform
-from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.huggingface.decode_attention import NAME
 from torchlamp.huggingface.decode_forwards import (
     LinearsDecode,
@@ -30,6 +29,7 @@ from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.decodable import Settings, settings
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
+from torchlamp.simulation.statistics import Statistics
 
 logger = logging.getLogger("torchlamp.decoding")
 #: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
@@ -66,7 +66,7 @@ class Prepared:
     model: Any
     #: What really runs, keywords of `prepare` included.
     policy: Policy
-    statistics: DecodeStatistics
+    statistics: Statistics
     memory: Memory
     #: What the kernel of each named site is told.
     settings: dict[str, Settings]
@@ -177,7 +177,7 @@ def prepare(
     parsed = _with_transforms(parsed, center=center, hadamard=hadamard)
     told = settings(parsed)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    prepared = Prepared(model, parsed, DecodeStatistics(), Memory(sum(sizes.values())), told, full)
+    prepared = Prepared(model, parsed, Statistics(), Memory(sum(sizes.values())), told, full)
     if "scores" in told:
         if not told["scores"].center and center is None:
             logger.warning(
@@ -244,7 +244,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
             f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared"
         )
     forwards: list[Forward] = []
-    for layer in sites.layers:
+    for number, layer in enumerate(sites.layers):
         groups: list[LinearsDecode] = []
         for site, modules in (("qkv", sites.qkv), ("attention_out", lambda at: [sites.attention_out(at)])):
             if site in told:
@@ -253,7 +253,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
                 groups.append(group)
                 memory.low_bit += group.matrix.bytes
         if "mlp_up" in told:
-            mlp = mlp_decode(sites, layer, told["mlp_up"], told["mlp_down"], statistics)
+            mlp = mlp_decode(sites, number, told["mlp_up"], told["mlp_down"], statistics)
             forwards.append(mlp)
             low, full = mlp.mlp.bytes
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full

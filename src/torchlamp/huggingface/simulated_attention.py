@@ -137,12 +137,12 @@ def lamp_attention(
         )
         positions = result.last_key if position_ids is None else position_ids
         if scores is not None:
-            run.statistics.record(layer, result.eligible, result.selected, positions)
+            run.statistics.record("scores", layer, result.selected, result.eligible, positions)
         if result.blocks is not None:
             run.statistics.record_blocks(result.blocks)
         if result.values_selected is not None:
             eligible = (result.eligible > 0).long() * value.shape[-1]
-            run.statistics.record(layer, eligible, result.values_selected, positions, "values")
+            run.statistics.record("values", layer, result.values_selected, eligible, positions)
     return forward_only(result.output, query, key, value), None
 
 

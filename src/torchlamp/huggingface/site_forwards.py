@@ -133,7 +133,7 @@ class LinearGroup:
         self.run, self.site, self.layer, self.policy = run, site, layer, policy
         self.modules: list[nn.Module] = []
         #: What follows the layers, or for a norm of the residual stream the norm and the stream.
-        self.look: LookAhead | None = None
+        self.next_function: LookAhead | None = None
         self.norm: Norm | None = None
         self.residual: Residual | None = None
         self._maps: list[Weights] = []
@@ -164,7 +164,7 @@ class LinearGroup:
             self.maps,
             accumulator=self.policy.accumulate,
             rule=self.policy.rule,
-            look=self._ahead(),
+            next_function=self._next_function(),
             generator=self.run.generator(self.policy, self.site, self.layer, last_step(places)),
             layer=self.layer,
         )
@@ -174,9 +174,9 @@ class LinearGroup:
         self._waiting = (x, outputs) if outputs else None
         return output
 
-    def _ahead(self) -> LookAhead:
-        if self.look is not None:
-            return self.look
+    def _next_function(self) -> LookAhead:
+        if self.next_function is not None:
+            return self.next_function
         assert self.norm is not None
         size = self.maps[0].matrix.shape[1]
         return Normed(self.norm, None if self.residual is None else self.residual.take(size))
@@ -209,7 +209,7 @@ def last_step(places: Tensor) -> int:
 def record(run: Run, site: str, layer: int, eligible: int, selected: Tensor, places: Tensor) -> None:
     """Count one call of a site without heads: `selected` is int64 (..., length)."""
     rows = selected.reshape(-1, 1, selected.shape[-1])
-    run.statistics.record(layer, torch.full_like(rows, eligible), rows, places, site)
+    run.statistics.record(site, layer, rows, torch.full_like(rows, eligible), places)
 
 
 def check_float32(module: nn.Module, x: Tensor) -> None:

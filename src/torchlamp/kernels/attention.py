@@ -30,8 +30,16 @@ def fused_attention(
     softcap: float | None,
     sinks: Tensor | None,
     blocks: bool = False,
+    exact_query: Tensor | None = None,
+    exact_key: Tensor | None = None,
+    shift: Tensor | None = None,
+    row_error: Tensor | None = None,
+    key_error: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Attend with low-precision scores, recomputing in float32 those whose weight exceeds the threshold.
+
+    The score of a query and a key is y = round(scaling * low-precision q . k) + shift. A recomputed one is
+    scaling * (exact q . exact k) + shift in float32. The rule, the softcap and its slope see y, shift included.
 
     Parameters
     ----------
@@ -44,7 +52,7 @@ def fused_attention(
     scaling
         Factor of the scores.
     error_scale
-        For the weight `running`: r = error_scale * sqrt(sum of squares).
+        For the weight `running`: r = error_scale * sqrt(sum of squares), the expected error of the sum.
     mask
         bool (B or 1, 1, Lq, Lk), True = visible, or None.
     causal
@@ -55,6 +63,17 @@ def fused_attention(
         float32 (H,): a logit per head that enters the normaliser but has no value.
     blocks
         Also note which blocks of 16 keys a row sees and touches.
+    exact_query, exact_key
+        float32, of the shapes of `query` and `key`: the operands of recomputed scores, where those of the low pass are
+        coarser copies of them. `query` and `key` themselves if not given.
+    shift
+        float32 (B, H, Lq), added in float32 to every score of a row, after scaling and rounding: what a representative
+        lacks. A softmax alone doesn't see it; a softcap and sinks do.
+    row_error, key_error
+        float32 (B, H, Lq) and (B, Hkv, Lk), together: their product is the expected error of a score that coarser
+        operands make, scaling included. For the weight `running`
+        r = sqrt((error_scale * sqrt(sum of squares))^2 + (row_error * key_error)^2), and row_error * key_error alone
+        where sums are float32 ones.
 
     Returns
     -------
@@ -62,11 +81,17 @@ def fused_attention(
     sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
     visible key, plus 2 if one of them is recomputed. Or None where the native kernel doesn't serve: no extension,
     tensors that aren't float32 on the CPU, a mask for each head, or the weight `relaxed` with sinks.
+
+    Raises
+    ------
+    ValueError
+        Shapes that don't fit together, or one of `row_error` and `key_error` without the other.
     """
     served = (mask is None or (mask.shape[1] == 1 and not causal)) and not (
         weight == "relaxed" and sinks is not None
     )
-    native = native_for(query, key, value, mask, sinks) if served else None
+    optional = (exact_query, exact_key, shift, row_error, key_error)
+    native = native_for(query, key, value, mask, sinks, *optional) if served else None
     if native is None:
         return None
     batch, heads, length, _ = query.shape
@@ -79,6 +104,8 @@ def fused_attention(
     native.extension.attention(
         native.instruction_set,
         *map(as_native, (query, key, value)),
+        *(None if t is None else as_native(t) for t in (exact_query, exact_key)),
+        *(None if t is None else as_native(t, "all") for t in (shift, row_error, key_error)),
         output,
         selected,
         visible,

@@ -158,7 +158,7 @@ def _row(result: Result) -> dict[str, Any]:
         "policy": result.policy,
         "rule": " / ".join(dict.fromkeys(rule_label(part.rule) for part in parts)),
         "threshold": float(value) if value is not None and len(rules) == 1 else math.nan,
-        "realisable": all(part.rule.realisable for part in parts),
+        "realisable": all(part.rule.role != "oracle" for part in parts),
         "windows": result.windows,
         "window_length": result.window_length,
         "seed": result.seed,

@@ -22,7 +22,7 @@ from torchlamp.report.figures_data import (
     site_data,
     typical_points,
 )
-from torchlamp.report.style import Style, order, styles
+from torchlamp.report.style import Style, order, rule_role, styles
 from torchlamp.report.tables import equal_rate
 
 LABELS = {"kl": "KL(reference || tested) per token, nats", "flip": "flip rate"}
@@ -132,7 +132,7 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
 
 
 def _line(panel: Any, curve: pd.DataFrame, x: str, y: str, style: Style, label: str) -> None:
-    name = f"{label} (not realisable)" if label.startswith("oracle") else label
+    name = f"{label} (not realisable)" if rule_role(label) == "oracle" else label
     errors = curve[f"{y}_se"].fillna(0) if f"{y}_se" in curve else None
     panel.errorbar(
         curve[x], curve[y], yerr=errors, color=style.light, marker=style.marker, linestyle=style.line,

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from torchlamp.report.style import order
+from torchlamp.report.style import order, rule_role
 from torchlamp.results.result import POSITION_BIN
 
 #: Maps by head and position show the point of each rule whose recompute rate is nearest to this.
@@ -31,7 +31,7 @@ def mu_data(points: pd.DataFrame, at_rates: pd.DataFrame) -> pd.DataFrame:
 def typical_points(points: pd.DataFrame) -> pd.DataFrame:
     """Each realisable rule's point nearest to `TYPICAL_RATE`, at the accumulator with the most points."""
     chosen = points[(points["rate"] > 0) & (points["rate"] < 1) & points["realisable"]]
-    chosen = chosen[~chosen["rule"].str.startswith("random")]
+    chosen = chosen[chosen["rule"].map(rule_role) != "control"]
     if not len(chosen):
         return chosen
     most = list(chosen["accumulate"].mode())

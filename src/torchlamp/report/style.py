@@ -7,6 +7,8 @@ apart; shape and dash say the same again. The dark variants are lightened to a c
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchlamp.rules import RULES, Role
+
 
 @dataclass(frozen=True)
 class Style:
@@ -77,9 +79,15 @@ def _name(label: str) -> str:
     return label.split(" ")[0]
 
 
+def rule_role(label: str) -> Role | None:
+    """The role of the rule whose name a label starts with; None for what isn't a rule of this installation."""
+    kind = RULES.get(_name(label))
+    return None if kind is None else kind.role
+
+
 def order(label: str) -> tuple[int, int, str]:
     """Rules in the order of `STYLES`, those that came later before the controls."""
     names = list(STYLES)
     name = _name(label)
-    last = name in ("random", "random-like", "oracle", "oracle-residual", "none", "all")
+    last = rule_role(label) in ("control", "oracle")
     return (int(last), names.index(name) if name in names else len(names), label)

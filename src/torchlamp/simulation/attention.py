@@ -7,7 +7,8 @@ error estimate is derived in docs/method.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
-from torchlamp.simulation.ahead import Ahead, Distances, bridge_error
+from torchlamp.simulation.ahead import Ahead, SampleDistances, bridge_error
 from torchlamp.simulation.blocks import mark_blocks
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
 from torchlamp.simulation.values import Values, weighted_sums
@@ -63,8 +64,8 @@ class AttentionResult:
 class Observation:
     """What an observer sees of a tile, after the selection and before the recomputation.
 
-    The tensors of `tile`, `chosen` and `exact` are (1, heads, rows, keys); the tile's scores change after the call,
-    so an observer copies what it keeps.
+    The tensors of `tile` and `chosen` are (1, heads, rows, keys). The tile's scores change after the call: an observer
+    copies what it keeps and asks the tile before it returns.
     """
 
     sample: int
@@ -74,25 +75,38 @@ class Observation:
     tile: Tile
     #: bool: the entries that will be recomputed.
     chosen: Tensor
-    #: The visible scores in float32, as the recomputation gives them.
-    exact: Tensor
+
+    @property
+    def exact(self) -> Tensor:
+        """The visible scores in float32, as the recomputation gives them; (1, heads, rows, keys)."""
+        return self.tile.exact
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What all tiles of a call share."""
+class AttentionCall:
+    """How an attention runs: all that is given beside query, key and value, see `attention`."""
 
     accumulator: Accumulator
     rule: Rule
+    #: Factor of the scores, commonly 1 / sqrt(size).
     scaling: float
-    seen: Visibility
-    softcap: float | None
-    sinks: Tensor | None
-    generator: torch.Generator | None
+    #: Mask, causality and bias.
+    seen: Visibility = field(default_factory=Visibility)
+    #: c > 0: logits are c tanh(score / c). None: no softcap.
+    softcap: float | None = None
+    #: float32 (heads,): a logit per head that enters the normaliser but has no value.
+    sinks: Tensor | None = None
+    #: On the CPU; needed by random rules. Every sample starts from the state it has now.
+    generator: torch.Generator | None = None
+    #: Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     observe: Callable[[Observation], None] | None = None
+    #: How the values are summed; None: in float32.
     values: Values | None = None
+    #: What follows the heads' outputs; rules that look as far as the residual stream need it.
     ahead: Ahead | None = None
+    #: Number of the layer, for rules that choose by it.
     layer: int = 0
+    #: Whether to mark which blocks of 16 keys are seen and touched.
     blocks: bool = False
 
     @property
@@ -112,15 +126,37 @@ def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    observe: Callable[[Observation], None] | None = None,
-    values: Values | None = None,
-    ahead: Ahead | None = None,
-    layer: int = 0,
-    blocks: bool = False,
+    **others: Any,
 ) -> AttentionResult:
+    """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
+
+    The same as `attend`, with the call's parts by name.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        As for `attend`.
+    accumulator, rule, scaling
+        As in `AttentionCall`: how scores are summed, which are recomputed, and their factor.
+    mask : Tensor or None
+        bool (batch or 1, heads or 1, queries, keys), True = visible.
+    causal : bool
+        Query i sees keys 0..i only.
+    bias : Tensor or None
+        float32, shape as `mask`, added to the logits after softcap.
+    **others
+        Any other field of `AttentionCall`: softcap, sinks, generator, observe, values, ahead, layer, blocks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attend`.
+    """
+    seen = Visibility(mask, causal, bias)
+    return attend(query, key, value, AttentionCall(accumulator, rule, scaling, seen, **others))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionResult:
     """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
 
     The scores of a tile of query rows are accumulated, multiplied by `scaling` in float32 and rounded again;
@@ -139,32 +175,8 @@ def attention(
     key, value : Tensor
         float32 (batch, key heads, keys, size) and (batch, key heads, keys, value size); heads must be a
         multiple of key heads, query head h uses key head h // (heads / key heads).
-    accumulator, rule : Accumulator, Rule
-        How scores are summed, and which are recomputed.
-    scaling : float
-        Factor of the scores, commonly 1 / sqrt(size).
-    mask : Tensor or None
-        bool (batch or 1, heads or 1, queries, keys), True = visible.
-    causal : bool
-        Query i sees keys 0..i only.
-    bias : Tensor or None
-        float32, shape as `mask`, added to the logits after softcap.
-    softcap : float or None
-        c > 0: logits are c tanh(score / c).
-    sinks : Tensor or None
-        float32 (heads,): a logit per head that enters the normaliser but has no value.
-    generator : torch.Generator or None
-        On the CPU; needed by random rules. Every sample starts from the state it has now.
-    observe : callable, optional
-        Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
-    values : Values, optional
-        How the values are summed; in float32 if not given.
-    ahead : Ahead, optional
-        What lies behind the heads' outputs; rules that look as far as the residual stream need it.
-    layer : int
-        Number of the layer, for rules that choose by it.
-    blocks : bool
-        Also mark which blocks of 16 keys are seen and touched.
+    call : AttentionCall
+        How.
 
     Raises
     ------
@@ -174,20 +186,12 @@ def attention(
         Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
         stream without `ahead`.
     """
-    _check(query, key, value, softcap, sinks, rule, generator)
-    if rule.needs_distance == "residual" and ahead is None:
-        raise ValueError(
-            f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
-        )
-    seen = Visibility(mask, causal, bias)
-    seen.check((*query.shape[:3], key.shape[2]))
-    call = _Call(
-        accumulator, rule, scaling, seen, softcap, sinks, generator, observe, values, ahead, layer, blocks
-    )
+    _check(query, key, value, call)
+    call.seen.check((*query.shape[:3], key.shape[2]))
     return _fused(call, query, key, value) or _tiled(call, query, key, value)
 
 
-def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
+def _fused(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
     if form is None or call.seen.bias is not None or call.observe is not None or call.values is not None:
@@ -216,7 +220,7 @@ def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
 
 
-def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
+def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
     """The readable form, for every rule, mask and device: a loop over tiles of query rows."""
     batch, heads, queries, _ = query.shape
     generator, sinks = call.generator, call.sinks
@@ -235,11 +239,7 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     for sample in range(batch):
         for own, start in zip(generators, starts, strict=True):
             own.set_state(start)
-        distances = None
-        if call.rule.needs_distance is not None:
-            distances = Distances(
-                value[sample], heads, None if call.rule.needs_distance == "output" else call.ahead
-            )
+        distances = SampleDistances(value[sample], heads, call.ahead)
         for first in range(0, queries, TILE_ROWS):
             rows = range(first, min(first + TILE_ROWS, queries))
             at = slice(rows.start, rows.stop)
@@ -266,14 +266,14 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
 
 
 def _tile(
-    call: _Call,
+    call: AttentionCall,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sample: int,
     rows: range,
     seen: Window,
-    distances: Distances | None,
+    distances: SampleDistances,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, visible and selected of one tile, each (heads, rows, keys); visible can have 1 head."""
     keys = key[:, seen.first : seen.last].transpose(1, 2)
@@ -284,7 +284,7 @@ def _tile(
         call.accumulator.accumulation,
         scaling=call.scaling,
         causal=causal,
-        squares=call.rule.needs_error,
+        squares="squares" in call.rule.byproducts,
     )
     visible = seen.visible
     if visible is None:
@@ -294,33 +294,35 @@ def _tile(
 
     logits, slope = capped_logits(scores, call.softcap, bias)
     probabilities = visible_softmax(logits, hidden, call.sinks)
-    error = exact = distance = None
-    if squares is not None:
-        error = squares.sqrt_().mul_(call.error_scale)
-    elif call.rule.needs_bridge:
-        error = bridge_error(query, keys, scores, call.scaling, call.accumulator.format.unit_roundoff)
-    if call.rule.needs_exact or call.observe is not None:
-        exact, _ = products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)
-    if distances is not None:
+
+    def exact() -> Tensor:
+        return products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)[0][None]
+
+    def distance(ahead: bool) -> Tensor:
         outputs = _apply(probabilities, value[:, seen.first : seen.last])
-        distance = distances.of(probabilities, outputs, seen.first, seen.last, sample, rows)
+        given = (probabilities, outputs, seen.first, seen.last, sample, rows)
+        return (distances.ahead if ahead else distances.output).of(*given)[None]
+
+    unit = call.accumulator.format.unit_roundoff
     tile = Tile(
         scores=scores[None],
         logits=logits[None],
         probabilities=probabilities[None],
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
-        error=None if error is None else error[None],
+        error=None if squares is None else (lambda: (squares.sqrt() * call.error_scale)[None]),
+        bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
         generator=call.generator,
-        exact=None if exact is None else exact[None],
-        distance=None if distance is None else distance[None],
+        exact=exact,
+        distance=None if call.ahead is None else lambda: distance(True),
+        output_distance=lambda: distance(False),
         layer=call.layer,
     )
     chosen = call.rule.select(tile)[0]
-    if call.observe is not None and exact is not None:
-        call.observe(Observation(sample, rows, seen.first, tile, chosen[None], exact[None]))
+    if call.observe is not None:
+        call.observe(Observation(sample, rows, seen.first, tile, chosen[None]))
     if bool(chosen.any()):
-        del tile, logits, slope, error, probabilities, exact, distance
+        del tile, logits, slope, probabilities, squares
         recompute(scores, query, keys, chosen, call.scaling)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
@@ -357,15 +359,24 @@ def _fill_blind_rows(out: Tensor, blind: Tensor, value: Tensor, sinks: Tensor | 
     out[blind] = mean[:, None, :].expand_as(out)[blind]
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softcap: float | None,
-    sinks: Tensor | None,
-    rule: Rule,
-    generator: torch.Generator | None,
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+    _check_operands(query, key, value)
+    rule, softcap, sinks = call.rule, call.softcap, call.sinks
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: it must be positive, or None")
+    if sinks is not None and sinks.dtype != torch.float32:
+        raise TypeError(f"sinks is {sinks.dtype}: attention simulates from float32, convert it first")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
+    if rule.needs_generator and call.generator is None:
+        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
+    if rule.reads_residual_stream and call.ahead is None:
+        raise ValueError(
+            f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
+        )
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}: attention simulates from float32, convert it first")
@@ -383,11 +394,3 @@ def _check(
         raise ValueError(
             f"query, key, value of shapes {shapes} don't fit: batch, heads, keys and size must agree"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap}: it must be positive, or None")
-    if sinks is not None and sinks.dtype != torch.float32:
-        raise TypeError(f"sinks is {sinks.dtype}: attention simulates from float32, convert it first")
-    if sinks is not None and sinks.shape != (query.shape[1],):
-        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
-    if rule.needs_generator and generator is None:
-        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")

@@ -12,7 +12,7 @@ from torchlamp.kernels.specification import Accumulation, Grid
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.linear import TINY, innermost, needs, select
+from torchlamp.simulation.linear import TINY
 
 _FLOAT32 = Accumulation(Grid())
 #: Smaller probabilities count as 0: 7000 keys together lose less than 1e-10 of the mass, and no product comes near the
@@ -63,39 +63,58 @@ def weighted_sums(probabilities: Tensor, value: Tensor, how: Values) -> tuple[Te
     kept = probabilities.masked_fill(probabilities < SMALLEST_PROBABILITY, 0.0)
     stacked = kept.reshape(groups, heads // groups * rows, keys)
     rule = how.rule
-    sums, squares = products(stacked, value, how.accumulator.accumulation, squares=needs(rule, "needs_error"))
+    sums, squares = products(
+        stacked, value, how.accumulator.accumulation, squares="squares" in rule.byproducts
+    )
     counts = torch.zeros(heads, rows, dtype=torch.int64, device=value.device)
     shape = (heads, rows, size)
     if not isinstance(rule, Nothing):
-        y = sums.view(shape)
-        error = exact = numerator = condition = None
-        if squares is not None:
-            error = squares.sqrt_().mul_(how.accumulator.format.unit_roundoff / 2).view(1, *shape)
-        if needs(rule, "needs_exact"):
-            exact = products(stacked, value, _FLOAT32)[0].view(1, *shape)
-        if needs(rule, "needs_condition"):
-            if innermost(rule).numerator == "cheap":
-                bound = stacked.norm(dim=-1, keepdim=True) * value.norm(dim=1, keepdim=True)
-            else:
-                bound = products(stacked, value.abs(), _FLOAT32)[0]
-            numerator = bound.view(1, *shape)
-            condition = numerator / y.abs()
-        tile = ElementTile(
-            scores=y[None],
-            visible=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=value.device).expand(1, *shape),
-            gain=_gain(y, how.next_norms)[None],
-            condition=condition,
-            numerator=numerator,
-            error=error,
-            exact=exact,
-            generator=how.generator,
-            layer=how.layer,
-        )
-        chosen = select(rule, tile)[0]
+        chosen = rule.select(_tile(stacked, value, sums.view(shape), squares, how))[0]
         counts = chosen.sum(dim=-1)
         if bool(counts.any()):
             recompute(sums, stacked, value, chosen.reshape(sums.shape))
     return sums.view(shape), counts
+
+
+def _tile(stacked: Tensor, value: Tensor, y: Tensor, squares: Tensor | None, how: Values) -> ElementTile:
+    """The tile of the sums y (heads, rows, value size); it computes the rest when a rule asks.
+
+    Parameters
+    ----------
+    stacked, value
+        The operands, (groups, heads / groups * rows, keys) and (groups, keys, value size).
+    y
+        The sums, (heads, rows, value size).
+    squares
+        Sums of the squared partial sums, the shape of the product; None where the rule needs none.
+    how
+        Accumulator and rule.
+    """
+    shape = (1, *y.shape)
+
+    def error(known: Tensor) -> Tensor:
+        return (known.sqrt() * (how.accumulator.format.unit_roundoff / 2)).view(shape)
+
+    def numerator() -> Tensor:
+        return products(stacked, value.abs(), _FLOAT32)[0].view(shape)
+
+    def cheap_numerator() -> Tensor:
+        bounds: Tensor = stacked.norm(dim=-1, keepdim=True) * value.norm(dim=1, keepdim=True)
+        return bounds.view(shape)
+
+    return ElementTile(
+        scores=y[None],
+        visible=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=value.device).expand(shape),
+        gain=_gain(y, how.next_norms)[None],
+        condition=lambda: numerator() / y.abs(),
+        cheap_condition=lambda: cheap_numerator() / y.abs(),
+        numerator=numerator,
+        cheap_numerator=cheap_numerator,
+        error=None if squares is None else lambda: error(squares),
+        exact=lambda: products(stacked, value, _FLOAT32)[0].view(shape),
+        generator=how.generator,
+        layer=how.layer,
+    )
 
 
 def _gain(y: Tensor, next_norms: Tensor | None) -> Tensor:

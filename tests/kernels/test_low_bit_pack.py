@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from lowbit_oracle import KINDS, LARGEST, blocks, pairs, quantise, shorts
 
 from operands import draw
-from torchlamp.decoding.matrix import LowBitMatrix
 from torchlamp.kernels import native, reference_lowbit
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 
 #: The fixtures only choose an implementation, once for all examples.
 over_shapes = settings(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lowbit_oracle import quantise, shorts
 
 from operands import NATIVE, draw, same_bits
-from torchlamp.decoding.matrix import LowBitMatrix
 from torchlamp.kernels import native, reference_lowbit
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 
 #: The fixtures only choose an implementation, once for all examples.
 over_shapes = settings(
