@@ -10,7 +10,10 @@ GUARDED = (
     "mlp_up=int12+output:0.0001, mlp_down=int8+output:0.0003, lm_head=int8+running:0.00001"
 )
 #: Everything but the linear layers in full precision, so that two ways of computing differ by little.
-STEADY = "scores=int8.center.hadamard+all, values=int8+all, qkv=int12, attention_out=int12, mlp_up=int8+all, mlp_down=int8+all"
+STEADY = (
+    "scores=int8.center.hadamard+all, values=int8+all, qkv=int12, attention_out=int12, mlp_up=int8+all, "
+    "mlp_down=int8+all"
+)
 
 
 def decoded(model, tokens, cache, prompt=9, mask=None):

@@ -87,14 +87,15 @@ def test_what_no_kernel_runs_is_named_with_the_nearest_that_runs(text, said, run
     with pytest.raises(ValueError) as error:
         settings(Policy.parse(text))
     message = str(error.value)
-    assert said in message and "\n" not in message
+    assert said in message
+    assert "\n" not in message
     assert message.endswith(f"the nearest policy that runs is '{runs}'")
     assert settings(Policy.parse(runs))
 
 
 def test_a_policy_of_no_site_with_a_kernel():
     with pytest.raises(
-        ValueError, match="site norm .* has no decoding kernel; sites with kernels are scores"
+        ValueError, match=r"site norm .* has no decoding kernel; sites with kernels are scores"
     ):
         settings(Policy.parse("norm=ps4"))
     assert nearest(Policy.parse("norm=ps4")) is None

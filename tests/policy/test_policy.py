@@ -208,6 +208,7 @@ def test_less_of_a_policy():
     policy = Policy.parse("scores=int8.center+running:0.1, values=int4+topz:0.1, lm_head=int8+running:0.1")
     assert str(policy.without("scores", "values")) == "lm_head=int8+running:0.1"
     assert str(policy.unguarded()) == "scores=int8.center, values=int4, lm_head=int8"
-    assert policy.has_stored and not Policy.parse("ps4, qkv=int8@ps4").has_stored
+    assert policy.has_stored
+    assert not Policy.parse("ps4, qkv=int8@ps4").has_stored
     with pytest.raises(ValueError, match="needs at least one site"):
         policy.without("scores", "values", "lm_head")
