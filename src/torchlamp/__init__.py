@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.accumulators import Accumulator
     from torchlamp.arithmetic.formats import Format
     from torchlamp.arithmetic.matmul import matmul
+    from torchlamp.arithmetic.operands import Operand
+    from torchlamp.arithmetic.quantise import quantise
     from torchlamp.arithmetic.rounding import round_to
     from torchlamp.evaluation.evaluate import evaluate
     from torchlamp.huggingface.lookahead import attach, detach, lookahead
@@ -33,6 +35,7 @@ _HOMES = {
     "DecodePolicy": "policy.decode_policy",
     "Format": "arithmetic.formats",
     "LookaheadCache": "huggingface.lookahead_cache",
+    "Operand": "arithmetic.operands",
     "Policy": "policy.policy",
     "Result": "results.result",
     "Rule": "rules.rule",
@@ -44,6 +47,7 @@ _HOMES = {
     "lookahead": "huggingface.lookahead",
     "matmul": "arithmetic.matmul",
     "prepare": "huggingface.prepare",
+    "quantise": "arithmetic.quantise",
     "round_to": "arithmetic.rounding",
 }
 
@@ -52,6 +56,7 @@ __all__ = [
     "DecodePolicy",
     "Format",
     "LookaheadCache",
+    "Operand",
     "Policy",
     "Result",
     "Rule",
@@ -64,6 +69,7 @@ __all__ = [
     "lookahead",
     "matmul",
     "prepare",
+    "quantise",
     "round_to",
 ]
 
