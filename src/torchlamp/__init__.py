@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.accumulators import Accumulator
     from torchlamp.arithmetic.formats import Format
     from torchlamp.arithmetic.matmul import matmul
+    from torchlamp.arithmetic.operands import Operand
+    from torchlamp.arithmetic.quantise import quantise
     from torchlamp.arithmetic.rounding import round_to
     from torchlamp.evaluation.evaluate import evaluate
     from torchlamp.huggingface.lookahead import attach, detach, lookahead
@@ -31,6 +33,7 @@ _HOMES = {
     "Accumulator": "arithmetic.accumulators",
     "Format": "arithmetic.formats",
     "LookaheadCache": "huggingface.lookahead_cache",
+    "Operand": "arithmetic.operands",
     "Policy": "policy.policy",
     "Result": "results.result",
     "Rule": "rules.rule",
@@ -42,6 +45,7 @@ _HOMES = {
     "lookahead": "huggingface.lookahead",
     "matmul": "arithmetic.matmul",
     "prepare": "huggingface.prepare",
+    "quantise": "arithmetic.quantise",
     "round_to": "arithmetic.rounding",
 }
 
@@ -49,6 +53,7 @@ __all__ = [
     "Accumulator",
     "Format",
     "LookaheadCache",
+    "Operand",
     "Policy",
     "Result",
     "Rule",
@@ -61,6 +66,7 @@ __all__ = [
     "lookahead",
     "matmul",
     "prepare",
+    "quantise",
     "round_to",
 ]
 
