@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from torchlamp.arithmetic.operands import Operand
-from torchlamp.policy.operand_names import code_bits
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
 from torchlamp.rules.condition import Output
@@ -147,7 +146,8 @@ def _wrong(site: str, part: SitePolicy) -> str | None:
 
 def _nearest(site: str, part: SitePolicy) -> SitePolicy:
     kernel, precision = KERNELS[site], part.precision
-    wanted = code_bits(precision.operand) if not precision.operand.is_float32 else 8
+    block = precision.operand.block
+    wanted = 8 if block is None else block.element_bits
     bits = next((b for b in kernel.bits if wanted <= b), kernel.bits[-1])
     kept = tuple(t for t in precision.transforms if str(t) in kernel.transforms)
     rule = part.rule if kernel.has(part.rule) else (kernel.rule or Nothing())

@@ -10,7 +10,6 @@ from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import NAMED, Format
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
-from torchlamp.policy.operand_names import operand as parse_operand
 
 T = TypeVar("T")
 _FLOAT32_SUMS = Accumulator.parse("fp32")
@@ -43,7 +42,7 @@ class Precision:
     operand: Operand = _FLOAT32_NUMBERS
     #: None for a stored operand: products are exact within a group and summed in float32 across groups.
     accumulator: Accumulator | None = None
-    #: In the order of `TRANSFORMS`, whatever order they are given in.
+    #: Applied in this order.
     transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,8 +50,7 @@ class Precision:
         for transform in given:
             if given.count(transform) > 1:
                 raise ValueError(f"transform {str(transform)!r} is named twice: name it once")
-        order = list(TRANSFORMS.values())
-        object.__setattr__(self, "transforms", tuple(sorted(given, key=order.index)))
+        object.__setattr__(self, "transforms", tuple(given))
         if self.accumulator is None and self.operand.is_float32:
             object.__setattr__(self, "accumulator", _FLOAT32_SUMS)
 
@@ -123,14 +121,14 @@ def _name_alone(name: str, spelling: str) -> tuple[Operand, Accumulator | None]:
     accumulator, _ = _tried(Accumulator.parse, name)
     if accumulator is not None and not _INTEGER.fullmatch(name):
         return _FLOAT32_NUMBERS, accumulator
-    operand, _ = _tried(parse_operand, name)
+    operand, _ = _tried(Operand.parse, name)
     if operand is not None:
         return operand, None
     raise _unknown(name, spelling, "neither an accumulator nor an operand")
 
 
 def _operand(name: str, spelling: str) -> Operand:
-    operand, _ = _tried(parse_operand, name)
+    operand, _ = _tried(Operand.parse, name)
     if operand is None:
         raise _unknown(name, spelling, "no operand, which stands before '@'")
     return operand
@@ -147,7 +145,7 @@ def _unknown(name: str, spelling: str, what: str) -> ValueError:
     """What is wrong with a name: its options, if what stands before them is known, or else all of it."""
     base, slash, _ = name.partition("/")
     if slash:
-        for parse in (Accumulator.parse, parse_operand):
+        for parse in (Accumulator.parse, Operand.parse):
             known, _ = _tried(parse, base)
             _, reason = _tried(parse, name)
             if known is not None and reason is not None:
