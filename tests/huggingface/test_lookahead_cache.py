@@ -60,8 +60,8 @@ def test_default_thresholds_are_close(llama, tokens):
     reference = expected(llama, ids, 30)
     errors = []
     for policy in (
-        "scores=int8.center, values=int8",
-        "scores=int8.center+running:0.001, values=int8+topz:0.003",
+        "scores=int8.center.hadamard, values=int8",
+        "scores=int8.center.hadamard+running:0.001, values=int8+topz:0.003",
     ):
         with prepare(llama, policy) as prepared:
             errors.append((steps(llama, prepared.cache(), ids, 30) - reference).norm())

@@ -24,7 +24,7 @@ from torchlamp.huggingface.decode_forwards import (
 from torchlamp.huggingface.decode_layer import LayerDecode, can_fuse, chain
 from torchlamp.huggingface.lookahead import NAME as SIMULATION
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate
-from torchlamp.huggingface.site_forwards import Forward, beneath, set_forward
+from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.decodable import Settings, settings
 from torchlamp.policy.policy import Policy, SitePolicy
@@ -269,7 +269,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
 
 def _put(prepared: Prepared, forward: Forward) -> None:
     module = forward.module
-    before = beneath(module)
+    before = own_forward(module)
     set_forward(module, forward)
     prepared._undo.append(lambda: set_forward(module, before))
 
