@@ -1,0 +1,15 @@
+"""Transforms: exact changes of the operands of a product before they are rounded or summed (docs/transforms.md)."""
+
+from torchlamp.arithmetic.transforms.balance import Balance
+from torchlamp.arithmetic.transforms.center import Center
+from torchlamp.arithmetic.transforms.hadamard import Hadamard
+from torchlamp.arithmetic.transforms.smooth import Smooth
+from torchlamp.arithmetic.transforms.sort import Sort
+from torchlamp.arithmetic.transforms.transform import TRANSFORMS, Change, Transform
+
+# A new transform is a line here; the order is that of lists.
+TRANSFORMS.update(
+    (transform.name, transform) for transform in (Center(), Sort(), Balance(), Hadamard(), Smooth())
+)
+
+__all__ = ["TRANSFORMS", "Change", "Transform"]
