@@ -34,6 +34,8 @@ class AttachedPolicy:
     value_norms: dict[int, Tensor] = field(default_factory=dict)
     #: What follows the heads of each layer, for rules at the site `scores` that look that far.
     aheads: dict[int, Ahead] = field(default_factory=dict)
+    #: The mean of each layer's keys, float32 (batch, key heads, size): of those that the sequence under way began with.
+    key_means: dict[int, Tensor] = field(default_factory=dict)
     #: Called with the layer and an observation of each of its attention tiles.
     observe: Observer | None = None
     #: The layers whose tiles are observed; None: all. The others keep the fused kernel.
@@ -57,6 +59,22 @@ class AttachedPolicy:
         if policy is None or not policy.rule.needs_generator:
             return None
         return self.statistics.generator(layer, step, site)
+
+    def key_mean(self, layer: int, key: Tensor, queries: int) -> Tensor:
+        """The mean that stored keys of a layer are less, as a look-ahead cache keeps it: (batch, key heads, size).
+
+        A call with as many keys (batch, key heads, keys, size) as queries begins a sequence: the mean of its keys. A
+        call that goes on with a cache has the mean that the sequence began with, or if there is none of its shape that
+        of the keys before the new ones. Numbers that aren't finite count as 0: they would take all keys along.
+        """
+        batch, heads, keys, size = key.shape
+        known = self.key_means.get(layer)
+        if keys == queries:
+            known = key.mean(2)
+        elif known is None or known.shape != (batch, heads, size):
+            known = key[:, :, : keys - queries].mean(2)
+        self.key_means[layer] = torch.where(known.isfinite(), known, 0.0)
+        return self.key_means[layer]
 
     def positions_of_last(self, length: int) -> Tensor:
         """Positions of the last `length` tokens, (batch or 1, length); counted from 0 where the model doesn't tell."""

@@ -145,10 +145,12 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
     return gate, up, out, _activation(sites.activation(layer))
 
 
-def mlp_decode(sites: Sites, number: int, up: Settings, down: Settings, statistics: Statistics) -> MlpDecode:
+def mlp_decode(
+    sites: Sites, number: int, up: Settings, down: Settings, statistics: Statistics, full: torch.dtype
+) -> MlpDecode:
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
-    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits)
+    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits, full)
     return MlpDecode(layer.mlp, mlp, (up.threshold, down.threshold), statistics, number)  # type: ignore[arg-type]
 
 

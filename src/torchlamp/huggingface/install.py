@@ -14,14 +14,18 @@ from torchlamp.huggingface.site_forwards import (
     group_forwards,
 )
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.stored_groups import StoredDown, StoredGroup, StoredHead, StoredNeurons
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.activation import activated, gated
 from torchlamp.simulation.linear import HeadVectors
+from torchlamp.simulation.stored_mlp import OutputSize
 from torchlamp.simulation.vocabulary import Vocabulary
 
 #: Sites that run in the attention function; all others in replaced forwards.
 IN_ATTENTION = ("scores", "values")
 _RESIDUAL = ("attention_out", "mlp_down")
+#: Transforms that stored keys take.
+_OF_STORED_KEYS = ("center", "hadamard")
 
 
 def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
@@ -66,10 +70,17 @@ def _check_simulated(policies: dict[str, SitePolicy]) -> None:
     """Refuse what the simulation would otherwise pass over in silence."""
     for site, policy in policies.items():
         precision = policy.precision
-        if not precision.operand.is_float32 or precision.transforms:
+        stored_keys = site == "scores" and precision.is_stored
+        for transform in precision.transforms:
+            if not (stored_keys and str(transform) in _OF_STORED_KEYS):
+                raise ValueError(
+                    f"'{precision}' at site {site}: the simulation doesn't run {transform} there; it runs "
+                    f"{' and '.join(_OF_STORED_KEYS)} at scores with a stored operand"
+                )
+        if site == "scores" and not (precision.is_stored or precision.operand.is_float32):
             raise ValueError(
-                f"'{precision}' at site {site}: the simulation runs accumulators with float32 operands and without "
-                f"transforms, for example '{precision.sums}'; `prepare` runs stored operands"
+                f"'{precision}' at site scores: the simulation runs accumulators with float32 operands there, for "
+                f"example '{precision.sums}', and stored operands, for example '{precision.operand}'"
             )
 
 
@@ -78,23 +89,51 @@ def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module
         site: policy for site in attached.policies if (policy := attached.policy(site, number)) is not None
     }
     forwards: list[Forward] = []
-    if "values" in policies:
+    if "values" in policies and not policies["values"].precision.is_stored:
         attached.value_norms[number] = _value_norms(sites, layer)
     if "qkv" in policies:
-        group = LinearGroup(attached, "qkv", number, policies["qkv"])
+        group = _group(attached, "qkv", number, policies["qkv"])
         group.next_function = HeadVectors(sites.head_size(layer))
         forwards += _install(sites, group, sites.qkv(layer))
-    if "mlp_up" in policies:
-        group = LinearGroup(attached, "mlp_up", number, policies["mlp_up"])
-        modules, is_gated = sites.mlp_up(layer)
-        rows = sites.weights(sites.mlp_down(layer)).matrix
-        look = gated if is_gated else activated
-        group.next_function = look(sites.activation(layer), rows.detach().norm(dim=1))
-        forwards += _install(sites, group, modules)
+    forwards += _mlp(sites, attached, number, layer, policies)
+    if "mlp_down" in policies and policies["mlp_down"].precision.is_stored:
+        del policies["mlp_down"]  # it looks at its own columns, not at the stream
     far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
         forwards += _residual_stream(sites, attached, number, layer, policies)
     return forwards
+
+
+def _mlp(
+    sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
+) -> list[Forward]:
+    """The up projection, and the down projection if it is stored."""
+    up, down = policies.get("mlp_up"), policies.get("mlp_down")
+    size = OutputSize() if down is not None and down.precision.is_stored else None
+    forwards: list[Forward] = []
+    if up is not None:
+        modules, is_gated = sites.mlp_up(layer)
+        phi, module = sites.activation(layer), sites.mlp_down(layer)
+        if up.precision.is_stored:
+            neurons = StoredNeurons(attached, "mlp_up", number, up)
+            neurons.phi, neurons.gated, neurons.down = phi, is_gated, module
+            neurons.size = size
+            forwards += _install(sites, neurons, modules)
+        else:
+            group = LinearGroup(attached, "mlp_up", number, up)
+            look = gated if is_gated else activated
+            group.next_function = look(phi, sites.weights(module).matrix.detach().norm(dim=1))
+            forwards += _install(sites, group, modules)
+    if size is not None and down is not None:
+        columns = StoredDown(attached, "mlp_down", number, down)
+        columns.size = size
+        forwards += _install(sites, columns, [sites.mlp_down(layer)])
+    return forwards
+
+
+def _group(attached: AttachedPolicy, site: str, number: int, policy: SitePolicy) -> LinearGroup:
+    kind = StoredGroup if policy.precision.is_stored else LinearGroup
+    return kind(attached, site, number, policy)
 
 
 def _residual_stream(
@@ -126,7 +165,7 @@ def _residual_stream(
         final = sites.final_norm()
         forwards.append(NormForward(final, attached, number, sites.norm(final, size), norm_policy, None))
     if "attention_out" in policies:
-        group = LinearGroup(attached, "attention_out", number, policies["attention_out"])
+        group = _group(attached, "attention_out", number, policies["attention_out"])
         following = norms.mlp if norms.after_attention is None else norms.after_attention
         group.norm = sites.norm(following[1], size)
         group.residual = streams["attention_out"] if norms.after_attention is None else None
@@ -150,6 +189,8 @@ def _lm_head(sites: Sites, attached: AttachedPolicy) -> list[Forward]:
     if policy is None:
         return []
     head, softcap = sites.lm_head()
+    if policy.precision.is_stored:
+        return _install(sites, StoredHead(attached, "lm_head", -1, policy), [head])
     group = LinearGroup(attached, "lm_head", -1, policy)
     group.next_function = Vocabulary(softcap)
     return _install(sites, group, [head])

@@ -20,6 +20,13 @@ _FULL = {"float16": torch.float16, "float32": torch.float32}
 _SLACK = 256
 
 
+def full_dtype(full: str) -> torch.dtype:
+    """The dtype of copies in full by its name. ValueError for another than float16 and float32."""
+    if full not in _FULL:
+        raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
+    return _FULL[full]
+
+
 class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer; with a sliding window it keeps what the window's next queries can see."""
 
@@ -239,8 +246,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         hadamard: bool | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        if full not in _FULL:
-            raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
+        full_numbers = full_dtype(full)
         key_settings = site_settings("scores", SitePolicy.parse(scores))
         value_settings = site_settings("values", SitePolicy.parse(values))
         text = config.get_text_config(decoder=True)
@@ -249,7 +255,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             center = key_settings.center or not named
         if hadamard is None:
             hadamard = key_settings.hadamard if named else can_rotate(config)
-        options = StoreOptions(key_settings.bits, value_settings.bits, _FULL[full], center, hadamard)
+        options = StoreOptions(key_settings.bits, value_settings.bits, full_numbers, center, hadamard)
         kinds = getattr(text, "layer_types", None)
         window = getattr(text, "sliding_window", None)
         if kinds is None:

@@ -23,7 +23,7 @@ from torchlamp.huggingface.decode_forwards import (
 )
 from torchlamp.huggingface.decode_layer import LayerDecode, can_fuse, chain
 from torchlamp.huggingface.lookahead import NAME as SIMULATION
-from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate
+from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, full_dtype
 from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.decodable import Settings, settings
@@ -138,7 +138,7 @@ def prepare(
     top : int
         So many largest logits are provably those of the full-precision head.
     full : str
-        Of `LookaheadCache`: ``"float16"`` or ``"float32"`` for its copies in full.
+        ``"float16"`` or ``"float32"`` for what is copied in full: keys and values, and columns of the down projections.
     center, hadamard : bool, optional
         Apply the transform at `scores`, or don't, whatever the policy names; None leaves it to the policy.
 
@@ -253,7 +253,9 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
                 groups.append(group)
                 memory.low_bit += group.matrix.bytes
         if "mlp_up" in told:
-            mlp = mlp_decode(sites, number, told["mlp_up"], told["mlp_down"], statistics)
+            mlp = mlp_decode(
+                sites, number, told["mlp_up"], told["mlp_down"], statistics, full_dtype(prepared.full)
+            )
             forwards.append(mlp)
             low, full = mlp.mlp.bytes
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full

@@ -10,6 +10,7 @@ from torchlamp.huggingface.attached_policy import AttachedPolicy, LayerContext, 
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.attention import AttentionCall, AttentionResult, attend
+from torchlamp.simulation.stored_attention import KeyStorage, StoredValues
 from torchlamp.simulation.values import Values
 from torchlamp.simulation.visibility import visibility
 
@@ -94,12 +95,13 @@ def lamp_attention(
         call = replace(
             _call(attached, layer, step, query.shape[-1] ** -0.5 if scaling is None else float(scaling)),
             seen=seen,
+            keys=_keys(attached, layer, key, query.shape[2]),
             softcap=kwargs.get("softcap") or None,
             sinks=kwargs.get("s_aux"),
         )
         result = attend(query, key, value, call)
         positions = result.last_key if position_ids is None else position_ids
-        _record(attached, layer, result, positions, value.shape[-1])
+        _record(attached, layer, result, positions, value.shape)
     return forward_only(result.output, query, key, value), None
 
 
@@ -136,15 +138,14 @@ def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> At
     """
     scores, values = attached.policy("scores", layer), attached.policy("values", layer)
     policy = scores or _FLOAT32
-    summed = None
+    summed: Values | StoredValues | None = None
     if values is not None:
-        summed = Values(
-            values.accumulate,
-            values.rule,
-            attached.value_norms.get(layer),
-            attached.generator(values, "values", layer, step),
-            layer,
-        )
+        generator, operand = attached.generator(values, "values", layer, step), values.precision.operand
+        if values.precision.is_stored:
+            summed = StoredValues(operand, values.rule, generator, layer)
+        else:
+            norms = attached.value_norms.get(layer)
+            summed = Values(values.accumulate, values.rule, norms, generator, layer, operand)
     return AttentionCall(
         accumulator=policy.accumulate,
         rule=policy.rule,
@@ -158,8 +159,18 @@ def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> At
     )
 
 
+def _keys(attached: AttachedPolicy, layer: int, key: Tensor, queries: int) -> KeyStorage | None:
+    """How the scores of a layer read the keys (batch, key heads, keys, size); None: as they are."""
+    policy = attached.policy("scores", layer)
+    if policy is None or not policy.precision.is_stored:
+        return None
+    precision = policy.precision
+    mean = attached.key_mean(layer, key, queries) if precision.has("center") else None
+    return KeyStorage(precision.operand, mean, precision.has("hadamard"))
+
+
 def _record(
-    attached: AttachedPolicy, layer: int, result: AttentionResult, positions: Tensor, value_size: int
+    attached: AttachedPolicy, layer: int, result: AttentionResult, positions: Tensor, values: torch.Size
 ) -> None:
     """Count one call at the sites `scores` and `values`, where the policy names them."""
     statistics = attached.statistics
@@ -168,7 +179,11 @@ def _record(
     if result.blocks is not None:
         statistics.record_blocks(result.blocks)
     if result.values_selected is not None:
-        eligible = (result.eligible > 0).long() * value_size
+        policy = attached.policy("values", layer)
+        if policy is not None and policy.precision.is_stored:
+            eligible = result.eligible[:, :: result.eligible.shape[1] // values[1]]
+        else:
+            eligible = (result.eligible > 0).long() * values[-1]
         statistics.record("values", layer, result.values_selected, eligible, positions)
 
 

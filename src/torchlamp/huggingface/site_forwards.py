@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.linear import LookAhead, Weights, linears
+from torchlamp.simulation.linear import LinearResult, LookAhead, Weights, linears
 from torchlamp.simulation.norms import Norm, Normed, norm_input
+from torchlamp.simulation.stored import QuantisedMatrix
 
 
 class Forward(ABC):
@@ -150,11 +151,12 @@ class LinearGroup:
         self.norm: Norm | None = None
         self.residual: Residual | None = None
         self._maps: list[Weights] = []
+        self._copies: list[QuantisedMatrix] = []
         self._pending: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy takes over: not the views of the weights, which the copy's modules have copies of."""
-        return {**vars(self), "_maps": [], "_pending": None}
+        return {**vars(self), "_maps": [], "_copies": [], "_pending": None}
 
     @property
     def maps(self) -> list[Weights]:
@@ -172,22 +174,33 @@ class LinearGroup:
             return output
         check_float32(module, x)
         positions = self.attached.positions_of_last(x.shape[-2])
-        result = linears(
-            x,
-            self.maps,
-            accumulator=self.policy.accumulate,
-            rule=self.policy.rule,
-            next_function=self._next_function(),
-            generator=self.attached.generator(self.policy, self.site, self.layer, last_step(positions)),
-            layer=self.layer,
-        )
+        generator = self.attached.generator(self.policy, self.site, self.layer, last_step(positions))
+        result = self.compute(x.detach(), generator)
         record(self.attached, self.site, self.layer, result.eligible, result.selected, positions)
         outputs = dict(enumerate(result.outputs))
         output = outputs.pop(index)
         self._pending = (x, outputs) if outputs else None
         return output
 
-    def _next_function(self) -> LookAhead:
+    def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
+        """All layers of the group, under the site's policy."""
+        operand = self.policy.precision.operand
+        if not operand.is_float32 and not self._copies:
+            self._copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in self.maps]
+        return linears(
+            x,
+            self.maps,
+            accumulator=self.policy.accumulate,
+            rule=self.policy.rule,
+            next_function=self.looks_ahead(),
+            generator=generator,
+            layer=self.layer,
+            operand=operand,
+            copies=self._copies or None,
+        )
+
+    def looks_ahead(self) -> LookAhead:
+        """What follows the layers; a residual stream is forgotten with the call."""
         if self.next_function is not None:
             return self.next_function
         assert self.norm is not None

@@ -24,6 +24,16 @@ from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import Ahead, SampleDistances, bridge_error
 from torchlamp.simulation.blocks import mark_blocks
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
+from torchlamp.simulation.stored_attention import (
+    KeyStorage,
+    Softmax,
+    StoredKeys,
+    StoredValues,
+    Weighed,
+    apply,
+    stored_sums,
+    weigh,
+)
 from torchlamp.simulation.values import Values, weighted_sums
 from torchlamp.simulation.visibility import Visibility, Window, window
 
@@ -100,8 +110,10 @@ class AttentionCall:
     generator: torch.Generator | None = None
     #: Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     observe: Callable[[Observation], None] | None = None
-    #: How the values are summed; None: in float32.
-    values: Values | None = None
+    #: How the values are summed, or read; None: in float32.
+    values: Values | StoredValues | None = None
+    #: How the keys are stored; the accumulator isn't used then. None: as they are.
+    keys: KeyStorage | None = None
     #: What follows the heads' outputs; rules that look as far as the residual stream need it.
     ahead: Ahead | None = None
     #: Number of the layer, for rules that choose by it.
@@ -194,7 +206,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
 def _fused(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
-    if form is None or call.seen.bias is not None or call.observe is not None or call.values is not None:
+    plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
+    if form is None or not plain:
         return None
     result = fused_attention(
         query,
@@ -228,7 +241,10 @@ def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
     eligible = torch.zeros(batch, heads, queries, dtype=torch.int64, device=query.device)
     selected = torch.zeros_like(eligible)
     last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
-    values_selected = None if call.values is None else torch.zeros_like(selected)
+    values_selected = None
+    if call.values is not None:
+        counted_heads = key.shape[1] if isinstance(call.values, StoredValues) else heads
+        values_selected = selected.new_zeros(batch, counted_heads, queries)
     marks = None
     if call.blocks:
         counted = (batch, heads, queries, -(-key.shape[2] // BLOCK_KEYS))
@@ -239,24 +255,30 @@ def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
     for sample in range(batch):
         for own, start in zip(generators, starts, strict=True):
             own.set_state(start)
-        distances = SampleDistances(value[sample], heads, call.ahead)
+        sources = _Sources(
+            key[sample],
+            value[sample],
+            SampleDistances(value[sample], heads, call.ahead),
+            None if call.keys is None else call.keys.store(key[sample], sample),
+            None if call.values is None else call.values.stored(value[sample]),
+        )
         for first in range(0, queries, TILE_ROWS):
             rows = range(first, min(first + TILE_ROWS, queries))
             at = slice(rows.start, rows.stop)
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
-                tile = (query[sample, :, at], key[sample], value[sample])
-                probabilities, visible, chosen = _tile(call, *tile, sample, rows, seen, distances)
-                shown = tile[2][:, seen.first : seen.last]
-                if call.values is None or values_selected is None:
-                    out = _apply(probabilities, shown)
-                else:
-                    out, values_selected[sample, :, at] = weighted_sums(probabilities, shown, call.values)
-                eligible[sample, :, at] = visible.sum(dim=-1)
-                selected[sample, :, at] = chosen.sum(dim=-1)
+                weigh_tile = _tile if sources.keys is None else _stored_tile
+                weighed = weigh_tile(call, query[sample, :, at], sources, sample, rows, seen)
+                out, counts = _values(call.values, weighed, sources, seen)
+                if values_selected is not None and counts is not None:
+                    values_selected[sample, :, at] = counts
+                eligible[sample, :, at] = weighed.visible.sum(dim=-1)
+                selected[sample, :, at] = weighed.chosen.sum(dim=-1)
                 if marks is not None:
-                    marks[sample, :, at] = mark_blocks(visible, chosen, seen.first, key.shape[2])
-                last_key[sample, at] = _last_visible(visible, seen.first)
+                    marks[sample, :, at] = mark_blocks(
+                        weighed.visible, weighed.chosen, seen.first, key.shape[2]
+                    )
+                last_key[sample, at] = _last_visible(weighed.visible, seen.first)
             else:
                 out = query.new_zeros(heads, len(rows), value.shape[-1])
             if seen.visible is not None or seen.last == seen.first:
@@ -265,18 +287,72 @@ def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
     return AttentionResult(output, eligible, selected, last_key, values_selected, marks)
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """What all tiles of one sample read: keys and values (key heads, keys, size), and how they are stored."""
+
+    key: Tensor
+    value: Tensor
+    distances: SampleDistances
+    keys: StoredKeys | None
+    #: The numbers that the stored values stand for.
+    low_value: Tensor | None
+
+
+def _values(
+    how: Values | StoredValues | None, weighed: Weighed, sources: _Sources, seen: Window
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of the values of a tile, and what of them was recomputed or read in full."""
+    shown = sources.value[:, seen.first : seen.last]
+    if how is None or sources.low_value is None:
+        return apply(weighed.probabilities, shown), None
+    if isinstance(how, StoredValues):
+        return stored_sums(weighed, shown, sources.low_value[:, seen.first : seen.last], how)
+    return weighted_sums(weighed.probabilities, shown, how, sources.low_value, seen.first)
+
+
+def _stored_tile(
+    call: AttentionCall, query: Tensor, sources: _Sources, sample: int, rows: range, seen: Window
+) -> Weighed:
+    """The same as `_tile`, from stored keys."""
+    assert sources.keys is not None
+    shown = slice(seen.first, seen.last)
+    scores, error = sources.keys.scores(query, seen.first, seen.last, call.scaling)
+
+    def distances(probabilities: Tensor, ahead: bool) -> Tensor:
+        outputs = apply(probabilities, sources.value[:, shown])
+        given = (probabilities, outputs, seen.first, seen.last, sample, rows)
+        return (sources.distances.ahead if ahead else sources.distances.output).of(*given)
+
+    def observe(tile: Tile, chosen: Tensor) -> None:
+        if call.observe is not None:
+            call.observe(Observation(sample, rows, seen.first, tile, chosen))
+
+    visible = seen.visible
+    if visible is None:
+        visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
+    return weigh(
+        scores,
+        error,
+        query,
+        sources.key[:, shown].transpose(1, 2),
+        visible,
+        Softmax(call.softcap, _bias(call.seen.bias, sample, rows, seen), call.sinks),
+        rule=call.rule,
+        scaling=call.scaling,
+        generator=call.generator,
+        layer=call.layer,
+        distances=distances,
+        observe=observe,
+    )
+
+
 def _tile(
-    call: AttentionCall,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sample: int,
-    rows: range,
-    seen: Window,
-    distances: SampleDistances,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, visible and selected of one tile, each (heads, rows, keys); visible can have 1 head."""
-    keys = key[:, seen.first : seen.last].transpose(1, 2)
+    call: AttentionCall, query: Tensor, sources: _Sources, sample: int, rows: range, seen: Window
+) -> Weighed:
+    """Probabilities, visible and selected of one tile."""
+    value, distances = sources.value, sources.distances
+    keys = sources.key[:, seen.first : seen.last].transpose(1, 2)
     causal = rows.start - seen.first if call.seen.causal else None
     scores, squares = products(
         query,
@@ -299,7 +375,7 @@ def _tile(
         return products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)[0][None]
 
     def distance(ahead: bool) -> Tensor:
-        outputs = _apply(probabilities, value[:, seen.first : seen.last])
+        outputs = apply(probabilities, value[:, seen.first : seen.last])
         given = (probabilities, outputs, seen.first, seen.last, sample, rows)
         return (distances.ahead if ahead else distances.output).of(*given)[None]
 
@@ -326,15 +402,7 @@ def _tile(
         recompute(scores, query, keys, chosen, call.scaling)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
-    return probabilities, visible, chosen
-
-
-def _apply(probabilities: Tensor, value: Tensor) -> Tensor:
-    """Weighted sums of the values: the queries of a group are stacked, so that values aren't repeated."""
-    heads, rows, keys = probabilities.shape
-    groups = value.shape[0]
-    stacked = probabilities.reshape(groups, heads // groups * rows, keys)
-    return torch.matmul(stacked, value).reshape(heads, rows, value.shape[-1])
+    return Weighed(probabilities, visible, chosen)
 
 
 def _bias(bias: Tensor | None, sample: int, rows: range, seen: Window) -> Tensor | None:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.rounding import round_to_grid
@@ -30,12 +32,14 @@ from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Everything, Nothing
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
+from torchlamp.simulation.stored import QuantisedMatrix, expected_errors
 
 #: Entries of a chunk of rows: a vocabulary of 262144 is worked on 64 rows at a time.
 CHUNK_ENTRIES = 2**24
 #: Share of recomputed entries from which a full float32 pass is faster than one inner product after the other.
 _DENSE = 0.05
 _FLOAT32 = Accumulation(Grid())
+_AS_THEY_ARE = Operand()
 #: Keeps a division by the norm of a zero row from giving NaN: 0 / tiny is 0.
 TINY = torch.finfo(torch.float32).tiny
 
@@ -218,6 +222,8 @@ def linears(
     next_function: LookAhead,
     generator: torch.Generator | None = None,
     layer: int = 0,
+    operand: Operand = _AS_THEY_ARE,
+    copies: Sequence[QuantisedMatrix] | None = None,
 ) -> LinearResult:
     """Several linear maps of one input whose outputs one function combines (gate and up of a GLU), see `linear`.
 
@@ -225,7 +231,12 @@ def linears(
     result rounded once more. Recomputed entries are float32 FMAs in the same order, plus the bias in float32. Rows
     don't influence each other, except that random rules draw once for all samples (the first dimension of an x of
     three dimensions or more).
+
+    With an operand, inputs and weights are quantised to it before they are multiplied, and recomputed entries have
+    full-precision operands; `copies` are the weights' (`QuantisedMatrix.store`), made anew where they aren't given.
     """
+    if copies is None and not operand.is_float32:
+        copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in maps]
     _check(x, maps)
     if rule.needs_generator and generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
@@ -243,7 +254,11 @@ def linears(
             generator.set_state(start)
         for first in range(sample * length, (sample + 1) * length, chunk):
             rows = slice(first, min(first + chunk, (sample + 1) * length))
-            pieces = [_Sums(flat[rows], m, accumulator, rule) for m in maps]
+            low = None if operand.is_float32 else quantise(flat[rows], operand)
+            kept = [None] * len(maps) if copies is None else copies
+            pieces = [
+                _Sums(flat[rows], m, accumulator, rule, low, copy) for m, copy in zip(maps, kept, strict=True)
+            ]
             selected[rows] = _look_ahead(pieces, rows, rule, next_function, generator, layer)
             for output, piece in zip(outputs, pieces, strict=True):
                 output[rows] = piece.y
@@ -290,12 +305,22 @@ def _look_ahead(
 class _Sums:
     """The sums of some rows with one map, and what is known about them."""
 
-    def __init__(self, x: Tensor, weights: Weights, accumulator: Accumulator, rule: Rule) -> None:
-        self.x, self.weights = x, weights
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Weights,
+        accumulator: Accumulator,
+        rule: Rule,
+        low: Tensor | None = None,
+        copy: QuantisedMatrix | None = None,
+    ) -> None:
+        self.x, self.weights, self._low, self._copy = x, weights, low, copy
         self._unit_roundoff = accumulator.format.unit_roundoff
         form = accumulator.accumulation
         squares = "squares" in rule.byproducts
-        sums, running = products(x[None], weights.matrix.detach()[None], form, squares=squares)
+        entering = x if low is None else low
+        matrix = weights.matrix.detach() if copy is None else copy.values.T
+        sums, running = products(entering[None], matrix[None], form, squares=squares)
         self.y, self._squares = sums[0], None if running is None else running[0]
         if weights.bias is not None:
             self.y = round_to_grid(self.y + weights.bias.detach(), form.result)
@@ -305,9 +330,16 @@ class _Sums:
 
     @property
     def error(self) -> Tensor:
-        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums), a by-product of the low pass."""
+        """Expected error: (u / 2) sqrt(sum of the squared partial sums), and that of quantised operands."""
         assert self._squares is not None, "the low pass ran without the by-product 'squares'"
-        return self._squares.sqrt().mul_(self._unit_roundoff / 2)
+        rounding = self._squares.sqrt().mul_(self._unit_roundoff / 2)
+        if self._low is None or self._copy is None:
+            return rounding
+        of_weights = expected_errors(self.x, self._copy.errors)
+        left: Tensor = torch.linalg.vector_norm(self.x - self._low, dim=-1, keepdim=True)
+        of_input = self.weights.norms * (left / self.x.shape[-1] ** 0.5)
+        squares: Tensor = rounding.square() + of_weights.square() + of_input.square()
+        return squares.sqrt_()
 
     @property
     def bridge_error(self) -> Tensor:

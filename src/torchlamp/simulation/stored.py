@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchlamp.arithmetic.operands import Operand, quantise
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
 from torchlamp.kernels.constants import GROUP
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.kernels.products import products
-from torchlamp.kernels.reference_lowbit import quantise_rows, quantise_vector
+from torchlamp.kernels.reference_lowbit import quantise_vector
 from torchlamp.kernels.specification import Accumulation, Grid
 
 #: Sums in float32, one FMA after the other.
@@ -79,12 +80,7 @@ def store_matrix(weight: Tensor, operand: Operand) -> StoredMatrix:
 
 def stored_values(x: Tensor, operand: Operand) -> Tensor:
     """The numbers that stored ones stand for: float32, the shape of `x`; sums run along the last dimension."""
-    if operand.kernel_bits is None:
-        return quantise(x, operand)
-    codes, patterns = quantise_rows(x.reshape(-1, x.shape[-1]).contiguous(), operand.kernel_bits)
-    scales = (patterns.to(torch.int32) << 16).view(torch.float32)
-    groups = codes.view(*scales.shape, GROUP).float() * scales[..., None]
-    return groups.flatten(1)[:, : x.shape[-1]].reshape(x.shape)
+    return quantise(x, operand)
 
 
 def rounded_vectors(x: Tensor) -> Tensor:

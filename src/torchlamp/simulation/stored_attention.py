@@ -4,6 +4,7 @@
 the weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torchlamp.kernels.constants import SKIP, SURPRISE, VANISHED
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.reference_decoding import hadamard
+from torchlamp.rules.answers import Answer
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
@@ -87,19 +89,42 @@ class StoredKeys:
         return scores, errors * (lengths * (abs(scaling) / size**0.5))
 
 
+@dataclass(frozen=True)
+class KeyStorage:
+    """How an attention call reads its keys: from copies in an operand, the scores that its rule picks in full.
+
+    `mean` is float32 (batch, key heads, size), taken from the keys before they are stored (the transform `center`);
+    `rotated` stores them times the Hadamard matrix (`hadamard`).
+    """
+
+    operand: Operand
+    mean: Tensor | None = None
+    rotated: bool = False
+
+    def store(self, key: Tensor, sample: int) -> StoredKeys:
+        """The stored keys of one sample, from float32 (key heads, keys, size)."""
+        mean = None if self.mean is None else self.mean[sample]
+        return StoredKeys.store(key, self.operand, mean, self.rotated)
+
+
 class Weighed(NamedTuple):
     """Probabilities of a tile, (heads, rows, keys) each; `visible` can have 1 head.
 
     `probabilities` are those after recomputation; `known` is the same over the sum of exponentials before it, the one
     that there is when values are chosen. `misled` (heads, rows, 1) are rows that are done again in full precision,
-    because recomputation changed them by more than their low-bit scores could tell.
+    because recomputation changed them by more than their low-bit scores could tell. None: no difference, no row.
     """
 
     probabilities: Tensor
-    known: Tensor
     visible: Tensor
     chosen: Tensor
-    misled: Tensor
+    known: Tensor | None = None
+    misled: Tensor | None = None
+
+
+#: From the probabilities of a tile and whether to look as far as the residual stream, how far each value is from the
+#: output: float32 (heads, rows, keys).
+Distances = Callable[[Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,6 +141,7 @@ class Softmax:
 def weigh(
     scores: Tensor, error: Tensor, query: Tensor, keys: Tensor, visible: Tensor, softmax: Softmax, *,
     rule: Rule, scaling: float, generator: torch.Generator | None = None, layer: int = 0,
+    distances: Distances | None = None, observe: Callable[[Tile, Tensor], None] | None = None,
 ) -> Weighed:  # fmt: skip
     """Look ahead from low-bit scores, and recompute what matters from full-precision keys.
 
@@ -133,6 +159,10 @@ def weigh(
         Softcap, bias and sinks.
     rule, scaling, generator, layer
         As for an attention call.
+    distances : callable, optional
+        For rules that look through the values.
+    observe : callable, optional
+        Called with the tile and what is chosen.
     """
     shown = visible.expand(scores.shape)
     odd = ~scores.isfinite() & shown
@@ -146,6 +176,9 @@ def weigh(
     def exact() -> Tensor:
         return products(query, keys, FLOAT32, scaling=scaling)[0][None]
 
+    def distance(ahead: bool) -> Answer:
+        return None if distances is None else (lambda: distances(z, ahead)[None])
+
     tile = StoredTile(
         scores=scores[None],
         logits=logits[None],
@@ -155,9 +188,14 @@ def weigh(
         error=error[None],
         generator=generator,
         exact=exact,
+        bridge_error=error[None],
+        distance=distance(True),
+        output_distance=distance(False),
         layer=layer,
     )
     chosen = rule.select(tile)[0] | odd
+    if observe is not None:
+        observe(tile, chosen[None])
     better = logits
     if bool(chosen.any()):
         again = low.clone()
@@ -168,7 +206,7 @@ def weigh(
         chosen = torch.where(misled, shown, chosen)
         recompute(low, query, keys, chosen, scaling)
         better, _ = capped_logits(low, softmax.softcap, softmax.bias)
-    return Weighed(visible_softmax(better, hidden, softmax.sinks), known, visible, chosen, misled)
+    return Weighed(visible_softmax(better, hidden, softmax.sinks), visible, chosen, known, misled)
 
 
 def _after(before: Tensor, after: Tensor, hidden: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,6 +238,10 @@ class StoredValues:
     generator: torch.Generator | None = None
     layer: int = 0
 
+    def stored(self, value: Tensor) -> Tensor:
+        """The numbers that stored values float32 (key heads, keys, value size) stand for; groups run along the size."""
+        return stored_values(value, self.operand)
+
 
 def stored_sums(weighed: Weighed, value: Tensor, low: Tensor, how: StoredValues) -> tuple[Tensor, Tensor]:
     """Sums of values weighted by probabilities, from the copy or from the full-precision value.
@@ -220,7 +262,8 @@ def stored_sums(weighed: Weighed, value: Tensor, low: Tensor, how: StoredValues)
     -------
     float32 (heads, rows, value size), and the values read in full, int64 (key heads, rows).
     """
-    z, known = weighed.probabilities, weighed.known
+    z = weighed.probabilities
+    known = z if weighed.known is None else weighed.known
     heads, rows, keys = z.shape
     groups = value.shape[0]
     shown = weighed.visible.expand(z.shape)
@@ -239,7 +282,7 @@ def stored_sums(weighed: Weighed, value: Tensor, low: Tensor, how: StoredValues)
     large = shared.repeat_interleave(heads // groups, dim=0)
     tiny = known <= SKIP / shown.sum(dim=-1, keepdim=True)
     counts = shared.sum(dim=-1)
-    full = large | weighed.misled
+    full = large if weighed.misled is None else large | weighed.misled
     short = torch.where(full | tiny, 0.0, z)
     out = apply(short, low.nan_to_num(0.0))
     if bool(full.any()):

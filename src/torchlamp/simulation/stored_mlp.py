@@ -16,7 +16,7 @@ from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
 from torchlamp.simulation.activation import Activation, derivative
-from torchlamp.simulation.linear import LinearResult
+from torchlamp.simulation.linear import LinearResult, Weights
 from torchlamp.simulation.stored import FLOAT32
 from torchlamp.simulation.stored_linear import StoredWeights
 
@@ -124,7 +124,7 @@ class StoredColumns:
     @cached_property
     def norms(self) -> Tensor:
         """|c_j| of every column, float32 (neurons,)."""
-        return _norms(self.weights.full.matrix.detach())
+        return column_norms(self.weights.full)
 
     @cached_property
     def errors(self) -> Tensor:
@@ -202,6 +202,11 @@ def neuron_tile(
         cheap_numerator=error,
         bridge_error=error,
     )
+
+
+def column_norms(down: Weights) -> Tensor:
+    """|c_j| of every column of a down projection, float32 (neurons,)."""
+    return _norms(down.matrix.detach())
 
 
 def _norms(columns: Tensor) -> Tensor:
