@@ -40,6 +40,7 @@ void bind_constants(nb::module_& m) {
   constants["largest_short"] = kLargestShort;
   constants["surprise"] = kSurprise;
   constants["vanished"] = kVanished;
+  constants["skip"] = kSkip;
   constants["append_overflow"] = static_cast<int>(append_overflow);
   constants["append_nonfinite_values"] = static_cast<int>(append_nonfinite_values);
   m.attr("CONSTANTS") = constants;

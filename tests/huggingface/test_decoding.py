@@ -41,7 +41,7 @@ def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
             want = other(**step, past_key_values=caches[1]).logits
             torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
             assert (got - want).norm() < 5e-4 * want.norm()
-    assert set(prepared.statistics.selected.values()) <= {0}
+    assert prepared.statistics.selected == 0
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -51,7 +51,7 @@ def test_decoding_is_close_to_full_precision(build, tokens, name):
     with prepare(model, GUARDED, top=3) as prepared:
         got = decoded(model, x, prepared.cache(), mask=mask)
     assert (got - want).norm() < 0.03 * want.norm()
-    eligible = prepared.statistics.eligible
+    eligible = prepared.statistics.eligible_by_site
     assert list(prepared.statistics.recompute_rates) == ["scores", "values", "mlp_up", "mlp_down", "lm_head"]
     assert eligible["lm_head"] == 3 * 11 * 61
     assert eligible["mlp_up"] == eligible["mlp_down"] == 2 * 3 * 11 * 48
@@ -79,10 +79,14 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
         want = decoded(model, x, prepared.cache(), mask=mask)
     assert calls == [0, 1] * 21
     assert (got - want).norm() < (2e-4 if policy == STEADY else 3e-3) * want.norm()
-    assert counts.eligible == prepared.statistics.eligible
-    for site, selected in counts.selected.items():
+    assert counts.eligible_by_site == prepared.statistics.eligible_by_site
+    for layer in (-1, 0, 1):
+        eligible = counts.layer_counts(layer).eligible
+        assert eligible == prepared.statistics.layer_counts(layer).eligible
+        assert eligible > 0 or layer == -1
+    for site, selected in counts.selected_by_site.items():
         # Rounding may take an entry over its threshold.
-        assert abs(selected - prepared.statistics.selected[site]) <= 3 + 0.01 * selected
+        assert abs(selected - prepared.statistics.selected_by_site[site]) <= 3 + 0.01 * selected
 
 
 @pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
@@ -161,7 +165,7 @@ def test_the_heads_largest_logits_are_full_ones(build, tokens, top):
         got = model.lm_head(hidden)[:, 0]
     assert torch.equal(got.topk(top).indices, want.topk(top).indices)
     torch.testing.assert_close(got.topk(top).values, want.topk(top).values)
-    assert prepared.statistics.eligible == {"lm_head": 50 * 61}
+    assert prepared.statistics.eligible_by_site == {"lm_head": 50 * 61}
     assert not torch.allclose(got, want, rtol=1e-4)
     assert torch.equal(model(x).logits, model(x).logits)
 
@@ -187,13 +191,13 @@ def test_generate_makes_a_look_ahead_cache_unless_told_otherwise(build, tokens):
     model, x = build("llama"), tokens(1, 7)
     with prepare(model, GUARDED) as prepared:
         generated(model, x)
-        counted = prepared.statistics.eligible["scores"]
+        counted = prepared.statistics.eligible_by_site["scores"]
         assert counted > 0
         model.generate(x, max_new_tokens=4, do_sample=False, use_cache=False)
         model.generate(
             x, max_new_tokens=4, do_sample=False, past_key_values=DynamicCache(config=model.config)
         )
-        assert prepared.statistics.eligible["scores"] == counted
+        assert prepared.statistics.eligible_by_site["scores"] == counted
 
 
 def test_gpt2_has_no_gated_mlp_but_all_else(build, tokens, caplog):
@@ -205,7 +209,7 @@ def test_gpt2_has_no_gated_mlp_but_all_else(build, tokens, caplog):
     with prepare(model, "qkv=int12, attention_out=int12, lm_head=int12") as prepared:
         got = decoded(model, x, DynamicCache(config=model.config))
     assert (got - want).norm() < 0.01 * want.norm()
-    assert list(prepared.statistics.eligible) == ["lm_head"]
+    assert prepared.statistics.sites == ["lm_head"]
     with prepare(model) as prepared:  # the default, less what GPT-2 doesn't allow
         assert "mlp_up" not in prepared.policy.sites
         assert "mlp_up and mlp_down: read in full precision, since" in caplog.text

@@ -138,10 +138,7 @@ def _running(model: Any, policy: AnyPolicy, full_precision: bool) -> AbstractCon
 def _rates(running: Any) -> dict[str, float]:
     if running is None:
         return {}
-    statistics = getattr(running, "statistics", None)
-    if statistics is not None:
-        return dict(statistics.recompute_rates)
-    return dict(running.by_site)
+    return dict(getattr(running, "statistics", running).rates)
 
 
 def _memory(running: Any) -> str:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
-from torchlamp.huggingface.attached_policy import place_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.rules.heads import Heads
@@ -57,10 +56,7 @@ def choose_heads(model: Any, windows: Tensor, accumulate: str | Accumulator, rat
             scores[layer, head] = scores.get((layer, head), 0) + count
 
     policy = Policy(sites={"scores": SitePolicy(Accumulator.parse(accumulate), measure)})
-    with torch.inference_mode(), lookahead(model, policy):
-        seats = (place_of(module) for module in model.modules())
-        run = next(seat.run for seat in seats if seat is not None)
-        run.observe = observe
+    with torch.inference_mode(), lookahead(model, policy, observe=observe):
         for window in windows:
             model(input_ids=window[None].to(model.device), use_cache=False)
     order = sorted(harm, key=lambda at: harm[at] / max(scores[at], 1), reverse=True)

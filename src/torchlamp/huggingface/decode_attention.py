@@ -68,8 +68,8 @@ def decode_attention(
         sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
     )
     if layer.statistics is not None:
-        layer.statistics.record("scores", attended.recomputed, attended.eligible)
-        layer.statistics.record("values", attended.full_values, attended.eligible_values)
+        layer.statistics.record("scores", layer.number, attended.recomputed, attended.eligible)
+        layer.statistics.record("values", layer.number, attended.full_values, attended.eligible_values)
     return attended.output, None
 
 

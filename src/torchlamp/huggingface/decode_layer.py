@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
-from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.huggingface.decode_forwards import LinearsDecode, MlpDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache
 from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, native_for
+from torchlamp.simulation.statistics import Statistics
 
 #: Decoder layers of transformers with RMSNorms, rotary positions over the whole head and a gated MLP; the value is what
 #: their norms add to the weight (Gemma's multiply by 1 + w).
@@ -45,7 +45,7 @@ class LayerDecode(Forward):
         qkv: LinearsDecode,
         out: LinearsDecode,
         mlp: MlpDecode,
-        statistics: DecodeStatistics,
+        statistics: Statistics,
     ) -> None:
         super().__init__(module)
         self.qkv, self.out, self.mlp, self.statistics = qkv, out, mlp, statistics
@@ -97,10 +97,10 @@ class LayerDecode(Forward):
                 part.scores.threshold, part.values_storage.threshold, store.strange, y, threads,
             )  # fmt: skip
             part.appended(said)
-            record("scores", scores, seen * layer.heads)
-            record("values", values, seen * layer.kv_heads)
-            record("mlp_up", neurons, batch * layer.mlp.mlp.gate.rows)
-            record("mlp_down", columns, batch * layer.mlp.mlp.gate.rows)
+            record("scores", layer.number, scores, seen * layer.heads)
+            record("values", layer.number, values, seen * layer.kv_heads)
+            record("mlp_up", layer.number, neurons, batch * layer.mlp.mlp.gate.rows)
+            record("mlp_down", layer.number, columns, batch * layer.mlp.mlp.gate.rows)
             x = y
         cache.done = None if layer is self else (result, layer.number)
         return result

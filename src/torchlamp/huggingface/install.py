@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from torchlamp.huggingface.attached_policy import Run
+from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.residual_stream import residual_ahead
 from torchlamp.huggingface.site_forwards import (
     Forward,
@@ -24,7 +24,7 @@ IN_ATTENTION = ("scores", "values")
 _RESIDUAL = ("attention_out", "mlp_down")
 
 
-def build(model: nn.Module, run: Run) -> list[Forward]:
+def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     """The forwards that a run replaces, not yet in place.
 
     Raises
@@ -35,10 +35,10 @@ def build(model: nn.Module, run: Run) -> list[Forward]:
         Weights that aren't float32.
     """
     sites = Sites(model)
-    named = [site for site in run.policies if site != "scores"]
+    named = [site for site in attached.policies if site != "scores"]
     if not sites.layers:
         inner = [site for site in named if site != "lm_head"]
-        rule = run.policies["scores"].rule if "scores" in run.policies else None
+        rule = attached.policies["scores"].rule if "scores" in attached.policies else None
         if rule is not None and rule.reads_residual_stream:
             raise ValueError(
                 f"{type(model).__name__}: no list of decoder layers found, so rule {str(rule)!r} can't look as far as "
@@ -49,29 +49,31 @@ def build(model: nn.Module, run: Run) -> list[Forward]:
                 f"{type(model).__name__}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} "
                 f"{', '.join(inner)} can't run in low precision; `scores` can"
             )
-        return _lm_head(sites, run) if named else []
-    outside = [n for n in sorted(run.only or ()) if not 0 <= n < len(sites.layers)]
+        return _lm_head(sites, attached) if named else []
+    outside = [n for n in sorted(attached.only or ()) if not 0 <= n < len(sites.layers)]
     if outside:
         raise ValueError(f"layers={outside}: the model has the layers 0 to {len(sites.layers) - 1}")
-    forwards = _lm_head(sites, run)
+    forwards = _lm_head(sites, attached)
     if named:
-        forwards += [LayerForward(layer, run) for layer in sites.layers]
+        forwards += [LayerForward(layer, attached) for layer in sites.layers]
     for number, layer in enumerate(sites.layers):
-        forwards += _layer(sites, run, number, layer)
+        forwards += _layer(sites, attached, number, layer)
     return forwards
 
 
-def _layer(sites: Sites, run: Run, number: int, layer: nn.Module) -> list[Forward]:
-    policies = {site: policy for site in run.policies if (policy := run.policy(site, number)) is not None}
+def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:
+    policies = {
+        site: policy for site in attached.policies if (policy := attached.policy(site, number)) is not None
+    }
     forwards: list[Forward] = []
     if "values" in policies:
-        run.value_norms[number] = _value_norms(sites, layer)
+        attached.value_norms[number] = _value_norms(sites, layer)
     if "qkv" in policies:
-        group = LinearGroup(run, "qkv", number, policies["qkv"])
+        group = LinearGroup(attached, "qkv", number, policies["qkv"])
         group.next_function = HeadVectors(sites.head_size(layer))
         forwards += _install(sites, group, sites.qkv(layer))
     if "mlp_up" in policies:
-        group = LinearGroup(run, "mlp_up", number, policies["mlp_up"])
+        group = LinearGroup(attached, "mlp_up", number, policies["mlp_up"])
         modules, is_gated = sites.mlp_up(layer)
         rows = sites.weights(sites.mlp_down(layer)).matrix
         look = gated if is_gated else activated
@@ -79,12 +81,12 @@ def _layer(sites: Sites, run: Run, number: int, layer: nn.Module) -> list[Forwar
         forwards += _install(sites, group, modules)
     far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
-        forwards += _residual_stream(sites, run, number, layer, policies)
+        forwards += _residual_stream(sites, attached, number, layer, policies)
     return forwards
 
 
 def _residual_stream(
-    sites: Sites, run: Run, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
+    sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
 ) -> list[Forward]:
     """The sublayers' output projections and the norms around them."""
     norms = sites.norms(layer)
@@ -95,7 +97,7 @@ def _residual_stream(
     norm_policy = policies.get("norm")
     far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far:
-        run.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
+        attached.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
     own = (
         ("attention_out", norms.attention[1], norms.after_attention),
         ("mlp_down", norms.mlp[1], norms.after_mlp),
@@ -105,18 +107,20 @@ def _residual_stream(
         wants_stream = (site in policies and after is None) or (far and site == "attention_out")
         if norm_policy is not None or wants_stream:
             stream = streams[site] if wants_stream else None
-            forwards.append(NormForward(reads, run, number, sites.norm(reads, size), norm_policy, stream))
+            forwards.append(
+                NormForward(reads, attached, number, sites.norm(reads, size), norm_policy, stream)
+            )
     if norm_policy is not None and last:
         final = sites.final_norm()
-        forwards.append(NormForward(final, run, number, sites.norm(final, size), norm_policy, None))
+        forwards.append(NormForward(final, attached, number, sites.norm(final, size), norm_policy, None))
     if "attention_out" in policies:
-        group = LinearGroup(run, "attention_out", number, policies["attention_out"])
+        group = LinearGroup(attached, "attention_out", number, policies["attention_out"])
         following = norms.mlp if norms.after_attention is None else norms.after_attention
         group.norm = sites.norm(following[1], size)
         group.residual = streams["attention_out"] if norms.after_attention is None else None
         forwards += _install(sites, group, [sites.attention_out(layer)])
     if "mlp_down" in policies:
-        group = LinearGroup(run, "mlp_down", number, policies["mlp_down"])
+        group = LinearGroup(attached, "mlp_down", number, policies["mlp_down"])
         if norms.after_mlp is not None:
             following_norm = norms.after_mlp[1]
         else:
@@ -129,12 +133,12 @@ def _residual_stream(
     return forwards
 
 
-def _lm_head(sites: Sites, run: Run) -> list[Forward]:
-    policy = run.policies.get("lm_head")
+def _lm_head(sites: Sites, attached: AttachedPolicy) -> list[Forward]:
+    policy = attached.policies.get("lm_head")
     if policy is None:
         return []
     head, softcap = sites.lm_head()
-    group = LinearGroup(run, "lm_head", -1, policy)
+    group = LinearGroup(attached, "lm_head", -1, policy)
     group.next_function = Vocabulary(softcap)
     return _install(sites, group, [head])
 

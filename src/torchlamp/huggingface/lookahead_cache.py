@@ -10,8 +10,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
-from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.policy.decode_policy import SiteStorage
+from torchlamp.simulation.statistics import Statistics
 
 #: Name of the attention implementation whose decoding reads the low-bit copies.
 NAME = "lamp-decode"
@@ -29,12 +29,15 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         options: StoreOptions,
         scores: SiteStorage,
         values: SiteStorage,
-        statistics: DecodeStatistics | None,
+        statistics: Statistics | None,
         config: Any,
         sliding_window: int | None,
+        number: int,
     ) -> None:
         super().__init__()
         self.scores, self.values_storage, self.statistics, self.config = scores, values, statistics, config
+        #: Number of the layer in the model, from 0.
+        self.number = number
         self.store = KeyValueStore(options)
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
@@ -208,7 +211,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         Quantise keys less their mean over the first ones.
     hadamard : bool, optional
         Quantise keys rotated by the Hadamard matrix; None where the head size is a power of two, which it must be.
-    statistics : DecodeStatistics, optional
+    statistics : Statistics, optional
         Where recomputed scores and values read in full are counted.
 
     Raises
@@ -226,7 +229,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         full: str = "float16",
         center: bool = True,
         hadamard: bool | None = None,
-        statistics: DecodeStatistics | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         if full not in _FULL:
             raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
@@ -243,9 +246,15 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
         layers = [
             LookaheadLayer(
-                options, scores, values, statistics, text, window if kind == "sliding_attention" else None
+                options,
+                scores,
+                values,
+                statistics,
+                text,
+                window if kind == "sliding_attention" else None,
+                number,
             )
-            for kind in kinds
+            for number, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
         self._angles: list[tuple[Any, tuple[Any, Any]]] = []

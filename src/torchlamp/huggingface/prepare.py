@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.huggingface.decode_attention import NAME
 from torchlamp.huggingface.decode_forwards import (
     LinearsDecode,
@@ -24,9 +23,10 @@ from torchlamp.huggingface.decode_forwards import (
 from torchlamp.huggingface.decode_layer import LayerDecode, can_fuse, chain
 from torchlamp.huggingface.lookahead import NAME as SIMULATION
 from torchlamp.huggingface.lookahead_cache import LookaheadCache
-from torchlamp.huggingface.site_forwards import Forward, beneath, set_forward
+from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.decode_policy import DecodePolicy
+from torchlamp.simulation.statistics import Statistics
 
 logger = logging.getLogger("torchlamp.decoding")
 #: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
@@ -62,7 +62,7 @@ class Prepared:
 
     model: Any
     policy: DecodePolicy
-    statistics: DecodeStatistics
+    statistics: Statistics
     memory: Memory
     cache_options: dict[str, Any] = field(default_factory=dict)
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
@@ -157,7 +157,7 @@ def prepare(
         policy = _possible(model)
     parsed = DecodePolicy.parse(policy)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    prepared = Prepared(model, parsed, DecodeStatistics(), Memory(sum(sizes.values())), cache_options)
+    prepared = Prepared(model, parsed, Statistics(), Memory(sum(sizes.values())), cache_options)
     if "scores" in parsed.sites:
         prepared.cache()  # refuses options that can't be
     forwards = _forwards(prepared, Sites(model), top)
@@ -203,7 +203,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
             f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared"
         )
     forwards: list[Forward] = []
-    for layer in sites.layers:
+    for number, layer in enumerate(sites.layers):
         groups: list[LinearsDecode] = []
         for site, modules in (("qkv", sites.qkv), ("attention_out", lambda at: [sites.attention_out(at)])):
             if site in policies:
@@ -212,7 +212,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
                 groups.append(group)
                 memory.low_bit += group.matrix.bytes
         if "mlp_up" in policies:
-            mlp = mlp_decode(sites, layer, policies["mlp_up"], policies["mlp_down"], statistics)
+            mlp = mlp_decode(sites, number, policies["mlp_up"], policies["mlp_down"], statistics)
             forwards.append(mlp)
             low, full = mlp.mlp.bytes
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
@@ -228,7 +228,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
 
 def _put(prepared: Prepared, forward: Forward) -> None:
     module = forward.module
-    before = beneath(module)
+    before = own_forward(module)
     set_forward(module, forward)
     prepared._undo.append(lambda: set_forward(module, before))
 

@@ -310,7 +310,7 @@ def _tile(
         probabilities=probabilities[None],
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
-        error=None if squares is None else (lambda: (squares.sqrt() * call.error_scale)[None]),
+        error=None if squares is None else (lambda: squares.sqrt().mul_(call.error_scale)[None]),
         bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
         generator=call.generator,
         exact=exact,

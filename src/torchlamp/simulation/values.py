@@ -93,7 +93,7 @@ def _tile(stacked: Tensor, value: Tensor, y: Tensor, squares: Tensor | None, how
     shape = (1, *y.shape)
 
     def error(known: Tensor) -> Tensor:
-        return (known.sqrt() * (how.accumulator.format.unit_roundoff / 2)).view(shape)
+        return known.sqrt().mul_(how.accumulator.format.unit_roundoff / 2).view(shape)
 
     def numerator() -> Tensor:
         return products(stacked, value.abs(), _FLOAT32)[0].view(shape)
