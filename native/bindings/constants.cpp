@@ -34,11 +34,13 @@ void bind_constants(nb::module_& m) {
   constants["block_touched"] = static_cast<int>(block_touched);
   constants["rows"] = kPackRows;
   constants["group"] = kPackGroup;
-  for (const int bits : {4, 8, 12}) largest[nb::int_(bits)] = largest_code(bits);
+  for (int bits = 1; bits <= 16; ++bits)
+    if (BlockFormats::has(bits)) largest[nb::int_(bits)] = BlockFormats::largest(bits);
   constants["largest_code"] = largest;
   constants["largest_short"] = kLargestShort;
   constants["surprise"] = kSurprise;
   constants["vanished"] = kVanished;
+  constants["skip"] = kSkip;
   constants["append_overflow"] = static_cast<int>(append_overflow);
   constants["append_nonfinite_values"] = static_cast<int>(append_nonfinite_values);
   m.attr("CONSTANTS") = constants;

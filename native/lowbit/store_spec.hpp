@@ -73,9 +73,6 @@ struct Attend {
   float scaling = 1.0f, softcap = 0.0f;
   float scores_threshold = 0.0f;  // of 2 z (1 - z) s r; negative: recompute everything, infinite: nothing
   float values_threshold = 0.0f;  // of z; negative: read everything in full, infinite: nothing
-  // Values with z <= skip / keys for every head of a group are left out: together less than `skip` of the weights, and
-  // 8-bit copies alone err by more.
-  float skip = 0x1p-8f;
   bool nonfinite_values = false;  // values may be infinite or not a number: read every one of them in full
   std::int32_t* recomputed = nullptr;  // (batch, head, query): scores
   std::int32_t* full_rows = nullptr;   // (batch, key head, query): values, each for all heads of its group
@@ -87,6 +84,9 @@ struct Attend {
 // kVanished of the sum that probabilities were made with, the row starts again in full precision.
 constexpr float kSurprise = 8.0f;
 constexpr float kVanished = 0.125f;
+// Low-bit values with z <= kSkip / (keys that the row sees) are left out: together less than kSkip of the weights, and
+// 8-bit copies alone err by more.
+constexpr float kSkip = 0x1p-8f;
 
 struct DecodeKernels {
   void (*append)(Append&);

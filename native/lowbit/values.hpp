@@ -167,9 +167,18 @@ inline Needed needed(const DecodeWork& work, const ValueSums& sums, const float*
   return found;
 }
 
+// Weights of at most `least` become 0, also where the value is read with its neighbour or for another head.
+inline void leave_out_tiny(float* weights, std::ptrdiff_t rows, float least) {
+  for (std::ptrdiff_t i = 0; i < rows; i += vf::width) {
+    const vf w = load(weights + i);
+    store(weights + i, select(le(w, set1(least)), zero(), w));
+  }
+}
+
 // The values of one split, weighted, for one query of all heads of a group. A row is read once for all of them: in
-// full if any head gives it more than the threshold, not at all if no head gives it more than skip / keys: what is left
-// out is together less than `skip` of the row's probability. Weights of rows read in full become 0.
+// full if any head gives it more than the threshold, not at all if no head gives it more than kSkip / keys that the
+// query sees; what is left out is together less than kSkip of a head's probability. Weights of rows read in full
+// become 0.
 inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t query,
                                std::ptrdiff_t s) {
   const lamp::RowPairs rows = p.store.values_of(kv);
@@ -181,12 +190,13 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
   ValueSums& sums = own;
   const std::size_t heads = static_cast<std::size_t>(work.group);
   sums.least.resize(heads), sums.bound.resize(heads), sums.out.resize(heads), sums.full.weights.resize(heads);
+  const std::int32_t seen = p.visible[kv / p.store.heads * p.queries + query];
   Window *before = &sums.windows[0], *now = &sums.windows[1];
   sums.full.count = before->count = 0;
   for (std::ptrdiff_t g = 0; g < work.group; ++g) {
     const std::size_t i = static_cast<std::size_t>(g);
     const float sum = work.sum[static_cast<std::size_t>(first_row + g)], bound = p.values_threshold * sum;
-    sums.least[i] = p.skip / static_cast<float>(p.last - p.first) * sum;
+    sums.least[i] = lamp::kSkip / static_cast<float>(seen) * sum;
     sums.bound[i] = bound > 0.0f && !p.nonfinite_values ? bound : 0.0f;
     sums.out[i] = work.part(first_row + g, s);
     std::fill_n(sums.out[i], work.padded, 0.0f);
@@ -197,7 +207,10 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
     full_count += sums.full.count, sums.full.count = 0;
   };
   const auto add_window = [&](const Window& window, const Window& next) {
-    add_pairs(rows, window, next, weights + window.first - work.origin, work.width, sums.out.data(), work.group);
+    float* own_weights = weights + window.first - work.origin;
+    for (std::ptrdiff_t g = 0; g < work.group; ++g)
+      leave_out_tiny(own_weights + g * work.width, window.rows, sums.least[static_cast<std::size_t>(g)]);
+    add_pairs(rows, window, next, own_weights, work.width, sums.out.data(), work.group);
   };
   const int most = window_pairs(rows) - kRows / 2;
   for (std::ptrdiff_t j = begin; j < end;) {

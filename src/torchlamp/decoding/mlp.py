@@ -44,7 +44,14 @@ class LowBitMlp:
     @classmethod
     @torch.no_grad()
     def pack(
-        cls, gate: Tensor, up: Tensor, down: Tensor, activation: str, up_bits: int = 8, down_bits: int = 8
+        cls,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        activation: str,
+        up_bits: int = 8,
+        down_bits: int = 8,
+        full: torch.dtype = torch.float16,
     ) -> "LowBitMlp":
         """Make the copies.
 
@@ -58,6 +65,8 @@ class LowBitMlp:
             One of `ACTIVATIONS`.
         up_bits, down_bits : int
             Bits of gate and up, and of down: 4, 8 or 12.
+        full : torch.dtype
+            Of the transposed copy of the down projection: float16, or float32, which is exact.
 
         Raises
         ------
@@ -83,16 +92,16 @@ class LowBitMlp:
         columns = down.detach().T.contiguous()
         norms[:neurons] = _norms(columns)
         errors[:neurons] = _norms(columns - copy.dequantised().T)
-        full = columns.half()
-        if not (_norms(columns - full.float()) <= _HALF_UNIT * norms[:neurons]).all():
-            full = columns
+        read = columns.to(full)
+        if not (_norms(columns - read.float()) <= _HALF_UNIT * norms[:neurons]).all():
+            read = columns
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
             LowBitMatrix.pack(up.detach(), up_bits),
             copy,
             as_native(gate),
             as_native(up),
-            full,
+            read,
             norms,
             errors,
             activation,

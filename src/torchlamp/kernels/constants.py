@@ -28,6 +28,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 #: If recomputation raises a logit by more than `SURPRISE` above the row's largest low-bit logit, or leaves less than
 #: `VANISHED` of the sum of exponentials, decoding does the row again in full precision.
 SURPRISE, VANISHED = 8.0, 0.125
+#: Low-bit values with a probability of at most `SKIP` / (keys that the query sees) are left out of its sum.
+SKIP = 2.0**-8
 
 
 class AppendFlags(IntFlag):
@@ -54,6 +56,7 @@ def shared() -> dict[str, Any]:
         "activations": ACTIVATIONS,
         "surprise": SURPRISE,
         "vanished": VANISHED,
+        "skip": SKIP,
         "append_overflow": int(AppendFlags.OVERFLOW),
         "append_nonfinite_values": int(AppendFlags.NONFINITE_VALUES),
     }

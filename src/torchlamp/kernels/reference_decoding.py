@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from torchlamp.kernels.constants import SURPRISE, VANISHED
+from torchlamp.kernels.constants import SKIP, SURPRISE, VANISHED
 from torchlamp.kernels.reference_lowbit import quantise_vector
 
 
@@ -118,7 +118,8 @@ def attend(
     large = large.any(2)
     chosen = by_head(large)
     # Values that aren't finite are always chosen; their low-bit copies, NaN, get the weight 0.
-    low_part = torch.where(chosen, 0, z) @ by_head(low_values.nan_to_num(0.0))
+    tiny = known <= SKIP / visible.sum(-1, keepdim=True)
+    low_part = torch.where(chosen | tiny, 0, z) @ by_head(low_values.nan_to_num(0.0))
     output = torch.where(chosen, z, 0) @ by_head(full_values) + low_part
     # Probabilities that low-bit scores misled by more than this decided nothing well: such rows are done in full.
     ends = [low.masked_fill(~visible, -torch.inf), *([] if sink is None else [sink])]
