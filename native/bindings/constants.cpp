@@ -34,7 +34,8 @@ void bind_constants(nb::module_& m) {
   constants["block_touched"] = static_cast<int>(block_touched);
   constants["rows"] = kPackRows;
   constants["group"] = kPackGroup;
-  for (const int bits : {4, 8, 12}) largest[nb::int_(bits)] = largest_code(bits);
+  for (int bits = 1; bits <= 16; ++bits)
+    if (BlockFormats::has(bits)) largest[nb::int_(bits)] = BlockFormats::largest(bits);
   constants["largest_code"] = largest;
   constants["largest_short"] = kLargestShort;
   constants["surprise"] = kSurprise;

@@ -9,17 +9,13 @@ namespace lamp::python {
 
 using Vector = Array<float, 1>;
 
-inline void require_bits(int bits, bool blocks) {
-  require(bits == 4 || bits == 8 || (blocks && bits == 12), "bits must be 4, 8 or (in blocks only) 12");
-}
-
 // A low-bit copy in blocks, of a matrix (rows, columns).
 class BlockMatrix {
  public:
   BlockMatrix(std::string isa, Bytes codes, Halves scales, Vector errors, int bits, std::ptrdiff_t rows,
               std::ptrdiff_t columns)
       : kernels_(kernels(isa)), codes_(codes), scales_(scales), errors_(errors), rows_(rows), columns_(columns) {
-    require_bits(bits, true);
+    require(BlockFormats::has(bits), "no low-bit format in blocks has so many bits");
     require(rows >= 0 && columns >= 0, "a matrix has no negative size");
     blocks_.codes = codes.data(), blocks_.scales = scales.data(), blocks_.errors = errors.data(), blocks_.bits = bits;
     blocks_.groups = (columns + kPackGroup - 1) / kPackGroup;

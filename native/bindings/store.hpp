@@ -21,7 +21,8 @@ class KeyValueStore {
       : kernels_(kernels(isa)), key_codes_(key_codes), key_scales_(key_scales), key_errors_(key_errors),
         value_codes_(value_codes), value_scales_(value_scales), full_keys_(full_keys), full_values_(full_values),
         mean_(mean) {
-    require((key_bits == 4 || key_bits == 8) && (value_bits == 4 || value_bits == 8), "bits must be 4 or 8");
+    require(BlockFormats::has(key_bits), "no low-bit format of keys has so many bits");
+    require(RowPairFormats::has(value_bits), "no low-bit format of values has so many bits");
     KeyValues& s = store_;
     s.batches = length(full_keys.shape(0)), s.heads = length(full_keys.shape(1));
     s.capacity = length(full_keys.shape(2)), s.size = length(full_keys.shape(3));

@@ -149,7 +149,7 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
   bool packed = true, paired = true, bounded = true, multiplied = true;
   for (std::ptrdiff_t r = 0; r < rows; ++r) {
     const float* row = columns ? weight.data() + r * stride : nullptr;
-    const std::vector<Group> want = quantise(row, columns, lamp::largest_code(bits), false);
+    const std::vector<Group> want = quantise(row, columns, lamp::BlockFormats::largest(bits), false);
     long double squares = 0.0L;
     for (std::ptrdiff_t k = 0; k < groups * kColumns; ++k) {
       const Group& group = want[size(k / kColumns)];

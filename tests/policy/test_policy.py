@@ -35,12 +35,11 @@ def precisions(site):
         if site in ("values", "norm")
         else st.lists(st.sampled_from([*TRANSFORMS.values()]), unique=True)
     )
-    return st.builds(
-        Precision,
-        operands.map(Operand.parse),
-        st.none() | st.sampled_from(ACCUMULATORS).map(Accumulator.parse),
-        transforms.map(tuple),
-    )
+    sums = st.sampled_from(ACCUMULATORS).map(Accumulator.parse)
+    both = st.builds(Precision, operands.map(Operand.parse), sums, transforms.map(tuple))
+    # A float format alone is an accumulator.
+    stored = operands.filter(lambda name: name != "bf16").map(Operand.parse)
+    return both | st.builds(Precision, stored, st.none(), transforms.map(tuple))
 
 
 @st.composite
@@ -212,3 +211,10 @@ def test_less_of_a_policy():
     assert not Policy.parse("ps4, qkv=int8@ps4").has_stored
     with pytest.raises(ValueError, match="needs at least one site"):
         policy.without("scores", "values", "lm_head")
+
+
+def test_a_float_format_alone_is_no_stored_operand():
+    with pytest.raises(ValueError, match="'bf16' alone is the name of an accumulator: write 'bf16@fp32'"):
+        Precision(Operand.parse("bf16"))
+    assert Precision.parse("bf16").operand.is_float32
+    assert Precision.parse("bf16/row").is_stored

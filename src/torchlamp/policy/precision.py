@@ -36,13 +36,13 @@ class Precision:
     Raises
     ------
     ValueError
-        A transform that is named twice.
+        A transform that is named twice, or a stored operand whose name alone is an accumulator's.
     """
 
     operand: Operand = _FLOAT32_NUMBERS
     #: None for a stored operand: products are exact within a group and summed in float32 across groups.
     accumulator: Accumulator | None = None
-    #: Applied in this order.
+    #: In the order of `TRANSFORMS`, whatever order they are given in; they are applied in this order.
     transforms: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,9 +50,16 @@ class Precision:
         for transform in given:
             if given.count(transform) > 1:
                 raise ValueError(f"transform {str(transform)!r} is named twice: name it once")
-        object.__setattr__(self, "transforms", tuple(given))
+        order = list(TRANSFORMS.values())
+        object.__setattr__(self, "transforms", tuple(sorted(given, key=order.index)))
         if self.accumulator is None and self.operand.is_float32:
             object.__setattr__(self, "accumulator", _FLOAT32_SUMS)
+        block = self.operand.block
+        if self.accumulator is None and block is not None and block.scale == "none":
+            raise ValueError(
+                f"operand '{self.operand}' alone is the name of an accumulator: write '{self.operand}@fp32' for both "
+                f"operands, or '{self.operand}/row' for a stored copy"
+            )
 
     @classmethod
     def parse(cls, spelling: "str | Precision | Accumulator | Operand | Format") -> "Precision":

@@ -7,9 +7,10 @@ from torchlamp.arithmetic.transforms.smooth import Smooth
 from torchlamp.arithmetic.transforms.sort import Sort
 from torchlamp.arithmetic.transforms.transform import TRANSFORMS, Change, Transform
 
-# A new transform is a line here; the order is that of lists.
+# A new transform is a line here. They are applied in this order: the mean is taken off first; scales and bases follow;
+# the order of terms is chosen last, in the basis that the sum is formed in.
 TRANSFORMS.update(
-    (transform.name, transform) for transform in (Center(), Sort(), Balance(), Hadamard(), Smooth())
+    (transform.name, transform) for transform in (Center(), Smooth(), Balance(), Hadamard(), Sort())
 )
 
 __all__ = ["TRANSFORMS", "Change", "Transform"]
