@@ -10,6 +10,8 @@ from torchlamp.huggingface.prepare import prepare
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels import native
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
+from torchlamp.policy.decodable import settings
+from torchlamp.policy.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -19,7 +21,7 @@ def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
     model, other, x = build(name), build(name), tokens(3, 16)
     policy = LINEAR if name != "gpt2" else LINEAR.partition(", mlp")[0]
     sites = Sites(other)
-    bits = {site: storage.bits for site, storage in decoding.DecodePolicy.parse(policy).sites.items()}
+    bits = {site: told.bits for site, told in settings(Policy.parse(policy)).items()}
     for layer in sites.layers:
         by_site = {"qkv": sites.qkv(layer), "attention_out": [sites.attention_out(layer)]}
         if "mlp_up" in bits:
@@ -182,9 +184,9 @@ def test_greedy_text_is_that_of_the_full_head(model, tokens, bits):
 @pytest.mark.parametrize("policy", [decoding.DEFAULT, decoding.FAST])
 def test_named_policies_can_be_read(build, policy):
     with prepare(build("llama"), policy) as prepared:
-        assert decoding.DecodePolicy.parse(str(prepared.policy)) == decoding.DecodePolicy.parse(policy)
+        assert Policy.parse(str(prepared.policy)) == Policy.parse(policy)
     with prepare(build("llama")) as prepared:
-        assert prepared.policy == decoding.DecodePolicy.parse(decoding.DEFAULT)
+        assert prepared.policy == Policy.parse(decoding.DEFAULT)
 
 
 def test_generate_makes_a_look_ahead_cache_unless_told_otherwise(build, tokens):

@@ -121,7 +121,7 @@ def test_models_that_are_refused(build, change, error, said, policy):
 @pytest.mark.parametrize(
     ("policy", "options", "said"),
     [
-        ("qkv=int5", {}, "format 'int5' at site qkv"),
+        ("qkv=int5", {}, "operand 'int5' at site qkv"),
         (LINEAR, {"top": 0}, "top=0: give at least 1"),
         (GUARDED, {"full": "float8"}, "full='float8': allowed are float16 and float32"),
     ],

@@ -12,7 +12,7 @@ from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache
 from torchlamp.huggingface.prepare import prepare
 
 EXACT = {"scores": "int8+all", "values": "int8+all", "full": "float32"}
-POLICY = "scores=int8+all, values=int8+all"
+POLICY = "scores=int8.center.hadamard+all, values=int8+all"
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
@@ -59,7 +59,10 @@ def test_default_thresholds_are_close(llama, tokens):
     ids = tokens(1, 60)
     reference = expected(llama, ids, 30)
     errors = []
-    for policy in ("scores=int8, values=int8", "scores=int8+running:0.001, values=int8+topz:0.003"):
+    for policy in (
+        "scores=int8.center.hadamard, values=int8",
+        "scores=int8.center.hadamard+running:0.001, values=int8+topz:0.003",
+    ):
         with prepare(llama, policy) as prepared:
             errors.append((steps(llama, prepared.cache(), ids, 30) - reference).norm())
     assert errors[1] < errors[0] / 3

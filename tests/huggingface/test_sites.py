@@ -9,8 +9,9 @@ import torchlamp
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.site_forwards import plain
 from torchlamp.huggingface.sites import Sites
-from torchlamp.policy.policy import SHOWS, SITES
+from torchlamp.policy.fit import SHOWS
 from torchlamp.rules import RULES, Rule
+from torchlamp.site_names import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from torchlamp.models.quiet import quiet_transformers
-from torchlamp.policy.decode_policy import DecodePolicy
+from torchlamp.policy.decodable import settings
 from torchlamp.policy.policy import Policy
 
-AnyPolicy = Policy | DecodePolicy | None
+AnyPolicy = Policy | None
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,26 @@ class Generated:
 
 
 def read_any_policy(text: str | None) -> AnyPolicy:
-    """A policy of decoding (``qkv=int8``) or of simulation (``ps4+strict:0.1``); None stays None, the default.
+    """A policy with stored operands, for the decoding kernels, or one that is simulated; None stays None, the default.
 
     Raises
     ------
     ValueError
-        What the policy's own `parse` raises.
+        A policy that can't be read, or a stored operand in one that the kernels don't run.
     """
     if text is None:
         return None
-    return DecodePolicy.parse(text) if DecodePolicy.looks_like(text) else Policy.parse(text)
+    policy = Policy.parse(text)
+    if policy.has_stored:
+        settings(policy)
+    return policy
 
 
 def generate(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    policy: str | Policy | DecodePolicy | None,
+    policy: str | Policy | None,
     tokens: int,
     write: Callable[[str], None],
     *,
@@ -69,8 +72,8 @@ def generate(
         As `torchlamp.load` gives them.
     prompt : str
         Text to continue.
-    policy : str, Policy or DecodePolicy, optional
-        Of decoding or of simulation; None is `prepare`'s default.
+    policy : str or Policy, optional
+        One with stored operands runs on the decoding kernels, any other is simulated; None is `prepare`'s default.
     tokens : int
         New tokens at most.
     write : callable
@@ -126,7 +129,7 @@ def generate(
 def _running(model: Any, policy: AnyPolicy, full_precision: bool) -> AbstractContextManager[Any]:
     if full_precision:
         return nullcontext()
-    if isinstance(policy, Policy):
+    if policy is not None and not policy.has_stored:
         from torchlamp.huggingface.lookahead import lookahead
 
         return lookahead(model, policy)

@@ -123,7 +123,7 @@ def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) 
     for other in compared:
         _add(runs, "compared", other)
     if baselines:
-        control = {site: SitePolicy(p.accumulate, _random_like(p.rule)) for site, p in policy.sites.items()}
+        control = {site: SitePolicy(p.precision, _random_like(p.rule)) for site, p in policy.sites.items()}
         _add(runs, "random-like", Policy(sites=control))
     return runs
 
@@ -135,9 +135,8 @@ def _add(runs: list[Run], role: Role, policy: Policy) -> None:
 
 
 def _plain(policy: Policy) -> Policy:
-    """The same accumulators, nothing recomputed."""
-    none = Rule.parse("none")
-    return Policy(sites={site: SitePolicy(part.accumulate, none) for site, part in policy.sites.items()})
+    """The same precisions, nothing recomputed."""
+    return policy.unguarded()
 
 
 def _random_like(rule: Rule) -> Rule:

@@ -61,7 +61,7 @@ def decode_attention(
         query,
         scaling=scale,
         scores_threshold=layer.scores.threshold,
-        values_threshold=layer.values_storage.threshold,
+        values_threshold=layer.values_settings.threshold,
         mask=mask,
         first=first,
         softcap=softcap or 0.0,

@@ -13,7 +13,7 @@ from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
-from torchlamp.policy.decode_policy import SiteStorage
+from torchlamp.policy.decodable import Settings
 from torchlamp.simulation.statistics import Statistics
 
 
@@ -56,11 +56,11 @@ class LinearDecode(DecodeForward):
 class LinearsDecode:
     """Linear layers with the same input as one low-bit matrix: their rows one below the other."""
 
-    def __init__(self, sites: Sites, modules: list[nn.Module], storage: SiteStorage) -> None:
+    def __init__(self, sites: Sites, modules: list[nn.Module], settings: Settings) -> None:
         maps = [sites.weights(module) for module in modules]
         rows = [m.matrix.detach().T for m in maps]
         self.sizes = [len(r) for r in rows]
-        self.matrix = LowBitMatrix.pack(torch.cat(rows), storage.bits)
+        self.matrix = LowBitMatrix.pack(torch.cat(rows), settings.bits)
         biases = [
             torch.zeros(n) if m.bias is None else m.bias.detach()
             for m, n in zip(maps, self.sizes, strict=True)
@@ -119,10 +119,10 @@ class HeadDecode(DecodeForward):
 
 
 def linears_decode(
-    sites: Sites, modules: list[nn.Module], storage: SiteStorage
+    sites: Sites, modules: list[nn.Module], settings: Settings
 ) -> tuple[list[Forward], LinearsDecode]:
     """Forwards of linear layers with the same input, and what they share."""
-    group = LinearsDecode(sites, modules, storage)
+    group = LinearsDecode(sites, modules, settings)
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
@@ -145,9 +145,7 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
     return gate, up, out, _activation(sites.activation(layer))
 
 
-def mlp_decode(
-    sites: Sites, number: int, up: SiteStorage, down: SiteStorage, statistics: Statistics
-) -> MlpDecode:
+def mlp_decode(sites: Sites, number: int, up: Settings, down: Settings, statistics: Statistics) -> MlpDecode:
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
     mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits)
@@ -165,10 +163,10 @@ def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
     return module, weights.matrix.detach().T
 
 
-def head_decode(sites: Sites, storage: SiteStorage, top: int, statistics: Statistics) -> HeadDecode:
+def head_decode(sites: Sites, settings: Settings, top: int, statistics: Statistics) -> HeadDecode:
     """The forward of the LM head; raises as `check_head` does."""
     module, weight = check_head(sites)
-    return HeadDecode(module, LowBitHead.pack(weight, storage.bits), storage.threshold, top, statistics)
+    return HeadDecode(module, LowBitHead.pack(weight, settings.bits), settings.threshold, top, statistics)
 
 
 def _activation(module: Callable[[Tensor], Tensor]) -> str:

@@ -94,7 +94,7 @@ class LayerDecode(Forward):
             store, first = part.store, part.first(1, coming=1)
             scores, values, seen, neurons, columns, said = layer.kernel(native).step(
                 x, cosines, sines, store.kernel(native), store.length, first, mask, layer.scaling,
-                part.scores.threshold, part.values_storage.threshold, store.strange, y, threads,
+                part.scores.threshold, part.values_settings.threshold, store.strange, y, threads,
             )  # fmt: skip
             part.appended(said)
             record("scores", layer.number, scores, seen * layer.heads)

@@ -34,6 +34,7 @@ def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     TypeError
         Weights that aren't float32.
     """
+    _check_simulated(attached.policies)
     sites = Sites(model)
     named = [site for site in attached.policies if site != "scores"]
     if not sites.layers:
@@ -59,6 +60,17 @@ def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     for number, layer in enumerate(sites.layers):
         forwards += _layer(sites, attached, number, layer)
     return forwards
+
+
+def _check_simulated(policies: dict[str, SitePolicy]) -> None:
+    """Refuse what the simulation would otherwise pass over in silence."""
+    for site, policy in policies.items():
+        precision = policy.precision
+        if not precision.operand.is_float32 or precision.transforms:
+            raise ValueError(
+                f"'{precision}' at site {site}: the simulation runs accumulators with float32 operands and without "
+                f"transforms, for example '{precision.sums}'; `prepare` runs stored operands"
+            )
 
 
 def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:

@@ -146,16 +146,15 @@ def _layers(point: dict[str, Any]) -> str:
 def _row(result: Result) -> dict[str, Any]:
     policy = Policy.parse(result.policy)
     parts = list(policy.sites.values())
-    accumulators = {str(part.accumulate): part.accumulate for part in parts}
+    precisions = {str(part.precision): part.precision for part in parts}
+    one = next(iter(precisions.values())) if len(precisions) == 1 else None
     rules = {str(part.rule): part.rule for part in parts}
     rule = next(iter(rules.values()))
     value = getattr(rule, "value", None)
     return {
         "site": " + ".join(policy.sites),
-        "accumulate": " / ".join(accumulators),
-        "mu": next(iter(accumulators.values())).format.grid.mantissa_bits
-        if len(accumulators) == 1
-        else math.nan,
+        "accumulate": " / ".join(precisions),
+        "mu": math.nan if one is None or one.is_stored else one.sums.format.grid.mantissa_bits,
         "policy": result.policy,
         "rule": " / ".join(dict.fromkeys(rule_label(part.rule) for part in parts)),
         "threshold": float(value) if value is not None and len(rules) == 1 else math.nan,

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchlamp.arithmetic.operands import Operand, quantise
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
 from torchlamp.kernels.constants import GROUP
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.kernels.products import products
