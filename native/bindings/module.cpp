@@ -43,7 +43,9 @@ lamp::Accumulation accumulation(const How& h) {
   lamp::Accumulation a;
   a.grid = {std::get<0>(h), std::get<1>(h), std::get<2>(h), std::get<3>(h), static_cast<lamp::Overflow>(std::get<4>(h)),
             std::get<5>(h), std::get<6>(h), std::get<7>(h)};
-  a.fused = std::get<8>(h), a.block = std::get<9>(h), a.promote = std::get<10>(h);
+  a.fused = std::get<8>(h);
+  a.block = std::get<9>(h);
+  a.promote = std::get<10>(h);
   if (a.grid.mantissa_bits < 1 || a.grid.mantissa_bits > 23 || a.block < 1 || a.promote < 0)
     throw std::invalid_argument("accumulation out of range");
   return a;
@@ -54,11 +56,19 @@ template <class P>
 void set_operands(P& p, const Floats<3>& a, const Floats<3>& b) {
   require(b.shape(0) > 0 && a.shape(0) % b.shape(0) == 0, "the batch of a must be a multiple of the batch of b");
   require(a.shape(2) == b.shape(1), "a and b must share their inner dimension");
-  p.a = a.data(), p.b = b.data();
-  p.G = length(a.shape(0)), p.M = length(a.shape(1)), p.K = length(a.shape(2)), p.N = length(b.shape(2));
+  p.a = a.data();
+  p.b = b.data();
+  p.G = length(a.shape(0));
+  p.M = length(a.shape(1));
+  p.K = length(a.shape(2));
+  p.N = length(b.shape(2));
   p.group = p.G / length(b.shape(0));
-  p.a_batch = a.stride(0), p.a_row = a.stride(1), p.a_k = a.stride(2);
-  p.b_batch = b.stride(0), p.b_k = b.stride(1), p.b_column = b.stride(2);
+  p.a_batch = a.stride(0);
+  p.a_row = a.stride(1);
+  p.a_k = a.stride(2);
+  p.b_batch = b.stride(0);
+  p.b_k = b.stride(1);
+  p.b_column = b.stride(2);
 }
 
 void products(const std::string& isa, Floats<3> a, Floats<3> b, Array<float, 3> out,
@@ -75,9 +85,12 @@ void products(const std::string& isa, Floats<3> a, Floats<3> b, Array<float, 3> 
     require(fits(*squares), "squares must be contiguous, of shape (G, M, N)");
     p.squares = squares->data();
   }
-  p.scaled = scaling.has_value(), p.scaling = scaling.value_or(1.0f);
-  p.causal = causal.has_value(), p.offset = static_cast<std::ptrdiff_t>(causal.value_or(0));
-  p.accumulation = accumulation(how), p.threads = threads;
+  p.scaled = scaling.has_value();
+  p.scaling = scaling.value_or(1.0f);
+  p.causal = causal.has_value();
+  p.offset = static_cast<std::ptrdiff_t>(causal.value_or(0));
+  p.accumulation = accumulation(how);
+  p.threads = threads;
   const lamp::Kernels& k = kernels(isa);
   const nb::gil_scoped_release release;
   k.products(p);
@@ -93,8 +106,13 @@ void recompute(const std::string& isa, Array<float, 3> scores, Floats<3> a, Floa
   require(length(mask.shape(0)) == p.G && length(mask.shape(1)) == p.M && length(mask.shape(2)) == p.N &&
               (mask.stride(2) == 1 || p.N <= 1),
           "mask must have shape (G, M, N) and a contiguous last dimension");
-  p.scores = scores.data(), p.mask = mask.data(), p.mask_batch = mask.stride(0), p.mask_row = mask.stride(1);
-  p.scaled = scaling.has_value(), p.scaling = scaling.value_or(1.0f), p.threads = threads;
+  p.scores = scores.data();
+  p.mask = mask.data();
+  p.mask_batch = mask.stride(0);
+  p.mask_row = mask.stride(1);
+  p.scaled = scaling.has_value();
+  p.scaling = scaling.value_or(1.0f);
+  p.threads = threads;
   const lamp::Kernels& k = kernels(isa);
   const nb::gil_scoped_release release;
   k.recompute(p);
@@ -124,8 +142,13 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, st
                std::optional<Floats<1>> sinks, bool causal, float scaling, float softcap, int weight, double threshold,
                bool by_length, float error_scale, const How& how, int threads) {
   lamp::Attention p;
-  p.B = length(q.shape(0)), p.H = length(q.shape(1)), p.Lq = length(q.shape(2)), p.D = length(q.shape(3));
-  p.Hkv = length(k.shape(1)), p.Lk = length(k.shape(2)), p.Dv = length(v.shape(3));
+  p.B = length(q.shape(0));
+  p.H = length(q.shape(1));
+  p.Lq = length(q.shape(2));
+  p.D = length(q.shape(3));
+  p.Hkv = length(k.shape(1));
+  p.Lk = length(k.shape(2));
+  p.Dv = length(v.shape(3));
   require(p.Hkv > 0 && p.H % p.Hkv == 0 && has_shape(q, p.B, p.H, p.Lq, p.D) && has_shape(k, p.B, p.Hkv, p.Lk, p.D) &&
               has_shape(v, p.B, p.Hkv, p.Lk, p.Dv),
           "q, k and v must fit together and be contiguous in their last dimension");
@@ -165,15 +188,23 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, st
     require(length(mask->shape(0)) == p.B && length(mask->shape(1)) == p.Lq && length(mask->shape(2)) == p.Lk &&
                 (p.Lk <= 1 || mask->stride(2) == 1) && !causal,
             "mask must have shape (B, Lq, Lk), a contiguous last dimension, and no causal flag beside it");
-    p.mask = mask->data(), p.mask_batch = mask->stride(0), p.mask_row = mask->stride(1);
+    p.mask = mask->data();
+    p.mask_batch = mask->stride(0);
+    p.mask_row = mask->stride(1);
   }
   if (sinks) {
     require(length(sinks->shape(0)) == p.H && row_major(*sinks), "sinks must be contiguous, of shape (H,)");
     p.sinks = sinks->data();
   }
-  p.causal = causal, p.scaling = scaling, p.softcap = softcap;
-  p.weight = static_cast<lamp::RuleWeight>(weight), p.threshold = threshold, p.by_length = by_length;
-  p.error_scale = error_scale, p.accumulation = accumulation(how), p.threads = threads;
+  p.causal = causal;
+  p.scaling = scaling;
+  p.softcap = softcap;
+  p.weight = static_cast<lamp::RuleWeight>(weight);
+  p.threshold = threshold;
+  p.by_length = by_length;
+  p.error_scale = error_scale;
+  p.accumulation = accumulation(how);
+  p.threads = threads;
   const lamp::Kernels& kernel = kernels(isa);
   const nb::gil_scoped_release release;
   kernel.attention(p);

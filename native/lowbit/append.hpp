@@ -14,7 +14,8 @@ inline void rotate(float* x, std::ptrdiff_t size) {
     for (std::ptrdiff_t start = 0; start < size; start += 2 * half)
       for (std::ptrdiff_t i = start; i < start + half; ++i) {
         const float a = x[i], b = x[i + half];
-        x[i] = a + b, x[i + half] = a - b;
+        x[i] = a + b;
+        x[i + half] = a - b;
       }
   const float norm = 1.0f / std::sqrt(static_cast<float>(size));
   for (std::ptrdiff_t i = 0; i < size; ++i) x[i] *= norm;

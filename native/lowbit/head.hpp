@@ -101,7 +101,8 @@ inline void head(const lamp::LowBitHead& p) {
         }
         if (!chosen) return;
         logits[i] = full_dot(p.full, i, x, p.columns);
-        for_top[static_cast<std::size_t>(c)] += could_win, ++in_all[static_cast<std::size_t>(c)];
+        for_top[static_cast<std::size_t>(c)] += could_win;
+        ++in_all[static_cast<std::size_t>(c)];
       };
       std::ptrdiff_t i = c * kTokens;
       for (; i + vf::width <= last; i += vf::width) {
@@ -114,8 +115,10 @@ inline void head(const lamp::LowBitHead& p) {
       }
       for (; i < last; ++i) one(i);
     });
-    for (std::ptrdiff_t c = 0; c < chunks; ++c)
-      p.selected[0] += for_top[static_cast<std::size_t>(c)], p.selected[1] += in_all[static_cast<std::size_t>(c)];
+    for (std::ptrdiff_t c = 0; c < chunks; ++c) {
+      p.selected[0] += for_top[static_cast<std::size_t>(c)];
+      p.selected[1] += in_all[static_cast<std::size_t>(c)];
+    }
   }
 }
 

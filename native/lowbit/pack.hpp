@@ -135,11 +135,13 @@ struct Shorts {
         const float q = plain ? std::clamp(std::nearbyint(v / s), -kLargestShort, kLargestShort) : 0.0f;
         c[i] = static_cast<std::int16_t>(q);
         const double d = static_cast<double>(v) - static_cast<double>(s) * q;
-        squares += static_cast<double>(v) * v, left += plain || s == 0.0f ? d * d : 0.0;
+        squares += static_cast<double>(v) * v;
+        left += plain || s == 0.0f ? d * d : 0.0;
       }
       if (!plain && s != 0.0f) s = std::numeric_limits<float>::quiet_NaN();
     }
-    norm = static_cast<float>(std::sqrt(squares)), residual = residual_norm(left);
+    norm = static_cast<float>(std::sqrt(squares));
+    residual = residual_norm(left);
   }
 };
 

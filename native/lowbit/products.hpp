@@ -106,7 +106,8 @@ inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const flo
   for (int v = 0; v < Vectors; ++v) {
     // Below the limit the integers get fewer bits, so that the inverse stays finite.
     const float product = std::max(largest[v] * scale, 0x1p-110f);
-    own[v] = product * (1.0f / kLargestShort), inverse[v] = set1(kLargestShort / product);
+    own[v] = product * (1.0f / kLargestShort);
+    inverse[v] = set1(kLargestShort / product);
   }
   for (int i = 0; i < rows; i += kRows) {
     const vrows scale_of = rows_load(scales + i);

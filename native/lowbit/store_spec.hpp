@@ -22,12 +22,15 @@ struct KeyValues {
   Blocks keys_of(std::ptrdiff_t head) const {
     Blocks b = keys;
     const std::ptrdiff_t block = head * (capacity / kPackRows);
-    b.codes += block * b.block_codes(), b.scales += block * b.block_scales(), b.errors += head * capacity;
+    b.codes += block * b.block_codes();
+    b.scales += block * b.block_scales();
+    b.errors += head * capacity;
     return b;
   }
   RowPairs values_of(std::ptrdiff_t head) const {
     RowPairs p = values;
-    p.codes += head * (capacity / 2) * p.pair_codes(), p.scales += head * (capacity / kPackRows) * p.block_scales();
+    p.codes += head * (capacity / 2) * p.pair_codes();
+    p.scales += head * (capacity / kPackRows) * p.block_scales();
     return p;
   }
   Full full_keys_of(std::ptrdiff_t head) const { return at(full_keys, head * capacity); }

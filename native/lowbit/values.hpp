@@ -63,7 +63,8 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
     for (int i = waiting.count; i % vf::width; ++i) difference[i] = 0.0f;
     for (int i = 0; i < waiting.count; i += vf::width) store(term + i, exp(min(set1(kSurprise), load(difference + i))));
     for (int i = 0; i < waiting.count; ++i) found.total += e[waiting.at[i]] = term[i];
-    found.recomputed += waiting.count, waiting.count = 0;
+    found.recomputed += waiting.count;
+    waiting.count = 0;
   };
   vf total = zero();  // of those that aren't recomputed
   for (std::ptrdiff_t j = begin; j < end; j += kRows) {
@@ -162,7 +163,8 @@ inline Needed needed(const DecodeWork& work, const ValueSums& sums, const float*
       tiny = mask_and(tiny, le(e, set1(sums.least[static_cast<std::size_t>(g)])));
       small = mask_and(small, le(e, set1(sums.bound[static_cast<std::size_t>(g)])));
     }
-    found.any |= (~bits(tiny) & kLanes) << k, found.large |= (~bits(small) & kLanes) << k;
+    found.any |= (~bits(tiny) & kLanes) << k;
+    found.large |= (~bits(small) & kLanes) << k;
   }
   return found;
 }
@@ -189,7 +191,10 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
   thread_local ValueSums own;
   ValueSums& sums = own;
   const std::size_t heads = static_cast<std::size_t>(work.group);
-  sums.least.resize(heads), sums.bound.resize(heads), sums.out.resize(heads), sums.full.weights.resize(heads);
+  sums.least.resize(heads);
+  sums.bound.resize(heads);
+  sums.out.resize(heads);
+  sums.full.weights.resize(heads);
   const std::int32_t seen = p.visible[kv / p.store.heads * p.queries + query];
   Window *before = &sums.windows[0], *now = &sums.windows[1];
   sums.full.count = before->count = 0;
@@ -204,7 +209,8 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
   std::int32_t full_count = 0;
   const auto add_full_ones = [&] {
     add_full_rows(full, sums.full, p.store.value_size, sums.out.data(), work.group);
-    full_count += sums.full.count, sums.full.count = 0;
+    full_count += sums.full.count;
+    sums.full.count = 0;
   };
   const auto add_window = [&](const Window& window, const Window& next) {
     float* own_weights = weights + window.first - work.origin;
@@ -215,7 +221,8 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
   const int most = window_pairs(rows) - kRows / 2;
   for (std::ptrdiff_t j = begin; j < end;) {
     Window& window = *now;
-    window.first = work.origin + j, window.rows = window.count = 0;
+    window.first = work.origin + j;
+    window.rows = window.count = 0;
     for (; j < end && window.rows < kWindow && window.count <= most; j += kRows, window.rows += kRows) {
       const Needed need = needed(work, sums, weights + j);
       for (unsigned large = need.large; large; large &= large - 1) {
@@ -223,7 +230,8 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
         const std::ptrdiff_t at = j + std::countr_zero(large);
         for (std::size_t g = 0; g < heads; ++g) {
           float& weight = weights[static_cast<std::ptrdiff_t>(g) * work.width + at];
-          sums.full.weights[g][static_cast<std::size_t>(sums.full.count)] = weight, weight = 0.0f;
+          sums.full.weights[g][static_cast<std::size_t>(sums.full.count)] = weight;
+          weight = 0.0f;
         }
         sums.full.at[sums.full.count++] = work.origin + at;
         ask_for(full, work.origin + at, p.store.value_size);

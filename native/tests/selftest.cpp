@@ -60,8 +60,12 @@ Grid wide(int bits) {
 
 Grid narrow(int bits, int smallest, int largest, int lost, Overflow overflow, bool subnormals = true) {
   Grid g;
-  g.mantissa_bits = bits, g.min_exponent = smallest, g.max_exponent = largest, g.top_codes_lost = lost;
-  g.overflow = overflow, g.subnormals = subnormals;
+  g.mantissa_bits = bits;
+  g.min_exponent = smallest;
+  g.max_exponent = largest;
+  g.top_codes_lost = lost;
+  g.overflow = overflow;
+  g.subnormals = subnormals;
   return g;
 }
 
@@ -88,22 +92,34 @@ void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Acc
   lamp::Products p;
   p.group = 1 + static_cast<std::ptrdiff_t>(random() % 3);
   p.G = p.group * static_cast<std::ptrdiff_t>(1 + random() % 2);
-  p.M = static_cast<std::ptrdiff_t>(1 + random() % 60), p.K = static_cast<std::ptrdiff_t>(random() % 70);
+  p.M = static_cast<std::ptrdiff_t>(1 + random() % 60);
+  p.K = static_cast<std::ptrdiff_t>(random() % 70);
   p.N = static_cast<std::ptrdiff_t>(1 + random() % 150);
   std::vector<float> a(static_cast<std::size_t>(p.G * p.M * p.K)), b(static_cast<std::size_t>(p.G * p.N * p.K));
   for (float& x : a) x = draw(random, kind);
   for (float& x : b) x = draw(random, kind);
   std::vector<float> out(static_cast<std::size_t>(p.G * p.M * p.N), 7.0f), squares = out;
-  p.a = a.data(), p.b = b.data(), p.out = out.data(), p.squares = random() % 2 ? squares.data() : nullptr;
-  p.a_batch = p.M * p.K, p.a_row = p.K, p.a_k = 1;
+  p.a = a.data();
+  p.b = b.data();
+  p.out = out.data();
+  p.squares = random() % 2 ? squares.data() : nullptr;
+  p.a_batch = p.M * p.K;
+  p.a_row = p.K;
+  p.a_k = 1;
   p.b_batch = p.N * p.K;
-  if (random() % 2)
-    p.b_k = p.N, p.b_column = 1;
-  else
-    p.b_k = 1, p.b_column = p.K;
-  p.scaled = random() % 2, p.scaling = 0.176776695f, p.causal = random() % 2;
+  if (random() % 2) {
+    p.b_k = p.N;
+    p.b_column = 1;
+  } else {
+    p.b_k = 1;
+    p.b_column = p.K;
+  }
+  p.scaled = random() % 2;
+  p.scaling = 0.176776695f;
+  p.causal = random() % 2;
   p.offset = static_cast<std::ptrdiff_t>(random() % 40) - 10;
-  p.accumulation = how, p.threads = static_cast<int>(1 + random() % 4);
+  p.accumulation = how;
+  p.threads = static_cast<int>(1 + random() % 4);
   kernels.products(p);
   bool ok = true;
   for (std::ptrdiff_t g = 0; g < p.G; ++g)
@@ -127,17 +143,32 @@ void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Acc
 
 void test_recompute(const lamp::Kernels& kernels, std::mt19937& random) {
   lamp::Recompute p;
-  p.group = 2, p.G = 4, p.M = 1 + static_cast<std::ptrdiff_t>(random() % 20);
-  p.K = static_cast<std::ptrdiff_t>(random() % 70), p.N = 1 + static_cast<std::ptrdiff_t>(random() % 90);
+  p.group = 2;
+  p.G = 4;
+  p.M = 1 + static_cast<std::ptrdiff_t>(random() % 20);
+  p.K = static_cast<std::ptrdiff_t>(random() % 70);
+  p.N = 1 + static_cast<std::ptrdiff_t>(random() % 90);
   std::vector<float> a(static_cast<std::size_t>(p.G * p.M * p.K)), b(static_cast<std::size_t>(2 * p.N * p.K));
   std::vector<float> scores(static_cast<std::size_t>(p.G * p.M * p.N), 5.0f);
   std::vector<std::uint8_t> mask(scores.size());
   for (float& x : a) x = draw(random, Data::normal);
   for (float& x : b) x = draw(random, Data::normal);
   for (auto& x : mask) x = random() % 3 == 0;
-  p.a = a.data(), p.b = b.data(), p.scores = scores.data(), p.mask = mask.data();
-  p.a_batch = p.M * p.K, p.a_row = p.K, p.a_k = 1, p.b_batch = p.N * p.K, p.b_k = 1, p.b_column = p.K;
-  p.mask_batch = p.M * p.N, p.mask_row = p.N, p.scaled = true, p.scaling = 0.3f, p.threads = 2;
+  p.a = a.data();
+  p.b = b.data();
+  p.scores = scores.data();
+  p.mask = mask.data();
+  p.a_batch = p.M * p.K;
+  p.a_row = p.K;
+  p.a_k = 1;
+  p.b_batch = p.N * p.K;
+  p.b_k = 1;
+  p.b_column = p.K;
+  p.mask_batch = p.M * p.N;
+  p.mask_row = p.N;
+  p.scaled = true;
+  p.scaling = 0.3f;
+  p.threads = 2;
   kernels.recompute(p);
   bool ok = true;
   for (std::ptrdiff_t at = 0; at < p.G * p.M * p.N; ++at) {
@@ -155,8 +186,13 @@ void test_recompute(const lamp::Kernels& kernels, std::mt19937& random) {
 // `transformed`: coarser operands with errors, exact ones for the recomputation, and a shift of each row.
 void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::RuleWeight weight, bool transformed) {
   lamp::Attention p;
-  p.B = 2, p.Hkv = 2, p.H = 4, p.D = 24, p.Dv = 21;
-  p.Lq = 1 + static_cast<std::ptrdiff_t>(random() % 50), p.Lk = p.Lq + static_cast<std::ptrdiff_t>(random() % 100);
+  p.B = 2;
+  p.Hkv = 2;
+  p.H = 4;
+  p.D = 24;
+  p.Dv = 21;
+  p.Lq = 1 + static_cast<std::ptrdiff_t>(random() % 50);
+  p.Lk = p.Lq + static_cast<std::ptrdiff_t>(random() % 100);
   const auto fill = [&](std::ptrdiff_t n) {
     std::vector<float> x(static_cast<std::size_t>(n));
     for (float& value : x) value = draw(random, Data::normal);
@@ -182,15 +218,23 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Ru
     if (random() % 2) p.exact_q = {exact_q.data(), p.q.batch, p.q.head, p.q.row};
     if (random() % 2) p.exact_k = {exact_k.data(), p.k.batch, p.k.head, p.k.row};
     p.shift = random() % 2 ? shift.data() : nullptr;
-    p.row_error = row_error.data(), p.key_error = key_error.data();
+    p.row_error = row_error.data();
+    p.key_error = key_error.data();
     if (random() % 2) p.accumulation.grid = Grid();
   }
   const bool sums_err = !(transformed && p.accumulation.grid.is_float32());
-  p.out = out.data(), p.selected = selected.data();
+  p.out = out.data();
+  p.selected = selected.data();
   p.visible = visible.data();
-  p.mask = mask.data(), p.mask_batch = p.Lq * p.Lk, p.mask_row = p.Lk;
+  p.mask = mask.data();
+  p.mask_batch = p.Lq * p.Lk;
+  p.mask_row = p.Lk;
   p.sinks = random() % 2 ? sinks.data() : nullptr;
-  p.scaling = 0.25f, p.weight = weight, p.threshold = 0.05f, p.error_scale = 0.01f, p.threads = 3;
+  p.scaling = 0.25f;
+  p.weight = weight;
+  p.threshold = 0.05f;
+  p.error_scale = 0.01f;
+  p.threads = 3;
   p.softcap = random() % 2 ? 2.0f : 0.0f;
   kernels.attention(p);
   double worst = 0.0;
@@ -219,7 +263,8 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Ru
           exact.push_back(full.value * p.scaling + moved);
         }
         const auto softmax = [&] {
-          logit.assign(keys, 0.0), z.assign(keys, 0.0);
+          logit.assign(keys, 0.0);
+          z.assign(keys, 0.0);
           double top = p.sinks ? p.sinks[h] : -1e300, total = 0.0;
           for (std::size_t j = 0; j < keys; ++j) {
             logit[j] = p.softcap > 0 ? p.softcap * std::tanh(y[j] / p.softcap) : y[j];
