@@ -70,18 +70,14 @@ def _check_simulated(policies: dict[str, SitePolicy]) -> None:
     """Refuse what the simulation would otherwise pass over in silence."""
     for site, policy in policies.items():
         precision = policy.precision
-        stored_keys = site == "scores" and precision.is_stored
-        for transform in precision.transforms:
-            if not (stored_keys and str(transform) in _OF_STORED_KEYS):
+        allowed = _OF_STORED_KEYS if site == "scores" else ()
+        for transform in precision.transforms if precision.is_stored else ():
+            if str(transform) not in allowed:
                 raise ValueError(
-                    f"'{precision}' at site {site}: the simulation doesn't run {transform} there; it runs "
-                    f"{' and '.join(_OF_STORED_KEYS)} at scores with a stored operand"
+                    f"transform '{transform}' at site {site} with the stored operand {precision.operand}: stored "
+                    f"copies at scores take {' and '.join(_OF_STORED_KEYS)}; name an accumulator, for example "
+                    f"'{precision.operand}@fp32.{transform}'"
                 )
-        if site == "scores" and not (precision.is_stored or precision.operand.is_float32):
-            raise ValueError(
-                f"'{precision}' at site scores: the simulation runs accumulators with float32 operands there, for "
-                f"example '{precision.sums}', and stored operands, for example '{precision.operand}'"
-            )
 
 
 def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:
