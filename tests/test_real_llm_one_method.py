@@ -23,7 +23,9 @@ def test_a_step_of_smollm2_is_simulated_as_it_is_decoded():
     tokens = cut_windows(tokenizer, [default_text()], 1, PROMPT + 8)
 
     def steps(cache):
-        logits = [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(PROMPT, PROMPT + 8)]
+        logits = [
+            model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(PROMPT, PROMPT + 8)
+        ]
         return torch.cat(logits, dim=1).double()
 
     full, plain = DynamicCache(config=model.config), DynamicCache(config=model.config)
