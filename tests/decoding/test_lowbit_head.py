@@ -94,19 +94,19 @@ def test_low_bit_and_full_logits_are_within_the_bound(implementation, kind, bits
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "integers", "aligned", "on the grid", "zeros", "huge"])
 @pytest.mark.parametrize("bits", BITS)
-def test_kernel_and_twin(instruction_set, kind, bits):
+def test_kernel_and_reference(instruction_set, kind, bits):
     for tokens, columns in SHAPES:
         weight, x = case(kind, tokens, columns)
         head = LowBitHead.pack(weight, bits)
         for threshold in (NOTHING, 1e-3, EVERYTHING):
             got, for_top, recomputed = head.run(x, threshold, 3)
-            want, twin_for_top, twin_recomputed = head.twin(x, threshold, 3)
+            want, reference_for_top, reference_recomputed = head.reference(x, threshold, 3)
             allowed = 3 * (unit(columns) * norms(x) * norms(weight).max() + 1e-30)
             # A token right at the threshold may fall on either side.
             differ = (got.double() - want.double()).abs() > allowed
             assert differ.sum() <= 1
-            assert abs(for_top - twin_for_top) <= 1
-            assert abs(recomputed - twin_recomputed) <= 1
+            assert abs(for_top - reference_for_top) <= 1
+            assert abs(recomputed - reference_recomputed) <= 1
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-6, 1e-4, 1e-3, 1e-2])

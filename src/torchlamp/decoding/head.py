@@ -1,6 +1,6 @@
 """The LM head from a low-bit copy: its largest logits are provably those of full precision.
 
-`native/lowbit/head.hpp` is the kernel, `LowBitHead.twin` its readable equal; docs/decoding.md has the proof.
+`native/lowbit/head.hpp` is the kernel, `LowBitHead.reference` its readable equal; docs/decoding.md has the proof.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ class LowBitHead:
             raise ValueError(f"top={top}: give at least 1")
         native = native_for(x)
         if native is None:
-            return self.twin(x, threshold, top)
+            return self.reference(x, threshold, top)
         logits = x.new_empty(len(x), len(self.full))
         bounds = (self.largest_norm, self.largest_error, top, threshold)
         selected = native.extension.head(
@@ -101,7 +101,7 @@ class LowBitHead:
         )
         return logits, *selected
 
-    def twin(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
+    def reference(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
         """`run` in torch, on the same copies."""
         low = self.head.products(x)
         bounds, norm = logit_bounds(x, self.head.errors, self.largest_norm)
