@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchlamp.kernels.dispatch import as_native, native_for
 from torchlamp.kernels.head_bounds import could_win, logit_bounds, max_norm
+from torchlamp.kernels.look_ahead import softmax_gain
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 
 #: Rows that are widened to float64 at a time.
@@ -106,7 +107,8 @@ class LowBitHead:
         bounds, norm = logit_bounds(x, self.head.errors, self.largest_norm)
         for_top = could_win(low, bounds, norm, self.largest_norm, top)
         z = low.softmax(dim=1)
-        weight = 2 * z * (1 - z) * self.head.errors * norm / x.shape[1] ** 0.5
+        error = self.head.errors * norm / x.shape[1] ** 0.5
+        weight = softmax_gain(z, error) * error
         # Written so that a NaN is recomputed.
         chosen = for_top | ~(weight <= threshold)
         logits = low
