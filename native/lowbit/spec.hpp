@@ -1,4 +1,4 @@
-// What the low-bit kernels are told. docs/decoding.md states the layouts and formulas; the torch twins are in
+// What the low-bit kernels are told. docs/decoding.md states the layouts and formulas; the torch references are in
 // src/torchlamp/kernels/reference_lowbit.py and hold the same layouts, byte for byte.
 #pragma once
 

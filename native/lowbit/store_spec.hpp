@@ -1,5 +1,5 @@
 // What the decoding kernels are told: a key-value store with a low-bit and a full-precision copy of everything, keys
-// and values to append to it, and queries that attend to it. The torch twins are in
+// and values to append to it, and queries that attend to it. The torch references are in
 // src/torchlamp/kernels/reference_decoding.py; docs/decoding.md derives the rules.
 #pragma once
 

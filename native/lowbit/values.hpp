@@ -4,24 +4,12 @@
 
 #include <array>
 
+#include "lowbit/look_ahead.hpp"
 #include "lowbit/scores.hpp"
 
 namespace LAMP_ISA {
 
 using lamp::kSurprise;
-
-// 2 z (1 - z) s r, the l1 change of the probabilities that a score's error r makes, with s the slope of the softcap.
-// That is linear in r, and says nothing once r exceeds a nat: there z counts as what it might be four standard errors
-// higher, and 1 - z as 1.
-inline vf look_ahead(vf z, vf r, const float* slope) {
-  vf w = (set1(1.0f) - z) * z * set1(2.0f) * r;
-  if (slope) w = w * load(slope);
-  const vmask far = gt(r, set1(1.0f));
-  if (!bits(far)) return w;
-  const vf up = exp(min(r * set1(4.0f), set1(87.0f)));
-  const vf high = min(set1(1.0f), max(z, set1(0x1p-126f)) * up);
-  return select(far, high * set1(2.0f) * r, w);
-}
 
 inline void ask_for(const lamp::Full& full, std::ptrdiff_t row, std::ptrdiff_t columns) {
   const std::ptrdiff_t bytes = full.half ? 2 : 4;

@@ -238,3 +238,47 @@ def test_biases_of_attention_and_mlp(tokens):
     with pytest.raises(ValueError, match="head has a bias"):
         prepare(model, "lm_head=int8")
     assert is_untouched(model)
+
+
+def test_a_prepared_policy_is_what_really_runs(build, tokens, caplog):
+    model, attention = build("llama"), "scores=int8{}, values=int8"
+    for named, keywords, runs in (
+        (".center", {}, ".center"),
+        (".center.hadamard", {"hadamard": False}, ".center"),
+        ("", {"center": True}, ".center"),
+        ("", {"center": True, "hadamard": True}, ".center.hadamard"),
+        (".hadamard", {"center": False}, ".hadamard"),
+    ):
+        with prepare(model, attention.format(named), **keywords) as prepared:
+            assert str(prepared.policy) == attention.format(runs)
+            options = prepared.cache().layers[0].store.options
+        assert (options.center, options.hadamard) == (".center" in runs, ".hadamard" in runs)
+    assert not caplog.records
+    with prepare(model, attention.format("")) as prepared:
+        assert str(prepared.policy) == attention.format("")
+        options = prepared.cache().layers[0].store.options
+    assert (options.center, options.hadamard) == (False, False)
+    (said,) = caplog.records
+    assert "write scores=int8.center.hadamard for that" in said.getMessage()
+
+
+def test_named_policies_rotate_only_heads_of_a_power_of_two(tokens, caplog):
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=12,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    with prepare(model, decoding.FAST) as prepared:
+        generated(model, tokens(1, 7))
+    assert str(prepared.policy) == decoding.FAST.replace(".hadamard", "")
+    assert "keys aren't rotated, since the head size is no power of two" in caplog.text
+    with pytest.raises(ValueError, match="power of two"), prepare(model, decoding.FAST, hadamard=True):
+        generated(model, tokens(1, 7))
+
+
+@pytest.mark.parametrize("policy", ["ps4+strict:0.1", "qkv=mxfp4", "scores=int8, values=int8, norm=ps4"])
+def test_only_what_kernels_run_is_prepared(build, policy):
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"has no decoding kernel.* the nearest policy that runs is"):
+        prepare(model, policy)
+    assert is_untouched(model)

@@ -183,3 +183,19 @@ def test_refuses(llama, tokens):
     with pytest.raises(ValueError, match="dropout"):
         decode_attention(attention, q, k, k, None, dropout=0.1)
     assert NAME == "lamp-decode"
+
+
+@pytest.mark.parametrize(
+    ("scores", "keywords", "center", "hadamard"),
+    [
+        ("int8+running:0.001", {}, True, True),
+        ("int8", {"center": False}, False, True),
+        ("int8", {"hadamard": False}, True, False),
+        ("int8.center", {}, True, False),
+        ("int8.hadamard", {}, False, True),
+        ("int8.hadamard", {"hadamard": False, "center": True}, True, False),
+    ],
+)
+def test_transforms_of_the_cache(model, scores, keywords, center, hadamard):
+    options = LookaheadCache(model.config, scores=scores, **keywords).layers[0].store.options
+    assert (options.center, options.hadamard) == (center, hadamard)

@@ -34,7 +34,7 @@ def same_errors(got, want):
 
 @over_shapes
 @given(sizes, sizes, st.sampled_from([4, 8, 12]), kinds, seeds)
-def test_blocks_equal_the_twin_byte_for_byte(instruction_set, rows, columns, bits, kind, seed):
+def test_blocks_equal_the_reference_byte_for_byte(instruction_set, rows, columns, bits, kind, seed):
     x = matrix(kind, rows, columns, seed)
     copy = LowBitMatrix.pack(x, bits)
     codes, scales, errors = reference_lowbit.pack_blocks(x, bits)

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -112,3 +113,17 @@ def test_the_nearest_policy_runs(site, spelling, rule):
     found = nearest(Policy.parse(f"{site}={spelling}+{rule}"))
     assert settings(found)
     assert nearest(found) == found
+
+
+def test_the_page_has_the_table_of_the_kernels():
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
+    rows = []
+    for site, kernel in KERNELS.items():
+        rules = ["none"] if kernel.rule is None else ["none", f"{kernel.rule.name}:T", "all"]
+        cells = ([site], [f"int{bits}" for bits in kernel.bits], kernel.transforms, rules)
+        rows.append(
+            "|"
+            + "|".join(f" {' '.join(f'`{name}`' for name in cell)} ".replace("  ", " ") for cell in cells)
+            + "|"
+        )
+    assert "\n".join(rows) in page

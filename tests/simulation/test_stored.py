@@ -176,7 +176,7 @@ def test_a_window_of_an_mlp_is_the_steps_of_decoding(rules, bits):
     own_bits = (Operand.parse(b).kernel_bits for b in bits)
     mlp = LowBitMlp.pack(gate, up, down, "silu", *own_bits, full=torch.float32)
     limits = [-1.0 if r == "all" else torch.inf if r == "none" else float(r.split(":")[1]) for r in rules]
-    want = [mlp.twin(row[None], *limits) for row in x.flatten(0, 1)]
+    want = [mlp.reference(row[None], *limits) for row in x.flatten(0, 1)]
     maps = [StoredWeights.store(Weights(w.T), Operand.parse(bits[0])) for w in (gate, up)]
     columns = StoredColumns(StoredWeights.store(Weights(down.T), Operand.parse(bits[1])))
     size = OutputSize()
@@ -200,7 +200,7 @@ def test_a_window_of_logits_is_the_steps_of_decoding(rule, bits):
     weight, x = draw(300, 40, seed=1), draw(2, 9, 40, seed=2)
     head = LowBitHead.pack(weight, Operand.parse(bits).kernel_bits)
     limit = -1.0 if rule == "all" else torch.inf if rule == "none" else float(rule.split(":")[1])
-    want = [head.twin(row[None], limit) for row in x.flatten(0, 1)]
+    want = [head.reference(row[None], limit) for row in x.flatten(0, 1)]
     stored = StoredWeights.store(Weights(weight.T), Operand.parse(bits))
     result = stored_linears(
         x, [stored], rule=Rule.parse(rule), next_function=StoredVocabulary(), always=for_the_top(stored)

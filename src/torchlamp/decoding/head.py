@@ -1,6 +1,6 @@
 """The LM head from a low-bit copy: its largest logits are provably those of full precision.
 
-`native/lowbit/head.hpp` is the kernel, `LowBitHead.twin` its readable equal; docs/decoding.md has the proof.
+`native/lowbit/head.hpp` is the kernel, `LowBitHead.reference` its readable equal; docs/decoding.md has the proof.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchlamp.kernels.dispatch import as_native, native_for
 from torchlamp.kernels.head_bounds import could_win, logit_bounds, max_norm
+from torchlamp.kernels.look_ahead import softmax_gain
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 
 #: Rows that are widened to float64 at a time.
@@ -86,7 +87,7 @@ class LowBitHead:
             raise ValueError(f"top={top}: give at least 1")
         native = native_for(x)
         if native is None:
-            return self.twin(x, threshold, top)
+            return self.reference(x, threshold, top)
         logits = x.new_empty(len(x), len(self.full))
         bounds = (self.largest_norm, self.largest_error, top, threshold)
         selected = native.extension.head(
@@ -100,13 +101,14 @@ class LowBitHead:
         )
         return logits, *selected
 
-    def twin(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
+    def reference(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
         """`run` in torch, on the same copies."""
         low = self.head.products(x)
         bounds, norm = logit_bounds(x, self.head.errors, self.largest_norm)
         for_top = could_win(low, bounds, norm, self.largest_norm, top)
         z = low.softmax(dim=1)
-        weight = 2 * z * (1 - z) * self.head.errors * norm / x.shape[1] ** 0.5
+        error = self.head.errors * norm / x.shape[1] ** 0.5
+        weight = softmax_gain(z, error) * error
         # Written so that a NaN is recomputed.
         chosen = for_top | ~(weight <= threshold)
         logits = low

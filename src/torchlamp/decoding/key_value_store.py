@@ -116,7 +116,7 @@ class KeyValueStore:
         if native is not None:
             said = self.kernel(native).append(keys, values, self.length, torch.get_num_threads())
         else:
-            said = self._append_twin(keys, values)
+            said = self._append_reference(keys, values)
         self.appended(count, said)
 
     def appended(self, count: int, said: int) -> None:
@@ -172,7 +172,7 @@ class KeyValueStore:
         kv_heads, value_size = self.full_values.shape[1], self.full_values.shape[3]
         native = native_for(q)
         if native is None:
-            return self._attend_twin(
+            return self._attend_reference(
                 q, scaling, scores_threshold, values_threshold, mask, first, softcap, sinks
             )
         output = q.new_empty(batch, queries, heads, value_size)
@@ -327,7 +327,7 @@ class KeyValueStore:
             self.options.value_bits, self.options.hadamard,
         )  # fmt: skip
 
-    def _append_twin(self, keys: Tensor, values: Tensor) -> int:
+    def _append_reference(self, keys: Tensor, values: Tensor) -> int:
         batch, heads, count, size = keys.shape
         places, limit = slice(self.length, self.length + count), torch.finfo(self.options.full).max
         self.full_keys[:, :, places], self.full_values[:, :, places] = keys, values
@@ -372,7 +372,7 @@ class KeyValueStore:
             self.key_codes, self.key_scales, self.options.key_bits, rows, size
         ).view(batch * heads, self.capacity, size)
 
-    def _attend_twin(
+    def _attend_reference(
         self,
         q: Tensor,
         scaling: float,

@@ -1,6 +1,6 @@
 """A gated MLP from low-bit copies of its three matrices, look-ahead through the activation and the down projection.
 
-`native/lowbit/mlp.hpp` is the kernel, `LowBitMlp.twin` its readable equal; docs/decoding.md derives the weights.
+`native/lowbit/mlp.hpp` is the kernel, `LowBitMlp.reference` its readable equal; docs/decoding.md derives the weights.
 """
 
 from dataclasses import dataclass, field
@@ -133,12 +133,12 @@ class LowBitMlp:
         x = check_vectors(x, self.gate.columns)
         native = native_for(x)
         if native is None:
-            return self.twin(x, up_threshold, down_threshold)
+            return self.reference(x, up_threshold, down_threshold)
         y = x.new_empty(len(x), self.down_full.shape[1])
         selected = self.kernel(native).run(x, y, up_threshold, down_threshold, torch.get_num_threads())
         return y, *selected
 
-    def twin(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
+    def reference(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
         """`run` in torch, on the same copies."""
         neurons, columns = self.gate_full.shape
         a, b = self.gate.products(x), self.up.products(x)

@@ -70,7 +70,8 @@ def lookahead(
         A float32 model. For the sites `scores` and `values` its class must use transformers' attention interface; for
         all but `scores` its modules must bear the names of Llama's, Gemma's, Phi-3's or GPT-2's.
     policy : str or Policy
-        For example ``"ps4+strict:0.1"`` or ``"scores=ps4+strict:0.1, mlp_up=ps7+condition:4"``.
+        For example ``"ps4+strict:0.1"``, ``"scores=ps4+strict:0.1, mlp_up=ps7+condition:4"``, or a policy with stored
+        operands such as ``"mlp_up=int8+output:0.001"``, whose rows all read what a step of decoding would read.
     seed : int
         Of the random baselines.
     layers : iterable of int, optional

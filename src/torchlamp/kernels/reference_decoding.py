@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels.constants import SKIP, SURPRISE, VANISHED
+from torchlamp.kernels.look_ahead import softmax_gain
 from torchlamp.kernels.reference_lowbit import quantise_vector
 
 
@@ -102,9 +103,7 @@ def attend(
 
     z = probabilities(low)
     r = abs(scaling) * moved.norm(dim=-1, keepdim=True) * by_head(errors)[:, :, None] / size**0.5
-    # The first-order weight says nothing of errors beyond a nat: see docs/decoding.md.
-    far = 2 * r * (z.clamp(min=2.0**-126) * torch.exp((4 * r).clamp(max=87))).clamp(max=1)
-    weight = torch.where(r > 1, far, 2 * z * (1 - z) * slope * r)
+    weight = softmax_gain(z, r, slope) * r
     # Written so that a NaN is recomputed.
     again = ~(weight <= scores_threshold) & visible
     if scores_threshold == torch.inf:

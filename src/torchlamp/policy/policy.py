@@ -25,7 +25,7 @@ class SitePolicy:
     """How a site's sums are formed, and the rule that picks what is recomputed or read in full precision.
 
     Printed and parsed as ``[operand@]accumulator[.transform...][+rule]``, for example ``ps4+strict:0.1``,
-    ``int8.center.hadamard+running:0.001`` or ``mxfp4@hopper-fp8``. An accumulator or a format in the place of the
+    ``int8.center.hadamard+running:0.001`` or ``mxfp4@ps13/promote128``. An accumulator or a format in the place of the
     precision has float32 operands.
     """
 

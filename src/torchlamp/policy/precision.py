@@ -8,19 +8,20 @@ from typing import TypeVar
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import NAMED, Format
-from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.operands import BLOCKS, Operand
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 
 T = TypeVar("T")
 _FLOAT32_SUMS = Accumulator.parse("fp32")
 _FLOAT32_NUMBERS = Operand()
 _INTEGER = re.compile(r"int([2-9]|1[0-6])")
-_OPERANDS = ("float32", "int4", "int8", "int12", "int8/row", "e4m3fn/row", "mxfp8", "mxfp6", "mxfp4", "nvfp4")
-_UNITS = ("hopper-fp8", "ada-fp8", "volta", "ampere", "hopper", "blackwell", "blackwell-fp4", "int32")
 #: What a misspelt name is compared with.
-_NAMES = (*NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24)), *_OPERANDS, *_UNITS, "tender4", "tender8")
+_NAMES = (
+    "float32", *NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24)),
+    *(f"int{bits}" for bits in range(2, 17)), "int8/row", "e4m3fn/row", *BLOCKS,
+)  # fmt: skip
 SPELLING = (
-    "write [operand@]accumulator[.transform...], for example 'ps4', 'int8.center' or 'mxfp4@hopper-fp8'"
+    "write [operand@]accumulator[.transform...], for example 'ps4', 'int8.center' or 'mxfp4@ps13/promote128'"
 )
 
 
@@ -161,9 +162,9 @@ def _unknown(name: str, spelling: str, what: str) -> ValueError:
     hint = f"did you mean {near[0]!r}? " if near else ""
     where = "" if spelling.strip() == name else f" in {spelling.strip()!r}"
     return ValueError(
-        f"{name!r}{where} is {what}: {hint}accumulators are formats (ps1..ps23, {', '.join(NAMED)}, eXmY, ueXmY), "
-        f"with options behind '/', and units ({', '.join(_UNITS)}); operands are int2..int16, "
-        f"{', '.join(_OPERANDS[4:])}"
+        f"{name!r}{where} is {what}: {hint}accumulators are ps1..ps23, {', '.join(NAMED)}, eXmY, ueXmY, with "
+        "options such as /block32; operands float32, int2..int16 (or with /G, /row, /tensor), these formats (as they "
+        f"are, or with /row, /tensor), {', '.join(BLOCKS)}"
     )
 
 

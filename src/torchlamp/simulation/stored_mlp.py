@@ -1,6 +1,6 @@
 """The MLP from stored weights: neurons whose errors would show are read in full, and so are columns that weigh much.
 
-`torchlamp.decoding.mlp.LowBitMlp.twin` is the same for a step of a prepared model; docs/decoding.md derives the
+`torchlamp.decoding.mlp.LowBitMlp.reference` is the same for a step of a prepared model; docs/decoding.md derives the
 weights. A neuron owns its rows of the gate and up projections, and its column of the down projection.
 """
 
