@@ -210,7 +210,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
     """
     _check(query, key, value, call)
     call.seen.check((*query.shape[:3], key.shape[2]))
-    operands = score_operands(
+    operands = _operands(call, query, key)
+    return _fused(call, operands, value) or _tiled(call, operands, value)
+
+
+def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:
+    """What the scores of a call are formed of."""
+    return score_operands(
         query,
         key,
         operand=call.operand,
@@ -219,7 +225,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
         wants_shift=call.softcap is not None or call.sinks is not None,
         moments=call.moments,
     )
-    return _fused(call, operands, value) or _tiled(call, operands, value)
 
 
 def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult | None:
