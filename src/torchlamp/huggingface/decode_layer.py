@@ -19,6 +19,7 @@ from torch.nn.modules import module as _modules
 
 from torchlamp.huggingface.decode_forwards import LinearsDecode, MlpDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache
+from torchlamp.huggingface.masks import seen_keys
 from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, native_for
 from torchlamp.simulation.statistics import Statistics
@@ -69,8 +70,11 @@ class LayerDecode(Forward):
             return hidden_states
         angles: Any = kwargs.get("position_embeddings")
         native = native_for()
+        mask = kwargs.get("attention_mask")
+        seen = None if mask is None else seen_keys(mask)
         fast = (
             not args
+            and (mask is None or seen is not None)
             and hidden_states.shape[1] == 1
             and angles is not None
             and hidden_states.dtype == torch.float32
@@ -82,10 +86,8 @@ class LayerDecode(Forward):
             return self.original(hidden_states, *args, **kwargs)
         batch = len(hidden_states)
         cosines, sines = cache.angles_of(angles, self.size)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            keys = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, 0]
-            mask = keys.expand(batch, -1).contiguous().view(torch.uint8)
+        if seen is not None:
+            mask = seen[:, 0].expand(batch, -1).contiguous().view(torch.uint8)
         result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         x, y = hidden_states.detach().reshape(batch, -1).contiguous().numpy(), result.view(batch, -1).numpy()
         threads, record = torch.get_num_threads(), self.statistics.record
