@@ -1,7 +1,6 @@
 """What modules of a prepared model run when one token of each sequence is decoded; anything longer runs as before."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.huggingface.forward_only import forward_only
-from torchlamp.huggingface.plain_modules import PlainModules, is_known
+from torchlamp.huggingface.plain_modules import PlainModules
 from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
@@ -73,7 +72,7 @@ class LinearsDecode:
     def output(self, x: Tensor, index: int) -> Tensor:
         """One layer's float32 (batch, outputs) of (batch, columns)."""
         y = self.parts[index].products(x)
-        return y if self.bias is None else y + self.bias.split(self.sizes)[index]
+        return y if self.bias is None else y + torch.split(self.bias, self.sizes)[index]
 
 
 class MlpDecode(DecodeForward):
@@ -91,11 +90,10 @@ class MlpDecode(DecodeForward):
         self.mlp, self.thresholds, self.statistics, self.number = mlp, thresholds, statistics, number
         #: The projections and the activation, which the kernel runs unseen.
         self.inside = PlainModules(module)
-        self.known = is_known(type(module))
 
     def is_plain(self) -> bool:
         """Whether the MLP is of a known class, and nobody watches or has changed its projections or activation."""
-        return self.own is None and self.known and self.inside.hold()
+        return self.own is None and self.inside.hold()
 
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to (batch, outputs)."""
@@ -175,11 +173,12 @@ def head_decode(sites: Sites, settings: Settings, top: int, statistics: Statisti
     return HeadDecode(module, LowBitHead.pack(weight, settings.bits), settings.threshold, top, statistics)
 
 
-def _activation(module: Callable[[Tensor], Tensor]) -> str:
-    """The kernel's name of an elementwise function, told by its values."""
+def _activation(module: nn.Module) -> str:
+    """The kernel's name of an elementwise function, told by its class's values (hooks are looked for at each step)."""
     probe = torch.linspace(-6.0, 6.0, 97)
+    values = type(module).forward(module, probe)
     for name in ACTIVATIONS:
-        if torch.allclose(module(probe), activate(name, probe)[0], rtol=1e-5, atol=1e-6):
+        if torch.allclose(values, activate(name, probe)[0], rtol=1e-5, atol=1e-6):
             return name
     raise ValueError(
         f"activation {type(module).__name__} of the MLP: the decoding kernel knows {' and '.join(ACTIVATIONS)}; leave "

@@ -24,8 +24,8 @@ from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, native_for
 from torchlamp.simulation.statistics import Statistics
 
-#: Families of transformers whose decoder layers have RMSNorms, rotary positions over the whole head and a gated MLP: how
-#: their classes' names begin, and what their norms add to the weight (Gemma's multiply by 1 + w).
+#: Families of transformers whose decoder layers have RMSNorms, rotary positions over the whole head and a gated MLP:
+#: how their classes' names begin, and what their norms add to the weight (Gemma's multiply by 1 + w).
 FAMILIES = {
     "llama": ("Llama", 0.0),
     "mistral": ("Mistral", 0.0),
@@ -34,7 +34,9 @@ FAMILIES = {
     "gemma3": ("Gemma3", 1.0),
 }
 #: Models of those families that hand hidden states from layer to layer untouched.
-DECODERS = {name: f"{prefix}{'Text' if name == 'gemma3' else ''}Model" for name, (prefix, _) in FAMILIES.items()}
+DECODERS = {
+    name: f"{prefix}{'Text' if name == 'gemma3' else ''}Model" for name, (prefix, _) in FAMILIES.items()
+}
 
 
 class LayerDecode(Forward):

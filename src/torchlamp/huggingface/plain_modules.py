@@ -20,13 +20,13 @@ _TRUSTED = ("torch", "transformers")
 class PlainModules:
     """The modules below one module, as they are now.
 
-    `hold` is cheap enough for each decoded token: it goes over precomputed tuples of dictionaries in C. A copy of a model
-    makes its own tuples when it is first asked, from the children and classes that its original was made with.
+    `hold` is cheap enough for each decoded token: it goes over precomputed tuples of dictionaries in C. A copy of a
+    model makes its own tuples when it is first asked; children and classes are those that the original was made with.
 
     Parameters
     ----------
     root : torch.nn.Module
-        Its own hooks and forward don't count: whoever calls it runs them.
+        Its own hooks and instance's forward don't count: whoever calls it runs them.
     forwards : mapping from module to forward, optional
         The forwards that modules below have been given by the caller; every other module must run its class's.
     """
@@ -34,7 +34,7 @@ class PlainModules:
     def __init__(self, root: nn.Module, forwards: Mapping[nn.Module, Any] | None = None) -> None:
         self.root = root
         self._modules = list(root.modules())[1:]
-        self._classes = [type(module) for module in self._modules]
+        self._classes = [type(module) for module in [root, *self._modules]]
         self._parents = [module for module in [root, *self._modules] if module._modules]
         self._children = [child for parent in self._parents for child in parent._modules.values()]
         given = forwards or {}
@@ -55,7 +55,7 @@ class PlainModules:
             not any(hooks)
             and list(map(dict.get, owners, repeat("forward"))) == self._forwards
             and list(chain.from_iterable(map(dict.values, parents))) == self._children
-            and list(map(type, self._modules)) == self._classes
+            and [type(self.root), *map(type, self._modules)] == self._classes
             and all(kind.forward is function for kind, function in self._functions.items())
         )
 

@@ -268,7 +268,9 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
                 )
             low, full = mlp.mlp.bytes
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
-            if "scores" in told and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
+            own = any(forward.own is not None for forward in inside.values())
+            whole = "scores" in told and len(groups) == 2 and len(groups[0].sizes) == 3 and not own
+            if whole and can_fuse(layer):
                 forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics, inside))
     chain(prepared.model, [forward for forward in forwards if isinstance(forward, LayerDecode)])
     if "lm_head" in told:
