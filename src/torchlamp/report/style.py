@@ -1,16 +1,19 @@
-"""One colour and marker per rule, the same in every figure, on paper and on the page.
+"""Colours, markers and lines of everything that a report draws, the same on paper and on the page.
 
-The first eight colours are those of Okabe and Ito (2008), which people with any common colour blindness can tell
-apart; shape and dash say the same again. The dark variants are lightened to a contrast of 4.5:1 or more.
+Python draws the files of a report with matplotlib, and the page's script draws with plotly: both take their styles from
+here, the script as JSON. The first eight colours are those of Okabe and Ito (2008), which people with any common colour
+blindness can tell apart; shape and dash say the same again. The dark variants are lightened to a contrast of 4.5:1 or
+more.
 """
 
+import colorsys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colours, marker and line of a rule."""
+    """Colours on light and on dark paper, marker and line."""
 
     light: str
     dark: str
@@ -18,7 +21,7 @@ class Style:
     marker: str = "o"
     symbol: str = "circle"
     #: matplotlib's line style and plotly's dash.
-    line: str = "-"
+    line: Any = "-"
     dash: str = "solid"
 
     def to_dict(self) -> dict[str, Any]:
@@ -27,7 +30,7 @@ class Style:
 
 
 #: Name of a rule (the first word of its label) -> its style.
-STYLES: dict[str, Style] = {
+_RULES: dict[str, Style] = {
     "strict": Style("#0072b2", "#56a8e0"),
     "running": Style("#d55e00", "#f0883e", "s", "square"),
     "running-residual": Style("#c23b4e", "#f08a94", "X", "x"),
@@ -44,6 +47,9 @@ STYLES: dict[str, Style] = {
     "condition": Style("#009e73", "#3cc79a", "D", "diamond"),
     "sink-recent": Style("#7a4f9a", "#b898dd", "h", "hexagon"),
     "heads": Style("#8f4a2e", "#d79a7d", "1", "y-down-open"),
+}
+#: The same of controls and oracles, and of the ends of every curve: they come after all rules.
+_CONTROLS: dict[str, Style] = {
     "random": Style("#767676", "#9a9a9a", "x", "x-thin-open", "--", "dash"),
     "random-like": Style("#767676", "#9a9a9a", "+", "cross-thin-open", "--", "dash"),
     "oracle": Style("#222222", "#e8e8e8", "*", "star-open", ":", "dot"),
@@ -51,6 +57,7 @@ STYLES: dict[str, Style] = {
     "none": Style("#767676", "#9a9a9a", "d", "diamond-tall", "-", "solid"),
     "all": Style("#444444", "#c0c0c0", "P", "cross"),
 }
+STYLES = _RULES | _CONTROLS
 
 #: Rules that came later take these, in the order in which they are met.
 _MORE = (
@@ -77,9 +84,47 @@ def _name(label: str) -> str:
     return label.split(" ")[0]
 
 
-def order(label: str) -> tuple[int, int, str]:
-    """Rules in the order of `STYLES`, those that came later before the controls."""
-    names = list(STYLES)
+def order(label: str) -> tuple[int, str]:
+    """Sort key of rules' labels: the order of `STYLES`, with rules that came later before the controls."""
+    names = [*_RULES, "", *_CONTROLS]
     name = _name(label)
-    last = name in ("random", "random-like", "oracle", "oracle-residual", "none", "all")
-    return (int(last), names.index(name) if name in names else len(names), label)
+    return names.index(name if name in STYLES else ""), label
+
+
+def legend_label(label: str, realisable: bool = True) -> str:
+    """A rule's label in a legend."""
+    words = {"none": "none (uniform precision)", "all": "all recomputed"}.get(label, label)
+    return words if realisable else f"{words} (not realisable)"
+
+
+#: Lines that tell policies of one rule apart, in their order.
+_LINES: tuple[tuple[Any, str], ...] = (
+    ("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"), ((0, (8, 3)), "longdash"),
+)  # fmt: skip
+#: Markers that tell accumulators apart, in their order.
+_MARKERS = (
+    ("o", "circle"), ("s", "square"), ("D", "diamond"), ("^", "triangle-up"), ("X", "x"), ("*", "star"),
+    ("p", "pentagon"), ("h", "hexagon"),
+)  # fmt: skip
+
+
+def numbered(style: Style, number: int) -> Style:
+    """The style of a rule's policy with this number, where several policies of the rule are drawn: another line."""
+    line, dash = _LINES[number % len(_LINES)]
+    return Style(style.light, style.dark, "o", "circle", line, dash)
+
+
+def accumulator_styles(names: list[str]) -> dict[str, Style]:
+    """A style for each accumulator, narrow ones in the strongest shade of blue."""
+    found = {}
+    for index, name in enumerate(names):
+        part = index / max(1, len(names) - 1)
+        marker, symbol = _MARKERS[index % len(_MARKERS)]
+        light, dark = _blue(0.80, 0.22 + 0.43 * part), _blue(0.65, 0.80 - 0.45 * part)
+        found[name] = Style(light, dark, marker, symbol)
+    return found
+
+
+def _blue(saturation: float, lightness: float) -> str:
+    channels = colorsys.hls_to_rgb(205 / 360, lightness, saturation)
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
