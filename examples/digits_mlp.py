@@ -114,7 +114,13 @@ def infer(
     for layer, following in pairwise(layers):
         look = activated(phi, following.weight.detach().norm(dim=0))
         result = linear(
-            h, layer.weight, layer.bias, accumulator=accumulate, rule=rule, look=look, generator=generator
+            h,
+            layer.weight,
+            layer.bias,
+            accumulator=accumulate,
+            rule=rule,
+            next_function=look,
+            generator=generator,
         )
         selected += int(result.selected.sum())
         eligible += result.eligible * len(images)

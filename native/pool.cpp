@@ -77,7 +77,8 @@ class Pool {
         const int index = static_cast<int>(workers_.size());
         workers_.emplace_back([this, index, seen = round_.load()] { loop(index, seen); });
       }
-      job_ = &job, wanted_ = helpers;
+      job_ = &job;
+      wanted_ = helpers;
       round_.fetch_add(1);
       if (asleep_ > 0) wake_.notify_all();
     }

@@ -8,15 +8,24 @@ std::tuple<std::int64_t, std::int64_t> head(const std::string& isa, const BlockM
                                             Array<float, 2> logits, float largest_norm, float largest_error,
                                             std::ptrdiff_t top, float threshold, int threads) {
   LowBitHead p;
-  p.head = matrix.blocks(), p.tokens = matrix.rows(), p.columns = matrix.columns();
+  p.head = matrix.blocks();
+  p.tokens = matrix.rows();
+  p.columns = matrix.columns();
   p.full = full(rows, p.tokens, p.columns);
   require(row_major(x) && length(x.shape(1)) == p.columns, "x must be contiguous, of shape (vectors, columns)");
   require(row_major(logits) && logits.shape(0) == x.shape(0) && length(logits.shape(1)) == p.tokens,
           "logits must be contiguous, of shape (vectors, tokens)");
   require(top >= 1, "top must be at least 1");
   std::int64_t selected[2];
-  p.vectors = length(x.shape(0)), p.top = top, p.largest_norm = largest_norm, p.largest_error = largest_error;
-  p.threshold = threshold, p.x = x.data(), p.logits = logits.data(), p.selected = selected, p.threads = threads;
+  p.vectors = length(x.shape(0));
+  p.top = top;
+  p.largest_norm = largest_norm;
+  p.largest_error = largest_error;
+  p.threshold = threshold;
+  p.x = x.data();
+  p.logits = logits.data();
+  p.selected = selected;
+  p.threads = threads;
   const Kernels& k = kernels(isa);
   {
     const nb::gil_scoped_release release;

@@ -9,19 +9,18 @@ namespace lamp::python {
 
 using Vector = Array<float, 1>;
 
-inline void require_bits(int bits, bool blocks) {
-  require(bits == 4 || bits == 8 || (blocks && bits == 12), "bits must be 4, 8 or (in blocks only) 12");
-}
-
 // A low-bit copy in blocks, of a matrix (rows, columns).
 class BlockMatrix {
  public:
   BlockMatrix(std::string isa, Bytes codes, Halves scales, Vector errors, int bits, std::ptrdiff_t rows,
               std::ptrdiff_t columns)
       : kernels_(kernels(isa)), codes_(codes), scales_(scales), errors_(errors), rows_(rows), columns_(columns) {
-    require_bits(bits, true);
+    require(BlockFormats::has(bits), "no low-bit format in blocks has so many bits");
     require(rows >= 0 && columns >= 0, "a matrix has no negative size");
-    blocks_.codes = codes.data(), blocks_.scales = scales.data(), blocks_.errors = errors.data(), blocks_.bits = bits;
+    blocks_.codes = codes.data();
+    blocks_.scales = scales.data();
+    blocks_.errors = errors.data();
+    blocks_.bits = bits;
     blocks_.groups = (columns + kPackGroup - 1) / kPackGroup;
     const std::ptrdiff_t count = (rows + kPackRows - 1) / kPackRows;
     require(row_major(codes) && row_major(scales) && row_major(errors) &&
@@ -43,8 +42,13 @@ class BlockMatrix {
     require(row_major(y) && y.shape(0) == x.shape(0) && length(y.shape(1)) == rows_,
             "y must be contiguous, of shape (vectors, rows)");
     LowBitProducts p;
-    p.matrix = blocks_, p.rows = rows_, p.columns = columns_, p.vectors = length(x.shape(0));
-    p.x = x.data(), p.y = y.data(), p.threads = threads;
+    p.matrix = blocks_;
+    p.rows = rows_;
+    p.columns = columns_;
+    p.vectors = length(x.shape(0));
+    p.x = x.data();
+    p.y = y.data();
+    p.threads = threads;
     const nb::gil_scoped_release release;
     kernels_.lowbit.products(p);
   }
@@ -81,8 +85,11 @@ class Mlp {
       Table up_full, Table down_full, Vector down_norms, Vector down_errors, int activation)
       : kernels_(kernels(isa)), kept_{gate_full, up_full, down_full}, norms_(down_norms), errors_(down_errors) {
     require(activation == 0 || activation == 1, "unknown activation");
-    call_.gate = gate.blocks(), call_.up = up.blocks();
-    call_.neurons = gate.rows(), call_.columns = gate.columns(), call_.outputs = length(down_full.shape(1));
+    call_.gate = gate.blocks();
+    call_.up = up.blocks();
+    call_.neurons = gate.rows();
+    call_.columns = gate.columns();
+    call_.outputs = length(down_full.shape(1));
     require(up.rows() == gate.rows() && up.columns() == gate.columns(), "gate and up must be of the same size");
     call_.gate_full = full(gate_full, call_.neurons, call_.columns);
     call_.up_full = full(up_full, call_.neurons, call_.columns);
@@ -93,7 +100,8 @@ class Mlp {
     require(row_major(down_norms) && row_major(down_errors) && length(down_norms.size()) == padded &&
                 length(down_errors.size()) == padded,
             "down's norms and errors must be contiguous, one for each neuron of a block");
-    call_.down_norms = down_norms.data(), call_.down_errors = down_errors.data();
+    call_.down_norms = down_norms.data();
+    call_.down_errors = down_errors.data();
     call_.activation = static_cast<Activation>(activation);
   }
 
@@ -104,8 +112,13 @@ class Mlp {
             "y must be contiguous, of shape (vectors, outputs)");
     LowBitMlp p = call_;
     std::int64_t selected[2];
-    p.vectors = length(x.shape(0)), p.x = x.data(), p.y = y.data(), p.selected = selected, p.threads = threads;
-    p.up_threshold = up_threshold, p.down_threshold = down_threshold;
+    p.vectors = length(x.shape(0));
+    p.x = x.data();
+    p.y = y.data();
+    p.selected = selected;
+    p.threads = threads;
+    p.up_threshold = up_threshold;
+    p.down_threshold = down_threshold;
     {
       const nb::gil_scoped_release release;
       kernels_.lowbit.mlp(p);

@@ -45,6 +45,7 @@ inline std::ptrdiff_t length(std::size_t n) { return static_cast<std::ptrdiff_t>
 void bind_lowbit(nb::module_& m);
 void bind_layer(nb::module_& m);
 void bind_decode(nb::module_& m);
+void bind_constants(nb::module_& m);
 
 }  // namespace python
 }  // namespace lamp

@@ -12,7 +12,7 @@ void bind_decode(nb::module_& m) {
       .def("append", &KeyValueStore::append, "k"_a, "v"_a, "start"_a, "threads"_a)
       .def("attend", &KeyValueStore::attend, "q"_a, "out"_a, "recomputed"_a, "full_rows"_a, "visible"_a, "first"_a,
            "last"_a, "mask"_a.none(), "causal"_a, "sinks"_a.none(), "scaling"_a, "softcap"_a, "scores_threshold"_a,
-           "values_threshold"_a, "strange"_a, "threads"_a);
+           "values_threshold"_a, "nonfinite_values"_a, "threads"_a);
 }
 
 }  // namespace lamp::python

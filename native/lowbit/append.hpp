@@ -14,7 +14,8 @@ inline void rotate(float* x, std::ptrdiff_t size) {
     for (std::ptrdiff_t start = 0; start < size; start += 2 * half)
       for (std::ptrdiff_t i = start; i < start + half; ++i) {
         const float a = x[i], b = x[i + half];
-        x[i] = a + b, x[i + half] = a - b;
+        x[i] = a + b;
+        x[i + half] = a - b;
       }
   const float norm = 1.0f / std::sqrt(static_cast<float>(size));
   for (std::ptrdiff_t i = 0; i < size; ++i) x[i] *= norm;
@@ -38,7 +39,7 @@ inline std::uint16_t to_f16(float x) {
 
 // Row `row` of a full copy <- x; whether a finite number became infinite, and whether one was not finite.
 struct Kept {
-  bool overflow = false, strange = false;
+  bool overflow = false, nonfinite = false;
 };
 inline Kept keep_full(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
   // The store owns its arrays; kernels that read see them as constant.
@@ -64,7 +65,7 @@ inline void append(lamp::Append& p) {
   constexpr std::ptrdiff_t kTogether = 64;
   const std::ptrdiff_t origin = p.start / kTogether, end = p.start + p.count;
   const std::ptrdiff_t chunks = (end + kTogether - 1) / kTogether - origin;
-  std::atomic<bool> overflow{false}, strange{false};
+  std::atomic<int> flags{0};
   lamp::parallel(p.count >= kTogether ? p.threads : 1, s.batches * s.heads * chunks, [&](std::ptrdiff_t item) {
     const std::ptrdiff_t head = item / chunks, from = (origin + item % chunks) * kTogether;
     const float* k = p.k + head / s.heads * p.k_batch + head % s.heads * p.k_head;
@@ -87,11 +88,11 @@ inline void append(lamp::Append& p) {
       if (!(keys.errors[at] <= std::numeric_limits<float>::max()))
         keys.errors[at] = std::numeric_limits<float>::quiet_NaN();
       pack_pair_row(values, at, value, s.value_size);
-      if (a.overflow || b.overflow) overflow.store(true, std::memory_order_relaxed);
-      if (b.strange) strange.store(true, std::memory_order_relaxed);
+      if (a.overflow || b.overflow) flags.fetch_or(lamp::append_overflow, std::memory_order_relaxed);
+      if (b.nonfinite) flags.fetch_or(lamp::append_nonfinite_values, std::memory_order_relaxed);
     }
   });
-  p.overflow = overflow, p.strange = strange;
+  p.flags = flags;
 }
 
 }  // namespace LAMP_ISA

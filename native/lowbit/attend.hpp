@@ -14,7 +14,8 @@ constexpr std::ptrdiff_t kAlone = 64 * 1024;
 inline void prepare(const lamp::Attend& p, DecodeWork& work) {
   const lamp::KeyValues& store = p.store;
   const std::ptrdiff_t rows = store.batches * p.heads * p.queries;
-  work.group = p.heads / store.heads, work.per_head = work.group * p.queries;
+  work.group = p.heads / store.heads;
+  work.per_head = work.group * p.queries;
   work.origin = p.first / kRows * kRows;
   work.width = (p.last - work.origin + kRows - 1) / kRows * kRows;
   work.split = std::clamp<std::ptrdiff_t>((work.width / 16 + 63) / 64 * 64, 256, 2048);
@@ -23,12 +24,14 @@ inline void prepare(const lamp::Attend& p, DecodeWork& work) {
   const auto grow = [](auto& v, std::ptrdiff_t n) {
     if (v.size() < static_cast<std::size_t>(n)) v.resize(static_cast<std::size_t>(n));
   };
-  grow(work.weights, rows * work.width), grow(work.partial, rows * work.splits * work.padded);
+  grow(work.weights, rows * work.width);
+  grow(work.partial, rows * work.splits * work.padded);
   if (p.softcap > 0.0f)
     grow(work.slopes, rows * work.width);
   else
     work.slopes.clear();
-  grow(work.top, rows), grow(work.sum, rows);
+  grow(work.top, rows);
+  grow(work.sum, rows);
   work.full_rows.assign(static_cast<std::size_t>(store.batches * store.heads * p.queries * work.splits), 0);
   work.found.assign(static_cast<std::size_t>(rows * work.splits), RowSplit());
   work.rows.resize(static_cast<std::size_t>(rows));
@@ -38,7 +41,9 @@ inline void prepare(const lamp::Attend& p, DecodeWork& work) {
   for (std::ptrdiff_t r = 0; r < rows; ++r) {
     const std::ptrdiff_t kv = r / work.per_head, query = r % work.per_head / work.group;
     QueryRow& row = work.rows[static_cast<std::size_t>(r)];
-    row.batch = kv / store.heads, row.head = kv % store.heads * work.group + r % work.group, row.query = query;
+    row.batch = kv / store.heads;
+    row.head = kv % store.heads * work.group + r % work.group;
+    row.query = query;
     row.q = p.q + row.batch * p.q_batch + row.head * p.q_head + query * p.q_row;
     row.end = p.causal ? p.last - p.queries + query + 1 : p.last;
     const float* x = row.q;
@@ -103,7 +108,8 @@ inline void join_scores(const lamp::Attend& p, DecodeWork& work) {
       else
         sum += found.sum * 0.0f;
     }
-    work.top[r] = top, work.sum[r] = sum != 0.0f ? sum : 1.0f;  // 0: nothing is visible
+    work.top[r] = top;
+    work.sum[r] = sum != 0.0f ? sum : 1.0f;  // 0: nothing is visible
   }
 }
 
@@ -119,14 +125,16 @@ inline void join_values(const lamp::Attend& p, DecodeWork& work) {
     bool unsafe = false;
     for (std::ptrdiff_t s = 0; s < work.splits; ++s) {
       const RowSplit& found = work.at(r, s);
-      total += found.total, recomputed += found.recomputed, unsafe |= found.unsafe;
+      total += found.total;
+      recomputed += found.recomputed;
+      unsafe |= found.unsafe;
       if (s)
         for (std::ptrdiff_t c = 0; c < size; ++c) sum[c] += work.part(r, s)[c];
     }
     const std::int32_t visible = p.visible[row.batch * p.queries + row.query];
     if (visible == 0) {
       attend_blind(p, r / work.per_head, sum);
-    } else if (unsafe || total < kVanished * work.sum[i] ||
+    } else if (unsafe || total < lamp::kVanished * work.sum[i] ||
                (total != total && top == std::numeric_limits<float>::infinity())) {
       attend_in_full(p, work, r, sum);
       recomputed = visible;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "lowbit/linear.hpp"
+#include "lowbit/look_ahead.hpp"
 
 namespace LAMP_ISA {
 
@@ -83,9 +84,11 @@ inline void head(const lamp::LowBitHead& p) {
         safe ? best_lower_bound(p, logits, norm, w) - slack : -std::numeric_limits<float>::infinity();
     const bool look = p.threshold >= 0.0f && p.threshold <= std::numeric_limits<float>::max();
     const float total = look ? exponentials(logits, p.tokens, best, p.threads) : 1.0f;
-    // 2 z (1 - z) r <= 2 z r: below `cut` no weight exceeds the threshold, and no exponential is needed.
+    // The weight is at most 2 z r, beyond a nat 2 z e^(4 r) r: below `cut` none exceeds the threshold, and no
+    // exponential is needed.
     const float largest_r = p.largest_error * norm / root;
-    const float cut = look ? best + std::log(total * p.threshold / (2.0f * largest_r)) - 1e-3f
+    const float reach = look_ahead_reach(largest_r) + 1e-3f;
+    const float cut = look ? best + std::log(total * p.threshold / (2.0f * largest_r)) - reach
                            : std::numeric_limits<float>::infinity();
     const std::ptrdiff_t chunks = (p.tokens + kTokens - 1) / kTokens;
     std::vector<std::int64_t> for_top(static_cast<std::size_t>(chunks), 0), in_all(for_top);
@@ -97,11 +100,12 @@ inline void head(const lamp::LowBitHead& p) {
         bool chosen = could_win || p.threshold < 0.0f;
         if (!chosen && look && low > cut) {
           const float z = std::exp(low - best) / total;
-          chosen = !(2.0f * z * (1.0f - z) * error / root <= p.threshold);
+          chosen = !(look_ahead(z, error / root) <= p.threshold);
         }
         if (!chosen) return;
         logits[i] = full_dot(p.full, i, x, p.columns);
-        for_top[static_cast<std::size_t>(c)] += could_win, ++in_all[static_cast<std::size_t>(c)];
+        for_top[static_cast<std::size_t>(c)] += could_win;
+        ++in_all[static_cast<std::size_t>(c)];
       };
       std::ptrdiff_t i = c * kTokens;
       for (; i + vf::width <= last; i += vf::width) {
@@ -114,8 +118,10 @@ inline void head(const lamp::LowBitHead& p) {
       }
       for (; i < last; ++i) one(i);
     });
-    for (std::ptrdiff_t c = 0; c < chunks; ++c)
-      p.selected[0] += for_top[static_cast<std::size_t>(c)], p.selected[1] += in_all[static_cast<std::size_t>(c)];
+    for (std::ptrdiff_t c = 0; c < chunks; ++c) {
+      p.selected[0] += for_top[static_cast<std::size_t>(c)];
+      p.selected[1] += in_all[static_cast<std::size_t>(c)];
+    }
   }
 }
 

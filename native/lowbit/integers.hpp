@@ -29,12 +29,13 @@ inline void rows_store(float* p, const vrows& x) {
   for (int i = 0; i < kRowVectors; ++i) store(p + i * vf::width, x.v[i]);
 }
 
-template <int Bits>
-inline vpairs load_pairs(const std::uint8_t* p) {
-  if constexpr (Bits == 4) return subtract(nibbles(p), 8);
-  if constexpr (Bits == 8) return signed_bytes(p);
-  return join(signed_bytes(p), nibbles(p + 32));
-}
+// The operations that formats load with.
+struct Integers {
+  static vpairs signed_bytes(const std::uint8_t* p) { return LAMP_ISA::signed_bytes(p); }
+  static vpairs nibbles(const std::uint8_t* p) { return LAMP_ISA::nibbles(p); }
+  static vpairs nibbles_less_8(const std::uint8_t* p) { return LAMP_ISA::nibbles_less_8(p); }
+  static vpairs join(const vpairs& high, const vpairs& low) { return LAMP_ISA::join(high, low); }
+};
 
 inline vf widen(const float* p) { return load(p); }
 inline float widen_one(const float* p) { return *p; }

@@ -69,7 +69,8 @@ inline void layer_begin(const lamp::LowBitLayer& p) {
 inline void layer_end(const lamp::LowBitLayer& p) {
   LayerWork& w = layer_work();
   const auto numbers = static_cast<std::size_t>(p.batch * p.hidden);
-  w.normed.resize(numbers), w.projected.resize(numbers);
+  w.normed.resize(numbers);
+  w.projected.resize(numbers);
   float *normed = w.normed.data(), *projected = w.projected.data();
   lowbit_products({p.out, p.hidden, p.heads * p.head_size, p.batch, p.attended, projected, p.threads});
   for (std::ptrdiff_t b = 0; b < p.batch; ++b) {
@@ -82,7 +83,10 @@ inline void layer_end(const lamp::LowBitLayer& p) {
     rms_norm(p.mlp_norm, y, p.hidden, normed + b * p.hidden);
   }
   lamp::LowBitMlp m = p.mlp;
-  m.vectors = p.batch, m.x = normed, m.y = projected, m.threads = p.threads;
+  m.vectors = p.batch;
+  m.x = normed;
+  m.y = projected;
+  m.threads = p.threads;
   mlp(m);
   for (std::ptrdiff_t b = 0; b < p.batch; ++b) {
     float* own = projected + b * p.hidden;

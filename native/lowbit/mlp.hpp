@@ -97,7 +97,8 @@ inline void mlp_look_ahead(const lamp::LowBitMlp& p, const float* x, const float
     }
     if (!(std::fabs(h[j]) * p.down_errors[j] <= down_limit)) {
       add_full(p.down_full, j, h[j], p.outputs, out);
-      h[j] = 0.0f, ++selected[1];
+      h[j] = 0.0f;
+      ++selected[1];
     }
   }
 }
@@ -111,7 +112,8 @@ inline void mlp(const lamp::LowBitMlp& p) {
   const std::ptrdiff_t together = std::max<std::ptrdiff_t>(1, (blocks + 7) / 8);
   const std::ptrdiff_t items = (blocks + together - 1) / together;  // whatever the threads: sums stay the same
   w.x.reserve(p.vectors, p.columns);
-  w.h.resize(static_cast<std::size_t>(p.vectors * padded)), w.weight.resize(w.h.size());
+  w.h.resize(static_cast<std::size_t>(p.vectors * padded));
+  w.weight.resize(w.h.size());
   w.squares.assign(static_cast<std::size_t>(items * p.vectors), 0.0f);
   w.partial.assign(static_cast<std::size_t>(items * p.vectors * p.outputs), 0.0f);
   std::vector<float> norms(static_cast<std::size_t>(p.vectors)), sizes(norms);
@@ -140,9 +142,10 @@ inline void mlp(const lamp::LowBitMlp& p) {
                        last, w.h.data() + v * padded, w.partial.data() + (item * p.vectors + v) * p.outputs,
                        selected.data() + 2 * item);
     });
-    for (std::ptrdiff_t item = 0; item < items; ++item)
-      p.selected[0] += selected[static_cast<std::size_t>(2 * item)],
-          p.selected[1] += selected[static_cast<std::size_t>(2 * item + 1)];
+    for (std::ptrdiff_t item = 0; item < items; ++item) {
+      p.selected[0] += selected[static_cast<std::size_t>(2 * item)];
+      p.selected[1] += selected[static_cast<std::size_t>(2 * item + 1)];
+    }
   }
   w.hidden.reserve(p.vectors, p.neurons);
   for (std::ptrdiff_t v = 0; v < p.vectors; ++v) w.hidden.set(v, w.h.data() + v * padded, p.neurons);

@@ -30,8 +30,7 @@ inline float group_magnitude(const float* x, std::ptrdiff_t count) {
 }
 
 // Quantises one group (count <= kGroup columns, zeros behind them); returns the scale and adds the squared residuals.
-inline std::uint16_t quantise_group(const float* x, std::ptrdiff_t count, int bits, int* codes, double& squares) {
-  const int largest = lamp::largest_code(bits);
+inline std::uint16_t quantise_group(const float* x, std::ptrdiff_t count, int largest, int* codes, double& squares) {
   const std::uint16_t scale = scale_above(group_magnitude(x, count) / static_cast<float>(largest));
   const float s = from_bf16(scale);
   std::fill_n(codes, kGroup, 0);
@@ -56,52 +55,47 @@ inline float residual_norm(double squares) {
 }
 
 // Row `row` of a block copy <- x[0, columns).
+template <class Format>
 inline void pack_block_row(const lamp::Blocks& b, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
-  const std::ptrdiff_t block = row / kRows, lane = row % kRows, bytes = lamp::pair_bytes(b.bits);
+  const std::ptrdiff_t block = row / kRows, lane = row % kRows;
   std::uint8_t* codes = b.codes + block * b.block_codes();
   std::uint16_t* scales = b.scales + block * b.block_scales();
   double squares = 0.0;
   int c[kGroup];
   for (std::ptrdiff_t g = 0; g < b.groups; ++g) {
-    scales[g * kRows + lane] =
-        quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), b.bits, c, squares);
-    for (int pair = 0; pair < kGroup / 2; ++pair) {
-      std::uint8_t* p = codes + (g * (kGroup / 2) + pair) * bytes;
-      const int even = c[2 * pair], odd = c[2 * pair + 1];
-      if (b.bits == 4) {
-        p[lane] = static_cast<std::uint8_t>((even + 8) | (odd + 8) << 4);
-        continue;
-      }
-      const int shift = b.bits == 12 ? 4 : 0;
-      p[2 * lane] = static_cast<std::uint8_t>(even >> shift), p[2 * lane + 1] = static_cast<std::uint8_t>(odd >> shift);
-      if (shift) p[32 + lane] = static_cast<std::uint8_t>((even & 15) | (odd & 15) << 4);
-    }
+    const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
+    scales[g * kRows + lane] = quantise_group(x + g * kGroup, count, Format::largest, c, squares);
+    for (int pair = 0; pair < kGroup / 2; ++pair)
+      Format::put_pair(codes + (g * (kGroup / 2) + pair) * Format::pair_bytes, lane, c[2 * pair], c[2 * pair + 1]);
   }
   b.errors[row] = residual_norm(squares);
 }
 
+inline void pack_block_row(const lamp::Blocks& b, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  lamp::BlockFormats::with(b.bits, [&]<class Format>() { pack_block_row<Format>(b, row, x, columns); });
+}
+
 // Row `row` of a copy in pairs of rows <- x[0, columns).
+template <class Format>
 inline void pack_pair_row(const lamp::RowPairs& p, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
   std::uint8_t* codes = p.codes + row / 2 * p.pair_codes();
   std::uint16_t* scales = p.scales + row / kRows * p.block_scales() + row % kRows;
   const std::ptrdiff_t second = row % 2;
   double squares = 0.0;
   int c[kGroup];
-  for (std::ptrdiff_t g = 0; g < p.groups; ++g, codes += lamp::row_pair_bytes(p.bits)) {
-    scales[g * kRows] =
-        quantise_group(x + g * kGroup, std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup), p.bits, c, squares);
-    for (int i = 0; i < kGroup; ++i) {
-      if (p.bits == 8) {
-        codes[2 * i + second] = static_cast<std::uint8_t>(c[i]);
-      } else {
-        const int other = second ? codes[i] & 15 : codes[i] & 0xf0;
-        codes[i] = static_cast<std::uint8_t>(other | (c[i] + 8) << 4 * second);
-      }
-    }
+  for (std::ptrdiff_t g = 0; g < p.groups; ++g) {
+    const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
+    scales[g * kRows] = quantise_group(x + g * kGroup, count, Format::largest, c, squares);
+    for (int half = 0; half < kGroup / kRows; ++half, codes += Format::pair_bytes)
+      for (int i = 0; i < kRows; ++i) Format::put(codes, i, second, c[half * kRows + i]);
   }
 }
 
-constexpr float kLargestShort = 32767.0f;
+inline void pack_pair_row(const lamp::RowPairs& p, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
+  lamp::RowPairFormats::with(p.bits, [&]<class Format>() { pack_pair_row<Format>(p, row, x, columns); });
+}
+
+constexpr float kLargestShort = lamp::kLargestShort;
 
 // m / kLargestShort, rounded up: among subnormal numbers rounding down would leave much beyond the last code.
 inline float short_scale(float m) {
@@ -141,11 +135,13 @@ struct Shorts {
         const float q = plain ? std::clamp(std::nearbyint(v / s), -kLargestShort, kLargestShort) : 0.0f;
         c[i] = static_cast<std::int16_t>(q);
         const double d = static_cast<double>(v) - static_cast<double>(s) * q;
-        squares += static_cast<double>(v) * v, left += plain || s == 0.0f ? d * d : 0.0;
+        squares += static_cast<double>(v) * v;
+        left += plain || s == 0.0f ? d * d : 0.0;
       }
       if (!plain && s != 0.0f) s = std::numeric_limits<float>::quiet_NaN();
     }
-    norm = static_cast<float>(std::sqrt(squares)), residual = residual_norm(left);
+    norm = static_cast<float>(std::sqrt(squares));
+    residual = residual_norm(left);
   }
 };
 

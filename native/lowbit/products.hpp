@@ -10,17 +10,17 @@ namespace LAMP_ISA {
 constexpr std::ptrdiff_t kAhead = 2048;
 
 // out[v][row] = sum over columns of row * vector v, for the sixteen rows of a block and Vectors vectors.
-template <int Bits, int Vectors>
+template <class Format, int Vectors>
 LAMP_OWN_FUNCTION inline void block_dot(const std::uint8_t* codes, const std::uint16_t* scales, std::ptrdiff_t groups,
                       const std::int16_t* const* x, const float* const* x_scale, vrows* out) {
-  constexpr std::ptrdiff_t kBytes = lamp::pair_bytes(Bits), kPairsOfLine = Bits == 4 ? 4 : Bits == 8 ? 2 : 1;
+  constexpr std::ptrdiff_t kBytes = Format::pair_bytes, kPairsOfLine = 64 / kBytes;
   for (int v = 0; v < Vectors; ++v) out[v] = rows_zero();
   for (std::ptrdiff_t g = 0; g < groups; ++g) {
     vsums sums[Vectors];
     for (auto& s : sums) s = sums_zero();
     for (int pair = 0; pair < kGroup / 2; ++pair, codes += kBytes) {
       if (pair % kPairsOfLine == 0) __builtin_prefetch(codes + kAhead);
-      const vpairs rows = load_pairs<Bits>(codes);
+      const vpairs rows = Format::template load<Integers>(codes);
       for (int v = 0; v < Vectors; ++v) {
         std::int32_t both;
         std::memcpy(&both, x[v] + g * kGroup + 2 * pair, sizeof both);
@@ -38,7 +38,7 @@ LAMP_OWN_FUNCTION inline void block_dot(const std::uint8_t* codes, const std::ui
 }
 
 // The same for any number of vectors that were quantised together, `out` being rows of kRows floats each.
-template <int Bits>
+template <class Format>
 inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts& x, std::ptrdiff_t first,
                        std::ptrdiff_t vectors, float* out) {
   const std::uint8_t* codes = b.codes + block * b.block_codes();
@@ -48,7 +48,7 @@ inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts
     const float* scale[Vectors];
     vrows sums[Vectors];
     for (int i = 0; i < Vectors; ++i) at[i] = x.at(first + v + i), scale[i] = x.scale(first + v + i);
-    block_dot<Bits, Vectors>(codes, scales, b.groups, at, scale, sums);
+    block_dot<Format, Vectors>(codes, scales, b.groups, at, scale, sums);
     for (int i = 0; i < Vectors; ++i) rows_store(out + (v + i) * kRows, sums[i]);
   };
   std::ptrdiff_t v = 0;
@@ -60,9 +60,7 @@ inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts
 
 inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts& x, std::ptrdiff_t first,
                        std::ptrdiff_t vectors, float* out) {
-  if (b.bits == 4) return block_dots<4>(b, block, x, first, vectors, out);
-  if (b.bits == 8) return block_dots<8>(b, block, x, first, vectors, out);
-  block_dots<12>(b, block, x, first, vectors, out);
+  lamp::BlockFormats::with(b.bits, [&]<class Format>() { block_dots<Format>(b, block, x, first, vectors, out); });
 }
 
 // A full-precision row times a float32 vector, in float32 with four running sums.
@@ -108,7 +106,8 @@ inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const flo
   for (int v = 0; v < Vectors; ++v) {
     // Below the limit the integers get fewer bits, so that the inverse stays finite.
     const float product = std::max(largest[v] * scale, 0x1p-110f);
-    own[v] = product * (1.0f / kLargestShort), inverse[v] = set1(kLargestShort / product);
+    own[v] = product * (1.0f / kLargestShort);
+    inverse[v] = set1(kLargestShort / product);
   }
   for (int i = 0; i < rows; i += kRows) {
     const vrows scale_of = rows_load(scales + i);
@@ -122,7 +121,7 @@ inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const flo
 
 // Sixteen columns, or twice as many, of add_pairs, and one line of the next window asked for with each pair of this: a
 // burst of requests would wait for free buffers. A function of its own, for the reason that simd/avx2.hpp gives.
-template <int Bits, int Vectors, int Together>
+template <class Format, int Vectors, int Together>
 [[gnu::noinline]] inline void add_columns(const std::uint8_t* codes, std::ptrdiff_t pair_codes, const Window& window,
                         const std::int16_t (*shorts)[kWindow], const float* own, float* const* out,
                         std::ptrdiff_t column, const std::uint8_t* ahead, const Window& next) {
@@ -133,7 +132,7 @@ template <int Bits, int Vectors, int Together>
     __builtin_prefetch(ahead + next.pairs[r] * pair_codes);
     vpairs columns[Together];
     for (int i = 0; i < Together; ++i)
-      columns[i] = load_pairs<Bits>(codes + pair * pair_codes + i * lamp::pair_bytes(Bits));
+      columns[i] = Format::template load<Integers>(codes + pair * pair_codes + i * Format::pair_bytes);
     for (int v = 0; v < Vectors; ++v) {
       std::int32_t both;
       std::memcpy(&both, shorts[v] + 2 * pair, sizeof both);
@@ -153,10 +152,10 @@ template <int Bits, int Vectors, int Together>
 
 // out[v][column] += sum over the window of weight * row: one group of columns, all rows, then the next. Weights
 // [vector][row of the window], `stride` from a vector to the next.
-template <int Bits, int Vectors>
+template <class Format, int Vectors>
 inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
                       std::ptrdiff_t stride, float* const* out) {
-  constexpr std::ptrdiff_t kBytes = lamp::pair_bytes(Bits);
+  static_assert(static_cast<std::int64_t>(Format::largest) * lamp::kLargestShort * kWindow < std::int64_t{1} << 31);
   // Sixteen columns at a time, twice in one go where the registers hold the sums.
   constexpr int kTogether = vf::width == kRows ? 2 : 1;
   const std::ptrdiff_t pair_codes = p.pair_codes();
@@ -177,30 +176,31 @@ inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Windo
     for (int i = 0; i < window.rows; i += kRows)
       rows_store(scales + i, load_scales(p.scales + (window.first + i) / kRows * p.block_scales() + g * kRows));
     weight_shorts<Vectors>(weights, stride, largest, scales, window.rows, shorts, own);
-    const std::uint8_t* codes = own_codes + g * lamp::row_pair_bytes(Bits);
-    const std::uint8_t* ahead = next_codes + g * lamp::row_pair_bytes(Bits);
+    const std::uint8_t* codes = own_codes + g * p.group_codes();
+    const std::uint8_t* ahead = next_codes + g * p.group_codes();
     for (int r = window.count; r < next.count; ++r) __builtin_prefetch(ahead + next.pairs[r] * pair_codes);
     for (int half = 0; half < kGroup / kRows; half += kTogether)
-      add_columns<Bits, Vectors, kTogether>(codes + half * kBytes, pair_codes, window, shorts, own, out,
+      add_columns<Format, Vectors, kTogether>(codes + half * Format::pair_bytes, pair_codes, window, shorts, own, out,
                                             g * kGroup + half * kRows, ahead, next);
   }
 }
 
 // The same for any number of vectors.
-template <int Bits>
+template <class Format>
 inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
                       std::ptrdiff_t stride, float* const* out, std::ptrdiff_t vectors) {
   std::ptrdiff_t v = 0;
-  for (; v + 4 <= vectors; v += 4) add_pairs<Bits, 4>(p, window, next, weights + v * stride, stride, out + v);
-  if (vectors - v == 3) add_pairs<Bits, 3>(p, window, next, weights + v * stride, stride, out + v);
-  if (vectors - v == 2) add_pairs<Bits, 2>(p, window, next, weights + v * stride, stride, out + v);
-  if (vectors - v == 1) add_pairs<Bits, 1>(p, window, next, weights + v * stride, stride, out + v);
+  for (; v + 4 <= vectors; v += 4) add_pairs<Format, 4>(p, window, next, weights + v * stride, stride, out + v);
+  if (vectors - v == 3) add_pairs<Format, 3>(p, window, next, weights + v * stride, stride, out + v);
+  if (vectors - v == 2) add_pairs<Format, 2>(p, window, next, weights + v * stride, stride, out + v);
+  if (vectors - v == 1) add_pairs<Format, 1>(p, window, next, weights + v * stride, stride, out + v);
 }
 
 inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Window& next, const float* weights,
                       std::ptrdiff_t stride, float* const* out, std::ptrdiff_t vectors) {
-  if (p.bits == 4) return add_pairs<4>(p, window, next, weights, stride, out, vectors);
-  add_pairs<8>(p, window, next, weights, stride, out, vectors);
+  lamp::RowPairFormats::with(p.bits, [&]<class Format>() {
+    add_pairs<Format>(p, window, next, weights, stride, out, vectors);
+  });
 }
 
 // out += weight * a full-precision row.

@@ -105,7 +105,8 @@ struct Running {
   void refer_to(float larger, std::ptrdiff_t end) {
     const vf factor = exp(set1(shift - larger));
     for (std::ptrdiff_t j = 0; j < end; j += vf::width) store(e + j, load(e + j) * factor);
-    sum = sum * factor, shift = larger;
+    sum = sum * factor;
+    shift = larger;
   }
 };
 
@@ -125,7 +126,8 @@ inline vrows finish(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, 
     float* slope = work.slope(r) + (at - work.origin);
     for (int k = 0; k < kRows; k += vf::width) {
       const vf t = tanh(load(y + k) / set1(p.softcap));
-      store(y + k, t * set1(p.softcap)), store(slope + k, set1(1.0f) - t * t);
+      store(y + k, t * set1(p.softcap));
+      store(slope + k, set1(1.0f) - t * t);
     }
   }
   for (int lane = 0; lane < kRows; ++lane)
@@ -163,7 +165,9 @@ inline void score_split(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t 
     }
     for (std::ptrdiff_t i = 0; i < some; ++i) {
       RowSplit& found = work.at(first_row + v + i, s);
-      found.top = largest(running[i].top), found.shift = running[i].shift, found.sum = sum(running[i].sum);
+      found.top = largest(running[i].top);
+      found.shift = running[i].shift;
+      found.sum = sum(running[i].sum);
     }
   }
 }

@@ -1,21 +1,17 @@
-// What the low-bit kernels are told. docs/decoding.md states the layouts and formulas; the torch twins are in
+// What the low-bit kernels are told. docs/decoding.md states the layouts and formulas; the torch references are in
 // src/torchlamp/kernels/reference_lowbit.py and hold the same layouts, byte for byte.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "lowbit/formats.hpp"
+
 namespace lamp {
 
 constexpr int kPackRows = 16;   // rows of a block
 constexpr int kPackGroup = 32;  // columns that share a scale
-
-// Bits of a code (4, 8 or 12) and what follows from them.
-constexpr int largest_code(int bits) { return bits == 4 ? 7 : bits == 8 ? 127 : 2047; }
-// Bytes of a pair of columns of a block of rows: 12 bits are 32 bytes of high and 16 bytes of low parts.
-constexpr std::ptrdiff_t pair_bytes(int bits) { return bits == 4 ? 16 : bits == 8 ? 32 : 48; }
-// Bytes of a group of columns of two rows (4 or 8 bits).
-constexpr std::ptrdiff_t row_pair_bytes(int bits) { return bits == 4 ? 32 : 64; }
+constexpr int kLargestShort = 32767;  // largest of the 16-bit integers that vectors are rounded to
 
 // A full-precision matrix, row after row: float32 or float16.
 struct Full {
@@ -24,7 +20,7 @@ struct Full {
   std::ptrdiff_t row = 0;  // elements from a row to the next
 };
 
-// A low-bit copy in blocks: codes [block][pair of columns][row of the block] (see pair_bytes), scales as bfloat16
+// A low-bit copy in blocks: codes [block][pair of columns][row of the block], scales as bfloat16
 // [block][group][row of the block], error[row] = 2-norm of (row - its copy), an upper bound to 1e-6.
 struct Blocks {
   std::uint8_t* codes = nullptr;
@@ -33,20 +29,21 @@ struct Blocks {
   int bits = 8;
   std::ptrdiff_t groups = 0;  // ceil(columns / kPackGroup)
 
-  std::ptrdiff_t block_codes() const { return groups * (kPackGroup / 2) * pair_bytes(bits); }
+  std::ptrdiff_t block_codes() const { return groups * (kPackGroup / 2) * BlockFormats::pair_bytes(bits); }
   std::ptrdiff_t block_scales() const { return groups * kPackRows; }
 };
 
-// A low-bit copy whose rows lie two by two (4 or 8 bits), to be summed with weights: codes [pair of rows][column][row of
-// the pair], of 4 bits both in one byte, the first row low; scales [block of rows][group][row of the block]. There are
-// whole blocks of rows.
+// A low-bit copy whose rows lie two by two, to be summed with weights: codes [pair of rows][column][row of the pair],
+// sixteen columns after the other; scales [block of rows][group][row of the block]. There are whole blocks of rows.
 struct RowPairs {
   std::uint8_t* codes = nullptr;
   std::uint16_t* scales = nullptr;
   int bits = 8;
   std::ptrdiff_t groups = 0;
 
-  std::ptrdiff_t pair_codes() const { return groups * row_pair_bytes(bits); }
+  // Bytes of a group of columns of two rows, and of all columns.
+  std::ptrdiff_t group_codes() const { return kPackGroup / kPackRows * RowPairFormats::pair_bytes(bits); }
+  std::ptrdiff_t pair_codes() const { return groups * group_codes(); }
   std::ptrdiff_t block_scales() const { return groups * kPackRows; }
 };
 

@@ -1,5 +1,5 @@
 // What the decoding kernels are told: a key-value store with a low-bit and a full-precision copy of everything, keys
-// and values to append to it, and queries that attend to it. The torch twins are in
+// and values to append to it, and queries that attend to it. The torch references are in
 // src/torchlamp/kernels/reference_decoding.py; docs/decoding.md derives the rules.
 #pragma once
 
@@ -22,12 +22,15 @@ struct KeyValues {
   Blocks keys_of(std::ptrdiff_t head) const {
     Blocks b = keys;
     const std::ptrdiff_t block = head * (capacity / kPackRows);
-    b.codes += block * b.block_codes(), b.scales += block * b.block_scales(), b.errors += head * capacity;
+    b.codes += block * b.block_codes();
+    b.scales += block * b.block_scales();
+    b.errors += head * capacity;
     return b;
   }
   RowPairs values_of(std::ptrdiff_t head) const {
     RowPairs p = values;
-    p.codes += head * (capacity / 2) * p.pair_codes(), p.scales += head * (capacity / kPackRows) * p.block_scales();
+    p.codes += head * (capacity / 2) * p.pair_codes();
+    p.scales += head * (capacity / kPackRows) * p.block_scales();
     return p;
   }
   Full full_keys_of(std::ptrdiff_t head) const { return at(full_keys, head * capacity); }
@@ -42,6 +45,12 @@ struct KeyValues {
   }
 };
 
+// What is found in numbers that are appended.
+enum AppendFlag : int {
+  append_overflow = 1,          // a finite number is too large for float16
+  append_nonfinite_values = 2,  // a value is infinite or NaN
+};
+
 // New keys and values, (batch, head, position, element) with contiguous elements, for positions start, start + 1, ...
 struct Append {
   KeyValues store;
@@ -49,8 +58,7 @@ struct Append {
   std::ptrdiff_t k_batch = 0, k_head = 0, k_row = 0, v_batch = 0, v_head = 0, v_row = 0;
   std::ptrdiff_t start = 0, count = 0;
   int threads = 1;
-  bool overflow = false;   // out: a finite number is too large for float16
-  bool strange = false;    // out: a value is infinite or not a number
+  int flags = 0;  // out: bits of AppendFlag
 };
 
 // Queries (batch, head, query, element) that attend to positions [first, last); output (batch, query, head, element).
@@ -68,15 +76,20 @@ struct Attend {
   float scaling = 1.0f, softcap = 0.0f;
   float scores_threshold = 0.0f;  // of 2 z (1 - z) s r; negative: recompute everything, infinite: nothing
   float values_threshold = 0.0f;  // of z; negative: read everything in full, infinite: nothing
-  // Values with z <= skip / keys for every head of a group are left out: together less than `skip` of the weights, and
-  // 8-bit copies alone err by more.
-  float skip = 0x1p-8f;
-  bool strange = false;           // values may be infinite or not a number: read every one of them in full
+  bool nonfinite_values = false;  // values may be infinite or not a number: read every one of them in full
   std::int32_t* recomputed = nullptr;  // (batch, head, query): scores
   std::int32_t* full_rows = nullptr;   // (batch, key head, query): values, each for all heads of its group
   std::int32_t* visible = nullptr;     // (batch, query): keys
   int threads = 1;
 };
+
+// If recomputation raises a logit by more than kSurprise above the row's largest low-bit logit, or leaves less than
+// kVanished of the sum that probabilities were made with, the row starts again in full precision.
+constexpr float kSurprise = 8.0f;
+constexpr float kVanished = 0.125f;
+// Low-bit values with z <= kSkip / (keys that the row sees) are left out: together less than kSkip of the weights, and
+// 8-bit copies alone err by more.
+constexpr float kSkip = 0x1p-8f;
 
 struct DecodeKernels {
   void (*append)(Append&);

@@ -4,27 +4,12 @@
 
 #include <array>
 
+#include "lowbit/look_ahead.hpp"
 #include "lowbit/scores.hpp"
 
 namespace LAMP_ISA {
 
-// Beyond this, e^(recomputed logit - largest low-bit logit) is not worth trusting: the row starts again in full.
-constexpr float kSurprise = 8.0f;
-// Likewise where recomputation leaves less than this of the sum that probabilities were made with.
-constexpr float kVanished = 0.125f;
-
-// 2 z (1 - z) s r, the l1 change of the probabilities that a score's error r makes, with s the slope of the softcap.
-// That is linear in r, and says nothing once r exceeds a nat: there z counts as what it might be four standard errors
-// higher, and 1 - z as 1.
-inline vf look_ahead(vf z, vf r, const float* slope) {
-  vf w = (set1(1.0f) - z) * z * set1(2.0f) * r;
-  if (slope) w = w * load(slope);
-  const vmask far = gt(r, set1(1.0f));
-  if (!bits(far)) return w;
-  const vf up = exp(min(r * set1(4.0f), set1(87.0f)));
-  const vf high = min(set1(1.0f), max(z, set1(0x1p-126f)) * up);
-  return select(far, high * set1(2.0f) * r, w);
-}
+using lamp::kSurprise;
 
 inline void ask_for(const lamp::Full& full, std::ptrdiff_t row, std::ptrdiff_t columns) {
   const std::ptrdiff_t bytes = full.half ? 2 : 4;
@@ -66,7 +51,8 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
     for (int i = waiting.count; i % vf::width; ++i) difference[i] = 0.0f;
     for (int i = 0; i < waiting.count; i += vf::width) store(term + i, exp(min(set1(kSurprise), load(difference + i))));
     for (int i = 0; i < waiting.count; ++i) found.total += e[waiting.at[i]] = term[i];
-    found.recomputed += waiting.count, waiting.count = 0;
+    found.recomputed += waiting.count;
+    waiting.count = 0;
   };
   vf total = zero();  // of those that aren't recomputed
   for (std::ptrdiff_t j = begin; j < end; j += kRows) {
@@ -165,14 +151,24 @@ inline Needed needed(const DecodeWork& work, const ValueSums& sums, const float*
       tiny = mask_and(tiny, le(e, set1(sums.least[static_cast<std::size_t>(g)])));
       small = mask_and(small, le(e, set1(sums.bound[static_cast<std::size_t>(g)])));
     }
-    found.any |= (~bits(tiny) & kLanes) << k, found.large |= (~bits(small) & kLanes) << k;
+    found.any |= (~bits(tiny) & kLanes) << k;
+    found.large |= (~bits(small) & kLanes) << k;
   }
   return found;
 }
 
+// Weights of at most `least` become 0, also where the value is read with its neighbour or for another head.
+inline void leave_out_tiny(float* weights, std::ptrdiff_t rows, float least) {
+  for (std::ptrdiff_t i = 0; i < rows; i += vf::width) {
+    const vf w = load(weights + i);
+    store(weights + i, select(le(w, set1(least)), zero(), w));
+  }
+}
+
 // The values of one split, weighted, for one query of all heads of a group. A row is read once for all of them: in
-// full if any head gives it more than the threshold, not at all if no head gives it more than skip / keys: what is left
-// out is together less than `skip` of the row's probability. Weights of rows read in full become 0.
+// full if any head gives it more than the threshold, not at all if no head gives it more than kSkip / keys that the
+// query sees; what is left out is together less than kSkip of a head's probability. Weights of rows read in full
+// become 0.
 inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t query,
                                std::ptrdiff_t s) {
   const lamp::RowPairs rows = p.store.values_of(kv);
@@ -183,29 +179,38 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
   thread_local ValueSums own;
   ValueSums& sums = own;
   const std::size_t heads = static_cast<std::size_t>(work.group);
-  sums.least.resize(heads), sums.bound.resize(heads), sums.out.resize(heads), sums.full.weights.resize(heads);
+  sums.least.resize(heads);
+  sums.bound.resize(heads);
+  sums.out.resize(heads);
+  sums.full.weights.resize(heads);
+  const std::int32_t seen = p.visible[kv / p.store.heads * p.queries + query];
   Window *before = &sums.windows[0], *now = &sums.windows[1];
   sums.full.count = before->count = 0;
   for (std::ptrdiff_t g = 0; g < work.group; ++g) {
     const std::size_t i = static_cast<std::size_t>(g);
     const float sum = work.sum[static_cast<std::size_t>(first_row + g)], bound = p.values_threshold * sum;
-    sums.least[i] = p.skip / static_cast<float>(p.last - p.first) * sum;
-    sums.bound[i] = bound > 0.0f && !p.strange ? bound : 0.0f;
+    sums.least[i] = lamp::kSkip / static_cast<float>(seen) * sum;
+    sums.bound[i] = bound > 0.0f && !p.nonfinite_values ? bound : 0.0f;
     sums.out[i] = work.part(first_row + g, s);
     std::fill_n(sums.out[i], work.padded, 0.0f);
   }
   std::int32_t full_count = 0;
   const auto add_full_ones = [&] {
     add_full_rows(full, sums.full, p.store.value_size, sums.out.data(), work.group);
-    full_count += sums.full.count, sums.full.count = 0;
+    full_count += sums.full.count;
+    sums.full.count = 0;
   };
   const auto add_window = [&](const Window& window, const Window& next) {
-    add_pairs(rows, window, next, weights + window.first - work.origin, work.width, sums.out.data(), work.group);
+    float* own_weights = weights + window.first - work.origin;
+    for (std::ptrdiff_t g = 0; g < work.group; ++g)
+      leave_out_tiny(own_weights + g * work.width, window.rows, sums.least[static_cast<std::size_t>(g)]);
+    add_pairs(rows, window, next, own_weights, work.width, sums.out.data(), work.group);
   };
   const int most = window_pairs(rows) - kRows / 2;
   for (std::ptrdiff_t j = begin; j < end;) {
     Window& window = *now;
-    window.first = work.origin + j, window.rows = window.count = 0;
+    window.first = work.origin + j;
+    window.rows = window.count = 0;
     for (; j < end && window.rows < kWindow && window.count <= most; j += kRows, window.rows += kRows) {
       const Needed need = needed(work, sums, weights + j);
       for (unsigned large = need.large; large; large &= large - 1) {
@@ -213,7 +218,8 @@ inline std::int32_t sum_values(const lamp::Attend& p, DecodeWork& work, std::ptr
         const std::ptrdiff_t at = j + std::countr_zero(large);
         for (std::size_t g = 0; g < heads; ++g) {
           float& weight = weights[static_cast<std::ptrdiff_t>(g) * work.width + at];
-          sums.full.weights[g][static_cast<std::size_t>(sums.full.count)] = weight, weight = 0.0f;
+          sums.full.weights[g][static_cast<std::size_t>(sums.full.count)] = weight;
+          weight = 0.0f;
         }
         sums.full.at[sums.full.count++] = work.origin + at;
         ask_for(full, work.origin + at, p.store.value_size);

@@ -60,7 +60,7 @@ struct vsums {
   __m256i v[2];
 };
 inline vsums sums_zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-// Thirty-two signed bytes, and as many unsigned halves of bytes: the even numbers of the pairs are the low halves.
+// Thirty-two signed bytes; as many halves of bytes, 0 ... 15 or those less 8, the first of each pair the low half.
 inline vpairs signed_bytes(const std::uint8_t* p) {
   return {{_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
            _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))}};
@@ -70,9 +70,10 @@ inline vpairs nibbles(const std::uint8_t* p) {
   const __m128i even = _mm_and_si128(n, low), odd = _mm_and_si128(_mm_srli_epi16(n, 4), low);
   return {{_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd)), _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(even, odd))}};
 }
-inline vpairs subtract(vpairs a, std::int16_t b) {
-  const __m256i x = _mm256_set1_epi16(b);
-  return {{_mm256_sub_epi16(a.v[0], x), _mm256_sub_epi16(a.v[1], x)}};
+inline vpairs nibbles_less_8(const std::uint8_t* p) {
+  const vpairs n = nibbles(p);
+  const __m256i eight = _mm256_set1_epi16(8);
+  return {{_mm256_sub_epi16(n.v[0], eight), _mm256_sub_epi16(n.v[1], eight)}};
 }
 // 16 high + low, 0 <= low < 16.
 inline vpairs join(vpairs high, vpairs low) {

@@ -62,16 +62,19 @@ struct vsums {
   __m512i v;
 };
 inline vsums sums_zero() { return {_mm512_setzero_si512()}; }
-// Thirty-two signed bytes, and as many unsigned halves of bytes: the even numbers of the pairs are the low halves.
+// Thirty-two signed bytes; as many halves of bytes, 0 ... 15 or those less 8, the first of each pair the low half.
 inline vpairs signed_bytes(const std::uint8_t* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline vpairs nibbles(const std::uint8_t* p) {
+inline __m256i halves_of_bytes(const std::uint8_t* p) {
   const __m128i n = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
   const __m128i even = _mm_and_si128(n, low), odd = _mm_and_si128(_mm_srli_epi16(n, 4), low);
-  return {_mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd)))};
+  return _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
 }
-inline vpairs subtract(vpairs a, std::int16_t b) { return {_mm512_sub_epi16(a.v, _mm512_set1_epi16(b))}; }
+inline vpairs nibbles(const std::uint8_t* p) { return {_mm512_cvtepu8_epi16(halves_of_bytes(p))}; }
+inline vpairs nibbles_less_8(const std::uint8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_sub_epi8(halves_of_bytes(p), _mm256_set1_epi8(8)))};
+}
 // 16 high + low, 0 <= low < 16.
 inline vpairs join(vpairs high, vpairs low) { return {_mm512_or_si512(_mm512_slli_epi16(high.v, 4), low.v)}; }
 inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {

@@ -76,7 +76,7 @@ struct vsums {
   std::int32_t v[16];
 };
 inline vsums sums_zero() { return {}; }
-// Thirty-two signed bytes, and as many unsigned halves of bytes: the even numbers of the pairs are the low halves.
+// Thirty-two signed bytes; as many halves of bytes, 0 ... 15 or those less 8, the first of each pair the low half.
 inline vpairs signed_bytes(const std::uint8_t* p) {
   vpairs r;
   for (int i = 0; i < 32; ++i) r.v[i] = static_cast<std::int8_t>(p[i]);
@@ -90,9 +90,10 @@ inline vpairs nibbles(const std::uint8_t* p) {
   }
   return r;
 }
-inline vpairs subtract(vpairs a, std::int16_t b) {
-  for (auto& x : a.v) x = static_cast<std::int16_t>(x - b);
-  return a;
+inline vpairs nibbles_less_8(const std::uint8_t* p) {
+  vpairs r = nibbles(p);
+  for (auto& x : r.v) x = static_cast<std::int16_t>(x - 8);
+  return r;
 }
 // 16 high + low, 0 <= low < 16.
 inline vpairs join(const vpairs& high, vpairs low) {

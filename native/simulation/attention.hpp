@@ -71,101 +71,149 @@ inline std::vector<Range> visible_ranges(const lamp::Attention& p) {
 
 // A query that sees no key: the mean of all values, as a softmax of equal logits gives; a sink takes all the weight.
 inline void blind(const lamp::Attention& p, std::ptrdiff_t batch, std::ptrdiff_t kv, float* out) {
-  const float* v = p.v + batch * p.v_batch + kv * p.v_head;
+  const float* v = p.v.at(batch, kv);
   for (std::ptrdiff_t c = 0; c < p.Dv; ++c) {
     double total = 0.0;
-    for (std::ptrdiff_t j = 0; j < p.Lk; ++j) total += v[j * p.v_row + c];
+    for (std::ptrdiff_t j = 0; j < p.Lk; ++j) total += v[j * p.v.row + c];
     out[c] = p.Lk && !p.sinks ? static_cast<float>(total / static_cast<double>(p.Lk)) : 0.0f;
   }
 }
 
-void attention(const lamp::Attention& p) {
-  if (p.B == 0 || p.Lq == 0 || p.H == 0) return;
-  Packed& packed = workspace_packed();
-  std::vector<std::ptrdiff_t> offsets;
-  for (std::ptrdiff_t b = 0; b < p.B; ++b)
-    for (std::ptrdiff_t h = 0; h < p.Hkv; ++h) offsets.push_back(b * p.k_batch + h * p.k_head);
-  packed.pack(p.k, p.B * p.Hkv, offsets.data(), 1, p.k_row, p.D, p.Lk, p.threads);
-  Magnitudes seen;
-  for (std::ptrdiff_t b = 0; b < p.B; ++b)
-    for (std::ptrdiff_t h = 0; h < p.H; ++h)
-      for (std::ptrdiff_t i = 0; i < p.Lq; ++i) seen.add(p.q + b * p.q_batch + h * p.q_head + i * p.q_row, p.D);
-  const bool running = p.weight == lamp::Weight::running;
-  const Micro low = pick_micro(p.accumulation, running, wide_is_exact(seen, packed.all(), p.D));
+// The rows of one item of work, and the keys that any of them sees.
+struct TileRows {
+  Row rows[kAttentionRows];
+  int count = 0;
+  std::ptrdiff_t last = 0;  // behind the last key
+  TileKeys keys = {};
 
-  const auto ranges = visible_ranges(p);
-  const std::ptrdiff_t group = p.H / p.Hkv, rows_per_kv = group * p.Lq;
-  const std::ptrdiff_t tiles = (rows_per_kv + kAttentionRows - 1) / kAttentionRows;
-  const std::ptrdiff_t items = p.B * p.Hkv * tiles;
-  lamp::parallel(p.threads, items, [&](std::ptrdiff_t index) {
-    const std::ptrdiff_t item = items - 1 - index;  // the long rows of a causal triangle first
-    const std::ptrdiff_t b = item / tiles / p.Hkv, kv = item / tiles % p.Hkv, start = item % tiles * kAttentionRows;
-    const int count = static_cast<int>(std::min(kAttentionRows, rows_per_kv - start));
-    Row rows[kAttentionRows];
-    std::ptrdiff_t first = p.Lk, last = 0;
+  // Rows start ... of the rows (head of the group, query) of a key head.
+  TileRows(const lamp::Attention& p, const std::vector<Range>& ranges, std::ptrdiff_t batch, std::ptrdiff_t kv,
+           std::ptrdiff_t start) {
+    const std::ptrdiff_t group = p.H / p.Hkv;
+    count = static_cast<int>(std::min(kAttentionRows, group * p.Lq - start));
+    std::ptrdiff_t first = p.Lk;
     for (int r = 0; r < count; ++r) {
       const std::ptrdiff_t head = kv * group + (start + r) / p.Lq, query = (start + r) % p.Lq;
-      const Range& keys = ranges[static_cast<std::size_t>(b * p.Lq + query)];
-      rows[r] = {head, query, keys, p.q + b * p.q_batch + head * p.q_head + query * p.q_row};
-      if (keys.count) first = std::min(first, keys.first), last = std::max(last, keys.last);
+      const std::ptrdiff_t index = p.row_index(batch, head, query);
+      const Range& seen = ranges[static_cast<std::size_t>(batch * p.Lq + query)];
+      rows[r] = {head, query, seen, p.q.at(batch, head, query), p.exact_q.at(batch, head, query),
+                 p.shift ? p.shift[index] : 0.0f, p.row_error ? p.row_error[index] : 0.0f};
+      if (!seen.count) continue;
+      first = std::min(first, seen.first);
+      last = std::max(last, seen.last);
     }
     const std::ptrdiff_t origin = first >= last ? 0 : first / kColumns * kColumns;
     const std::ptrdiff_t width = first >= last ? 0 : (last - origin + kColumns - 1) / kColumns * kColumns;
-    thread_local Tile tile;
-    tile.reserve(count, width, running);
+    keys = {batch, kv, origin, width};
+  }
+};
 
-    const float* a[kAttentionRows];
-    float *y[kAttentionRows], *squares[kAttentionRows], *block_y[kAttentionRows], *block_squares[kAttentionRows];
-    for (int r = 0; r < count; ++r) {
-      a[r] = rows[r].q;
-      y[r] = tile.scores.data() + r * width;
-      squares[r] = running ? tile.squares.data() + r * width : nullptr;
+// Raw sums of every row and key of a tile, block of keys by block, into y[row] and squares[row] (null: not wanted).
+inline void low_scores(const lamp::Attention& p, const Micro& low, const Packed& packed, const TileRows& tile,
+                       float* const* y, float* const* squares) {
+  const float* a[kAttentionRows];
+  float *block_y[kAttentionRows], *block_squares[kAttentionRows];
+  for (int r = 0; r < tile.count; ++r) a[r] = tile.rows[r].q;
+  const TileKeys& keys = tile.keys;
+  for (std::ptrdiff_t j = 0; j < keys.width; j += kColumns) {
+    int from = 0;  // rows whose keys end before this block need nothing of it
+    while (from < tile.count && tile.rows[from].keys.last <= keys.origin + j) ++from;
+    for (int r = from; r < tile.count; ++r) {
+      block_y[r] = y[r] + j;
+      block_squares[r] = squares ? squares[r] + j : nullptr;
     }
-    for (std::ptrdiff_t j = 0; j < width; j += kColumns) {
-      int from = 0;  // rows whose keys end before this block need nothing of it
-      while (from < count && rows[from].keys.last <= origin + j) ++from;
-      for (int r = from; r < count; ++r) block_y[r] = y[r] + j, block_squares[r] = running ? squares[r] + j : nullptr;
-      for (int r = 0; r < from; ++r) {
-        std::fill_n(y[r] + j, kColumns, 0.0f);
-        if (running) std::fill_n(squares[r] + j, kColumns, 0.0f);
-      }
-      low.run(p.accumulation,
-              {a + from, 1, packed.block(b * p.Hkv + kv, (origin + j) / kColumns), p.D, block_y + from,
-               running ? block_squares + from : nullptr},
-              count - from);
+    for (int r = 0; r < from; ++r) {
+      std::fill_n(y[r] + j, kColumns, 0.0f);
+      if (squares) std::fill_n(squares[r] + j, kColumns, 0.0f);
     }
+    low.run(p.accumulation,
+            {a + from, 1, packed.block(keys.batch * p.Hkv + keys.kv, (keys.origin + j) / kColumns), p.D,
+             block_y + from, squares ? block_squares + from : nullptr},
+            tile.count - from);
+  }
+}
 
-    RowSoftmax softmax(p, packed, tile);
-    for (int r = 0; r < count; ++r) {
-      std::int32_t& selected = p.selected[(b * p.H + rows[r].head) * p.Lq + rows[r].query];
-      selected = 0;
-      if (rows[r].keys.count)
-        selected = softmax.run(rows[r], b, kv, y[r], squares[r], origin, width);
-      else
-        std::fill_n(y[r], width, 0.0f);
-    }
+// Values weighted by the probabilities of each row.
+inline void sum_values(const lamp::Attention& p, const TileRows& tile, const float* const* probability) {
+  constexpr int kValueRows = 6;
+  const TileKeys& keys = tile.keys;
+  const float* v = p.v.at(keys.batch, keys.kv, keys.origin);
+  float* out[kAttentionRows];
+  for (int r = 0; r < tile.count; ++r)
+    out[r] = p.out + ((keys.batch * p.Lq + tile.rows[r].query) * p.H + tile.rows[r].head) * p.Dv;
+  for (int r = 0; r < tile.count;) {
+    const int some = tile.count - r >= kValueRows ? kValueRows : 1;
+    std::ptrdiff_t end = 0;
+    for (int i = 0; i < some; ++i) end = std::max(end, std::min(tile.rows[r + i].keys.last, tile.last) - keys.origin);
+    if (some == kValueRows)
+      values_rows<kValueRows>(probability + r, v, p.v.row, 0, end, out + r, p.Dv);
+    else
+      values_rows<1>(probability + r, v, p.v.row, 0, end, out + r, p.Dv);
+    r += some;
+  }
+  for (int r = 0; r < tile.count; ++r)
+    if (!tile.rows[r].keys.count) blind(p, keys.batch, keys.kv, out[r]);
+}
 
-    const float* v = p.v + b * p.v_batch + kv * p.v_head + origin * p.v_row;
-    const float* probability[kAttentionRows];
-    float* out[kAttentionRows];
-    for (int r = 0; r < count; ++r) {
-      probability[r] = y[r];
-      out[r] = p.out + ((b * p.Lq + rows[r].query) * p.H + rows[r].head) * p.Dv;
-    }
-    constexpr int kValueRows = 6;
-    int r = 0;
-    for (; r < count;) {
-      const int some = count - r >= kValueRows ? kValueRows : 1;
-      std::ptrdiff_t end = 0;
-      for (int i = 0; i < some; ++i) end = std::max(end, std::min(rows[r + i].keys.last, last) - origin);
-      if (some == kValueRows)
-        values_rows<kValueRows>(probability + r, v, p.v_row, 0, end, out + r, p.Dv);
-      else
-        values_rows<1>(probability + r, v, p.v_row, 0, end, out + r, p.Dv);
-      r += some;
-    }
-    for (int i = 0; i < count; ++i)
-      if (!rows[i].keys.count) blind(p, b, kv, out[i]);
+// One tile: scores, softmax and look-ahead row by row, values.
+inline void attend_tile(const lamp::Attention& p, const Micro& low, const Packed& packed, const Packed& exact,
+                        const TileRows& rows) {
+  const TileKeys& keys = rows.keys;
+  const bool with_squares = p.needs_squares();
+  thread_local Tile tile;
+  tile.reserve(rows.count, keys.width, with_squares, p.key_error != nullptr);
+  if (p.key_error) {
+    const float* own = p.key_error + (keys.batch * p.Hkv + keys.kv) * p.Lk + keys.origin;
+    const std::ptrdiff_t there = std::min(keys.width, p.Lk - keys.origin);
+    std::fill_n(std::copy_n(own, there, tile.key_errors.begin()), keys.width - there, 0.0f);
+  }
+  float *y[kAttentionRows], *squares[kAttentionRows];
+  for (int r = 0; r < rows.count; ++r) {
+    y[r] = tile.scores.data() + r * keys.width;
+    squares[r] = with_squares ? tile.squares.data() + r * keys.width : nullptr;
+  }
+  low_scores(p, low, packed, rows, y, with_squares ? squares : nullptr);
+  RowSoftmax softmax(p, exact, keys, tile);
+  for (int r = 0; r < rows.count; ++r) {
+    const Row& row = rows.rows[r];
+    std::int32_t& selected = p.selected[p.row_index(keys.batch, row.head, row.query)];
+    selected = row.keys.count ? softmax.run(row, y[r], squares[r]) : 0;
+    if (!row.keys.count) std::fill_n(y[r], keys.width, 0.0f);
+  }
+  sum_values(p, rows, y);
+}
+
+// The keys of all heads, in blocks.
+inline void pack_keys(const lamp::Attention& p, const lamp::HeadRows& keys, Packed& packed) {
+  std::vector<std::ptrdiff_t> offsets;
+  for (std::ptrdiff_t b = 0; b < p.B; ++b)
+    for (std::ptrdiff_t h = 0; h < p.Hkv; ++h) offsets.push_back(b * keys.batch + h * keys.head);
+  packed.pack(keys.data, p.B * p.Hkv, offsets.data(), 1, keys.row, p.D, p.Lk, p.threads);
+}
+
+void attention(const lamp::Attention& call) {
+  lamp::Attention p = call;
+  if (p.B == 0 || p.Lq == 0 || p.H == 0) return;
+  const bool own_keys = p.exact_k.data != nullptr;
+  if (!p.exact_q.data) p.exact_q = p.q;
+  if (!own_keys) p.exact_k = p.k;
+  Packed& packed = workspace_packed();
+  pack_keys(p, p.k, packed);
+  Packed& exact = own_keys ? workspace_packed<Operand::exact>() : packed;
+  if (own_keys) pack_keys(p, p.exact_k, exact);
+  Magnitudes seen;
+  for (std::ptrdiff_t b = 0; b < p.B; ++b)
+    for (std::ptrdiff_t h = 0; h < p.H; ++h)
+      for (std::ptrdiff_t i = 0; i < p.Lq; ++i) seen.add(p.q.at(b, h, i), p.D);
+  const Micro low = pick_micro(p.accumulation, p.needs_squares(), wide_is_exact(seen, packed.all(), p.D));
+
+  const auto ranges = visible_ranges(p);
+  const std::ptrdiff_t tiles = (p.H / p.Hkv * p.Lq + kAttentionRows - 1) / kAttentionRows;
+  const std::ptrdiff_t items = p.B * p.Hkv * tiles;
+  lamp::parallel(p.threads, items, [&](std::ptrdiff_t index) {
+    const std::ptrdiff_t item = items - 1 - index;  // the long rows of a causal triangle first
+    const TileRows rows(p, ranges, item / tiles / p.Hkv, item / tiles % p.Hkv, item % tiles * kAttentionRows);
+    attend_tile(p, low, packed, exact, rows);
   });
 }
 

@@ -103,11 +103,15 @@ struct Micro {
   void run(const Accumulation& how, Block block, int count) const {
     for (; count >= rows; count -= rows) {
       many(how, block);
-      block.a += rows, block.out += rows, block.squares += block.squares ? rows : 0;
+      block.a += rows;
+      block.out += rows;
+      block.squares += block.squares ? rows : 0;
     }
     for (; count > 0; --count) {
       one(how, block);
-      ++block.a, ++block.out, block.squares += block.squares ? 1 : 0;
+      ++block.a;
+      ++block.out;
+      block.squares += block.squares ? 1 : 0;
     }
   }
 };
@@ -142,7 +146,8 @@ struct Magnitudes {
       most = std::max(most, m);
       least = std::min(least, m - 1u);
     }
-    largest_bits = most, smallest_bits_less_1 = least;
+    largest_bits = most;
+    smallest_bits_less_1 = least;
   }
   void add(const Magnitudes& other) {
     largest_bits = std::max(largest_bits, other.largest_bits);
@@ -236,6 +241,9 @@ struct Packed {
   }
 };
 
+// The caller's thread keeps the memory of two between calls: of the low-precision operand, and of the exact one.
+enum class Operand { low, exact };
+template <Operand Which = Operand::low>
 inline Packed& workspace_packed() {
   thread_local Packed packed;
   return packed;

@@ -70,17 +70,33 @@ struct Recompute {
 };
 
 // The weight that a threshold rule compares with its threshold (torchlamp.rules states each formula).
-enum class Weight : int { strict, relaxed, running, topz };
+enum class RuleWeight : int { strict, relaxed, running, topz };
 
 // Keys of a block whose recomputation is counted, and what is noted of a row's block.
 constexpr std::ptrdiff_t kBlockKeys = 16;
 enum BlockBit : std::uint8_t { block_visible = 1, block_touched = 2 };
 
-// Attention under a threshold rule: q (B, H, Lq, D), k and v (B, Hkv, Lk, D or Dv), all with contiguous last dimension.
+// Rows of heads, (batch, head, row, element) with contiguous elements; null: not there.
+struct HeadRows {
+  const float* data = nullptr;
+  std::ptrdiff_t batch = 0, head = 0, row = 0;  // strides in elements
+
+  const float* at(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t i = 0) const {
+    return data + b * batch + h * head + i * row;
+  }
+};
+
+// Attention under a threshold rule: q (B, H, Lq, D), k and v (B, Hkv, Lk, D or Dv).
+//
+// Scores are y = round(scaling * low-precision sum of q . k) + shift. A recomputed one is scaling * (exact_q . exact_k)
+// + shift, all in float32. The operands q and k may be coarser copies of the exact ones; the expected error of a score
+// is then the root of (error_scale^2 * sum of squares) + (row_error * key_error)^2.
 struct Attention {
-  const float* q = nullptr;
-  const float* k = nullptr;
-  const float* v = nullptr;
+  HeadRows q, k, v;
+  HeadRows exact_q, exact_k;          // operands of recomputed scores; null: q and k
+  const float* shift = nullptr;       // (B, H, Lq), contiguous, or null: none
+  const float* row_error = nullptr;   // (B, H, Lq), contiguous, or null: the operands have no error; the factor
+  const float* key_error = nullptr;   // (B, Hkv, Lk), contiguous, of row_error, there with it
   float* out = nullptr;               // (B, Lq, H, Dv), contiguous
   std::int32_t* selected = nullptr;   // (B, H, Lq), contiguous: recomputed entries of each row
   std::int32_t* visible = nullptr;    // (B, Lq, 2), contiguous: how many keys each query sees, and the last one or -1
@@ -88,19 +104,22 @@ struct Attention {
   const std::uint8_t* mask = nullptr; // (B, Lq, Lk), key stride 1, or null
   const float* sinks = nullptr;       // (H), or null
   std::ptrdiff_t B = 0, H = 0, Hkv = 1, Lq = 0, Lk = 0, D = 0, Dv = 0;
-  std::ptrdiff_t q_batch = 0, q_head = 0, q_row = 0;
-  std::ptrdiff_t k_batch = 0, k_head = 0, k_row = 0;
-  std::ptrdiff_t v_batch = 0, v_head = 0, v_row = 0;
   std::ptrdiff_t mask_batch = 0, mask_row = 0;
   bool causal = false;  // query i sees keys j <= i
   float scaling = 1.0f;
   float softcap = 0.0f;  // 0: none
-  Weight weight = Weight::topz;
+  RuleWeight weight = RuleWeight::topz;
   double threshold = 0.0;
   bool by_length = false;
-  float error_scale = 0.0f;  // running: r = error_scale * sqrt(sum of squares)
+  float error_scale = 0.0f;  // running: from the root of a sum of squares to an expected error
   Accumulation accumulation;
   int threads = 1;
+
+  // Whether the weight needs the sums of squares: float32 sums err by nothing beside quantised operands.
+  bool needs_squares() const {
+    return weight == RuleWeight::running && !(row_error && accumulation.grid.is_float32());
+  }
+  std::ptrdiff_t row_index(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t i) const { return (b * H + h) * Lq + i; }
 };
 
 }  // namespace lamp

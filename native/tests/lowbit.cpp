@@ -88,13 +88,20 @@ struct PairedRows {
   void append(const lamp::Kernels& kernels, const lamp::Rows& from, int threads) {
     lamp::Append p;
     lamp::KeyValues& store = p.store;
-    store.batches = store.heads = store.size = 1, store.value_size = from.columns, store.capacity = rows;
+    store.batches = store.heads = store.size = 1;
+    store.value_size = from.columns;
+    store.capacity = rows;
     store.keys = {key_codes.data(), key_scales.data(), key_errors.data(), 8, 1};
     store.values = {codes.data(), scales.data(), bits, groups};
-    store.full_keys = {keys.data(), false, 1}, store.full_values = {full.data(), false, from.columns};
-    p.k = keys.data(), p.k_row = 0, p.v_row = from.row, p.threads = threads;
+    store.full_keys = {keys.data(), false, 1};
+    store.full_values = {full.data(), false, from.columns};
+    p.k = keys.data();
+    p.k_row = 0;
+    p.v_row = from.row;
+    p.threads = threads;
     for (const std::ptrdiff_t end : {from.count / 2, from.count}) {
-      p.v = from.at(p.start), p.count = end - p.start;
+      p.v = from.at(p.start);
+      p.count = end - p.start;
       kernels.decode.append(p);
       p.start = end;
     }
@@ -135,7 +142,11 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
   std::vector<float> errors(size(padded), -1.0f), y(size(vectors * rows), 7.0f);
   lamp::LowBitProducts p;
   p.matrix = {codes.data(), scales.data(), errors.data(), bits, groups};
-  p.rows = rows, p.columns = columns, p.vectors = vectors, p.x = x.data(), p.y = y.data();
+  p.rows = rows;
+  p.columns = columns;
+  p.vectors = vectors;
+  p.x = x.data();
+  p.y = y.data();
   p.threads = static_cast<int>(1 + random() % 3);
   const lamp::Rows from{weight.data(), rows, columns, stride};
   kernels.lowbit.pack_blocks(p.matrix, from, p.threads);
@@ -149,7 +160,7 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
   bool packed = true, paired = true, bounded = true, multiplied = true;
   for (std::ptrdiff_t r = 0; r < rows; ++r) {
     const float* row = columns ? weight.data() + r * stride : nullptr;
-    const std::vector<Group> want = quantise(row, columns, lamp::largest_code(bits), false);
+    const std::vector<Group> want = quantise(row, columns, lamp::BlockFormats::largest(bits), false);
     long double squares = 0.0L;
     for (std::ptrdiff_t k = 0; k < groups * kColumns; ++k) {
       const Group& group = want[size(k / kColumns)];
@@ -177,8 +188,10 @@ void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int 
   for (std::ptrdiff_t r = rows; r < padded; ++r) bounded = bounded && errors[size(r)] == -1.0f;  // not theirs to write
   const std::string which = std::string(" ") + kernels.name + " bits=" + std::to_string(bits) + " " +
                             std::to_string(rows) + "x" + std::to_string(columns) + " data=" + std::to_string(kind);
-  check(packed, "pack_blocks" + which), check(paired, "values appended" + which);
-  check(bounded, "errors" + which), check(multiplied, "low-bit products" + which);
+  check(packed, "pack_blocks" + which);
+  check(paired, "values appended" + which);
+  check(bounded, "errors" + which);
+  check(multiplied, "low-bit products" + which);
 }
 
 // Every product as large as it can be, with equal signs: the sums of a group just fit 32 bits.
@@ -191,7 +204,11 @@ void test_largest(const lamp::Kernels& kernels) {
     float y = 0.0f;
     lamp::LowBitProducts p;
     p.matrix = {codes.data(), scales.data(), errors.data(), bits, 1};
-    p.rows = 1, p.columns = kColumns, p.vectors = 1, p.x = x.data(), p.y = &y;
+    p.rows = 1;
+    p.columns = kColumns;
+    p.vectors = 1;
+    p.x = x.data();
+    p.y = &y;
     kernels.lowbit.pack_blocks(p.matrix, {weight.data(), 1, kColumns, kColumns}, 1);
     kernels.lowbit.products(p);
     check(std::fabs(y - 480.0f) < 480.0f / 128, std::string("largest sums ") + kernels.name + std::to_string(bits));

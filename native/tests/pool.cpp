@@ -90,7 +90,11 @@ void test_shared_matrix(const lamp::Kernels& kernels) {
   std::vector<float> errors(208);
   lamp::LowBitProducts p;
   p.matrix = {codes.data(), scales.data(), errors.data(), 8, kGroups};
-  p.rows = kRowCount, p.columns = kColumnCount, p.vectors = 1, p.x = x.data(), p.y = want.data();
+  p.rows = kRowCount;
+  p.columns = kColumnCount;
+  p.vectors = 1;
+  p.x = x.data();
+  p.y = want.data();
   kernels.lowbit.pack_blocks(p.matrix, {weight.data(), kRowCount, kColumnCount, kColumnCount}, 3);
   kernels.lowbit.products(p);
   std::atomic<int> wrong = 0;
@@ -99,7 +103,8 @@ void test_shared_matrix(const lamp::Kernels& kernels) {
     callers.emplace_back([&, caller] {
       std::vector<float> y(kRowCount);
       lamp::LowBitProducts own = p;
-      own.y = y.data(), own.threads = 1 + caller % 4;
+      own.y = y.data();
+      own.threads = 1 + caller % 4;
       for (int call = 0; call < 100; ++call) {
         std::fill(y.begin(), y.end(), 0.0f);
         kernels.lowbit.products(own);

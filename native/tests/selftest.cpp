@@ -60,8 +60,12 @@ Grid wide(int bits) {
 
 Grid narrow(int bits, int smallest, int largest, int lost, Overflow overflow, bool subnormals = true) {
   Grid g;
-  g.mantissa_bits = bits, g.min_exponent = smallest, g.max_exponent = largest, g.top_codes_lost = lost;
-  g.overflow = overflow, g.subnormals = subnormals;
+  g.mantissa_bits = bits;
+  g.min_exponent = smallest;
+  g.max_exponent = largest;
+  g.top_codes_lost = lost;
+  g.overflow = overflow;
+  g.subnormals = subnormals;
   return g;
 }
 
@@ -88,22 +92,34 @@ void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Acc
   lamp::Products p;
   p.group = 1 + static_cast<std::ptrdiff_t>(random() % 3);
   p.G = p.group * static_cast<std::ptrdiff_t>(1 + random() % 2);
-  p.M = static_cast<std::ptrdiff_t>(1 + random() % 60), p.K = static_cast<std::ptrdiff_t>(random() % 70);
+  p.M = static_cast<std::ptrdiff_t>(1 + random() % 60);
+  p.K = static_cast<std::ptrdiff_t>(random() % 70);
   p.N = static_cast<std::ptrdiff_t>(1 + random() % 150);
   std::vector<float> a(static_cast<std::size_t>(p.G * p.M * p.K)), b(static_cast<std::size_t>(p.G * p.N * p.K));
   for (float& x : a) x = draw(random, kind);
   for (float& x : b) x = draw(random, kind);
   std::vector<float> out(static_cast<std::size_t>(p.G * p.M * p.N), 7.0f), squares = out;
-  p.a = a.data(), p.b = b.data(), p.out = out.data(), p.squares = random() % 2 ? squares.data() : nullptr;
-  p.a_batch = p.M * p.K, p.a_row = p.K, p.a_k = 1;
+  p.a = a.data();
+  p.b = b.data();
+  p.out = out.data();
+  p.squares = random() % 2 ? squares.data() : nullptr;
+  p.a_batch = p.M * p.K;
+  p.a_row = p.K;
+  p.a_k = 1;
   p.b_batch = p.N * p.K;
-  if (random() % 2)
-    p.b_k = p.N, p.b_column = 1;
-  else
-    p.b_k = 1, p.b_column = p.K;
-  p.scaled = random() % 2, p.scaling = 0.176776695f, p.causal = random() % 2;
+  if (random() % 2) {
+    p.b_k = p.N;
+    p.b_column = 1;
+  } else {
+    p.b_k = 1;
+    p.b_column = p.K;
+  }
+  p.scaled = random() % 2;
+  p.scaling = 0.176776695f;
+  p.causal = random() % 2;
   p.offset = static_cast<std::ptrdiff_t>(random() % 40) - 10;
-  p.accumulation = how, p.threads = static_cast<int>(1 + random() % 4);
+  p.accumulation = how;
+  p.threads = static_cast<int>(1 + random() % 4);
   kernels.products(p);
   bool ok = true;
   for (std::ptrdiff_t g = 0; g < p.G; ++g)
@@ -127,17 +143,32 @@ void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Acc
 
 void test_recompute(const lamp::Kernels& kernels, std::mt19937& random) {
   lamp::Recompute p;
-  p.group = 2, p.G = 4, p.M = 1 + static_cast<std::ptrdiff_t>(random() % 20);
-  p.K = static_cast<std::ptrdiff_t>(random() % 70), p.N = 1 + static_cast<std::ptrdiff_t>(random() % 90);
+  p.group = 2;
+  p.G = 4;
+  p.M = 1 + static_cast<std::ptrdiff_t>(random() % 20);
+  p.K = static_cast<std::ptrdiff_t>(random() % 70);
+  p.N = 1 + static_cast<std::ptrdiff_t>(random() % 90);
   std::vector<float> a(static_cast<std::size_t>(p.G * p.M * p.K)), b(static_cast<std::size_t>(2 * p.N * p.K));
   std::vector<float> scores(static_cast<std::size_t>(p.G * p.M * p.N), 5.0f);
   std::vector<std::uint8_t> mask(scores.size());
   for (float& x : a) x = draw(random, Data::normal);
   for (float& x : b) x = draw(random, Data::normal);
   for (auto& x : mask) x = random() % 3 == 0;
-  p.a = a.data(), p.b = b.data(), p.scores = scores.data(), p.mask = mask.data();
-  p.a_batch = p.M * p.K, p.a_row = p.K, p.a_k = 1, p.b_batch = p.N * p.K, p.b_k = 1, p.b_column = p.K;
-  p.mask_batch = p.M * p.N, p.mask_row = p.N, p.scaled = true, p.scaling = 0.3f, p.threads = 2;
+  p.a = a.data();
+  p.b = b.data();
+  p.scores = scores.data();
+  p.mask = mask.data();
+  p.a_batch = p.M * p.K;
+  p.a_row = p.K;
+  p.a_k = 1;
+  p.b_batch = p.N * p.K;
+  p.b_k = 1;
+  p.b_column = p.K;
+  p.mask_batch = p.M * p.N;
+  p.mask_row = p.N;
+  p.scaled = true;
+  p.scaling = 0.3f;
+  p.threads = 2;
   kernels.recompute(p);
   bool ok = true;
   for (std::ptrdiff_t at = 0; at < p.G * p.M * p.N; ++at) {
@@ -152,10 +183,16 @@ void test_recompute(const lamp::Kernels& kernels, std::mt19937& random) {
   check(ok, std::string("recompute ") + kernels.name);
 }
 
-void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::Weight weight) {
+// `transformed`: coarser operands with errors, exact ones for the recomputation, and a shift of each row.
+void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::RuleWeight weight, bool transformed) {
   lamp::Attention p;
-  p.B = 2, p.Hkv = 2, p.H = 4, p.D = 24, p.Dv = 21;
-  p.Lq = 1 + static_cast<std::ptrdiff_t>(random() % 50), p.Lk = p.Lq + static_cast<std::ptrdiff_t>(random() % 100);
+  p.B = 2;
+  p.Hkv = 2;
+  p.H = 4;
+  p.D = 24;
+  p.Dv = 21;
+  p.Lq = 1 + static_cast<std::ptrdiff_t>(random() % 50);
+  p.Lk = p.Lq + static_cast<std::ptrdiff_t>(random() % 100);
   const auto fill = [&](std::ptrdiff_t n) {
     std::vector<float> x(static_cast<std::size_t>(n));
     for (float& value : x) value = draw(random, Data::normal);
@@ -168,39 +205,66 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::We
   std::vector<float> out(static_cast<std::size_t>(p.B * p.Lq * p.H * p.Dv));
   std::vector<std::int32_t> selected(static_cast<std::size_t>(p.B * p.H * p.Lq));
   std::vector<std::int32_t> visible(static_cast<std::size_t>(2 * p.B * p.Lq));
-  p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.selected = selected.data();
-  p.visible = visible.data();
-  p.mask = mask.data(), p.mask_batch = p.Lq * p.Lk, p.mask_row = p.Lk;
-  p.sinks = random() % 2 ? sinks.data() : nullptr;
-  p.q_batch = p.H * p.Lq * p.D, p.q_head = p.Lq * p.D, p.q_row = p.D;
-  p.k_batch = p.Hkv * p.Lk * p.D, p.k_head = p.Lk * p.D, p.k_row = p.D;
-  p.v_batch = p.Hkv * p.Lk * p.Dv, p.v_head = p.Lk * p.Dv, p.v_row = p.Dv;
-  p.scaling = 0.25f, p.weight = weight, p.threshold = 0.05f, p.error_scale = 0.01f, p.threads = 3;
-  p.softcap = random() % 2 ? 2.0f : 0.0f;
+  p.q = {q.data(), p.H * p.Lq * p.D, p.Lq * p.D, p.D};
+  p.k = {k.data(), p.Hkv * p.Lk * p.D, p.Lk * p.D, p.D};
+  p.v = {v.data(), p.Hkv * p.Lk * p.Dv, p.Lk * p.Dv, p.Dv};
+  const auto exact_q = fill(p.B * p.H * p.Lq * p.D), exact_k = fill(p.B * p.Hkv * p.Lk * p.D);
+  const auto shift = fill(p.B * p.H * p.Lq);
+  auto row_error = fill(p.B * p.H * p.Lq), key_error = fill(p.B * p.Hkv * p.Lk);
+  for (auto* errors : {&row_error, &key_error})
+    for (float& x : *errors) x = std::fabs(x);
   p.accumulation.grid = wide(4);
+  if (transformed) {
+    if (random() % 2) p.exact_q = {exact_q.data(), p.q.batch, p.q.head, p.q.row};
+    if (random() % 2) p.exact_k = {exact_k.data(), p.k.batch, p.k.head, p.k.row};
+    p.shift = random() % 2 ? shift.data() : nullptr;
+    p.row_error = row_error.data();
+    p.key_error = key_error.data();
+    if (random() % 2) p.accumulation.grid = Grid();
+  }
+  const bool sums_err = !(transformed && p.accumulation.grid.is_float32());
+  p.out = out.data();
+  p.selected = selected.data();
+  p.visible = visible.data();
+  p.mask = mask.data();
+  p.mask_batch = p.Lq * p.Lk;
+  p.mask_row = p.Lk;
+  p.sinks = random() % 2 ? sinks.data() : nullptr;
+  p.scaling = 0.25f;
+  p.weight = weight;
+  p.threshold = 0.05f;
+  p.error_scale = 0.01f;
+  p.threads = 3;
+  p.softcap = random() % 2 ? 2.0f : 0.0f;
   kernels.attention(p);
   double worst = 0.0;
   int miscounted = 0;
   for (std::ptrdiff_t b = 0; b < p.B; ++b)
     for (std::ptrdiff_t h = 0; h < p.H; ++h)
       for (std::ptrdiff_t i = 0; i < p.Lq; ++i) {
-        std::vector<double> y, squares, logit, z;
+        std::vector<double> y, error, logit, z;
         const auto keys = static_cast<std::size_t>(p.Lk);
         const std::uint8_t* sees = &mask[static_cast<std::size_t>((b * p.Lq + i) * p.Lk)];
         std::vector<float> exact;
         for (std::ptrdiff_t j = 0; j < p.Lk; ++j) {
-          std::vector<float> left, right;
-          for (std::ptrdiff_t d = 0; d < p.D; ++d) {
-            left.push_back(q[static_cast<std::size_t>(b * p.q_batch + h * p.q_head + i * p.q_row + d)]);
-            right.push_back(k[static_cast<std::size_t>(b * p.k_batch + h / 2 * p.k_head + j * p.k_row + d)]);
-          }
-          const Sum low = accumulate(left, right, p.accumulation);
-          y.push_back(round_scalar(low.value * p.scaling, p.accumulation.grid));
-          squares.push_back(low.squares);
-          exact.push_back(accumulate(left, right, Accumulation()).value * p.scaling);
+          const auto sum = [&](const lamp::HeadRows& query, const lamp::HeadRows& key, const Accumulation& how) {
+            const float *left = query.at(b, h, i), *right = key.at(b, h / 2, j);
+            return accumulate({left, left + p.D}, {right, right + p.D}, how);
+          };
+          const auto row = static_cast<std::size_t>((b * p.H + h) * p.Lq + i);
+          const float moved = p.shift ? shift[row] : 0.0f;
+          const Sum low = sum(p.q, p.k, p.accumulation);
+          y.push_back(round_scalar(low.value * p.scaling, p.accumulation.grid) + moved);
+          const double of_sums = sums_err ? p.error_scale * std::sqrt(static_cast<double>(low.squares)) : 0.0;
+          const double of_operands =
+              transformed ? row_error[row] * key_error[static_cast<std::size_t>((b * 2 + h / 2) * p.Lk + j)] : 0.0;
+          error.push_back(std::hypot(of_sums, of_operands));
+          const Sum full = sum(p.exact_q.data ? p.exact_q : p.q, p.exact_k.data ? p.exact_k : p.k, Accumulation());
+          exact.push_back(full.value * p.scaling + moved);
         }
         const auto softmax = [&] {
-          logit.assign(keys, 0.0), z.assign(keys, 0.0);
+          logit.assign(keys, 0.0);
+          z.assign(keys, 0.0);
           double top = p.sinks ? p.sinks[h] : -1e300, total = 0.0;
           for (std::size_t j = 0; j < keys; ++j) {
             logit[j] = p.softcap > 0 ? p.softcap * std::tanh(y[j] / p.softcap) : y[j];
@@ -218,16 +282,16 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::We
         for (std::size_t j = 0; j < keys; ++j) {
           if (!sees[j]) continue;
           const double slope = p.softcap > 0 ? 1.0 - std::pow(logit[j] / p.softcap, 2) : 1.0;
-          if (weight == lamp::Weight::strict) w[j] = 2 * z[j] * (1 - z[j]) * std::fabs(y[j]) * slope;
-          if (weight == lamp::Weight::relaxed) w[j] = std::fabs(y[j]) * slope * std::exp(logit[j] - largest);
-          if (weight == lamp::Weight::running)
-            w[j] = 2 * z[j] * (1 - z[j]) * slope * p.error_scale * std::sqrt(squares[j]);
-          if (weight == lamp::Weight::topz) w[j] = z[j];
+          if (weight == lamp::RuleWeight::strict) w[j] = 2 * z[j] * (1 - z[j]) * std::fabs(y[j]) * slope;
+          if (weight == lamp::RuleWeight::relaxed) w[j] = std::fabs(y[j]) * slope * std::exp(logit[j] - largest);
+          if (weight == lamp::RuleWeight::running)
+            w[j] = 2 * z[j] * (1 - z[j]) * slope * error[j];
+          if (weight == lamp::RuleWeight::topz) w[j] = z[j];
           top = std::max(top, w[j]);
         }
         std::int32_t count = 0;
         for (std::size_t j = 0; j < keys; ++j)
-          if (w[j] > p.threshold * (weight == lamp::Weight::relaxed ? top : 1.0)) y[j] = exact[j], ++count;
+          if (w[j] > p.threshold * (weight == lamp::RuleWeight::relaxed ? top : 1.0)) y[j] = exact[j], ++count;
         softmax();
         const auto row = static_cast<std::size_t>((b * p.H + h) * p.Lq + i);
         miscounted += selected[row] != count;
@@ -238,13 +302,12 @@ void test_attention(const lamp::Kernels& kernels, std::mt19937& random, lamp::We
           double want = 0.0;
           for (std::size_t j = 0; j < keys; ++j)
             want += (seen > 0 ? z[j] : 1.0 / static_cast<double>(keys)) *
-                    v[static_cast<std::size_t>(b * p.v_batch + h / 2 * p.v_head) +
-                      j * static_cast<std::size_t>(p.v_row) + static_cast<std::size_t>(d)];
+                    p.v.at(b, h / 2, static_cast<std::ptrdiff_t>(j))[d];
           worst = std::max(worst, std::fabs(want - out[static_cast<std::size_t>(((b * p.Lq + i) * p.H + h) * p.Dv + d)]));
         }
       }
   check(worst < 2e-6 && miscounted <= static_cast<int>(selected.size()) / 50,
-        std::string("attention ") + kernels.name + " weight " + std::to_string(static_cast<int>(weight)) + " error " +
+        std::string("attention ") + kernels.name + (transformed ? " transformed" : "") + " weight " + std::to_string(static_cast<int>(weight)) + " error " +
             std::to_string(worst) + " miscounted " + std::to_string(miscounted));
 }
 
@@ -271,8 +334,8 @@ int main(int count, char** arguments) {
           for (const bool fused : {true, false}) test_products(*kernels, random, {grid, fused, block, promote}, kind);
     for (int i = 0; i < 20; ++i) test_recompute(*kernels, random);
     for (int i = 0; i < 5; ++i)
-      for (const auto weight : {lamp::Weight::strict, lamp::Weight::relaxed, lamp::Weight::running, lamp::Weight::topz})
-        test_attention(*kernels, random, weight);
+      for (const auto weight : {lamp::RuleWeight::strict, lamp::RuleWeight::relaxed, lamp::RuleWeight::running, lamp::RuleWeight::topz})
+        for (const bool transformed : {false, true}) test_attention(*kernels, random, weight, transformed);
     selftest::test_lowbit(*kernels, random);
     std::printf("%s: checked\n", kernels->name);
   }

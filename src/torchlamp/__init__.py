@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.accumulators import Accumulator
     from torchlamp.arithmetic.formats import Format
     from torchlamp.arithmetic.matmul import matmul
+    from torchlamp.arithmetic.operands import Operand
+    from torchlamp.arithmetic.quantise import quantise
     from torchlamp.arithmetic.rounding import round_to
     from torchlamp.evaluation.evaluate import evaluate
     from torchlamp.huggingface.lookahead import attach, detach, lookahead
     from torchlamp.huggingface.lookahead_cache import LookaheadCache
     from torchlamp.huggingface.prepare import prepare
     from torchlamp.models.load import load
-    from torchlamp.policy.decode_policy import DecodePolicy
     from torchlamp.policy.policy import Policy
     from torchlamp.results.result import Result
     from torchlamp.rules.rule import Rule
@@ -30,9 +31,9 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",
-    "DecodePolicy": "policy.decode_policy",
     "Format": "arithmetic.formats",
     "LookaheadCache": "huggingface.lookahead_cache",
+    "Operand": "arithmetic.operands",
     "Policy": "policy.policy",
     "Result": "results.result",
     "Rule": "rules.rule",
@@ -44,14 +45,15 @@ _HOMES = {
     "lookahead": "huggingface.lookahead",
     "matmul": "arithmetic.matmul",
     "prepare": "huggingface.prepare",
+    "quantise": "arithmetic.quantise",
     "round_to": "arithmetic.rounding",
 }
 
 __all__ = [
     "Accumulator",
-    "DecodePolicy",
     "Format",
     "LookaheadCache",
+    "Operand",
     "Policy",
     "Result",
     "Rule",
@@ -64,6 +66,7 @@ __all__ = [
     "lookahead",
     "matmul",
     "prepare",
+    "quantise",
     "round_to",
 ]
 

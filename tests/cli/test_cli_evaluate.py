@@ -109,7 +109,7 @@ BAD_ARGUMENTS = {
     "not UTF-8": ("--text latin.txt", "not UTF-8: byte 0xe9 at offset 4"),
     "short text": ("--text short.txt", "tokens, but 2 windows of 16 need 32"),
     "context": ("--window-length 129", "window length 129 is longer than the model's context of 128"),
-    "empty format": (["--accumulate", ""], "accumulator ''"),
+    "empty format": (["--accumulate", ""], "'' lacks an accumulator"),
     "empty rule": (["--rule", ""], "unknown rule ''"),
     "empty output": (["--json", ""], "it is a folder"),
     "no folder": ("--json missing/out.json", "there is no folder"),

@@ -1,4 +1,4 @@
-"""A store's kernels against their twin and float64: what lies where, and many windows of keys."""
+"""A store's kernels against their reference and float64: what lies where, and many windows of keys."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ INF = float("inf")
 
 
 def both(make):
-    """What `make` gives with the native kernels, and with the twins."""
+    """What `make` gives with the native kernels, and with the references."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         for kernels in ("", "torch"):
@@ -32,7 +32,7 @@ def both(make):
     hadamard=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_copies_are_the_twins_byte_for_byte(kv_heads, cuts, size, value_size, bits, hadamard, seed):
+def test_copies_are_the_references_byte_for_byte(kv_heads, cuts, size, value_size, bits, hadamard, seed):
     generator = torch.Generator().manual_seed(seed)
     parts = [
         (
@@ -49,13 +49,14 @@ def test_copies_are_the_twins_byte_for_byte(kv_heads, cuts, size, value_size, bi
             store.append(keys, values)
         return store.state()
 
-    kernel, twin = both(make)
-    assert kernel.keys() == twin.keys()
-    # A rotation's sums may round otherwise in the twin, and an error is a bound.
+    kernel, reference = both(make)
+    assert kernel.keys() == reference.keys()
+    # A rotation's sums may round otherwise in the reference, and an error is a bound.
     exact = {"value_codes", "value_scales", "full_keys", "full_values"}
     for name in TENSORS if kernel else ():
         one, other = (
-            t[name].view(torch.int16) if t[name].dtype == torch.uint16 else t[name] for t in (kernel, twin)
+            t[name].view(torch.int16) if t[name].dtype == torch.uint16 else t[name]
+            for t in (kernel, reference)
         )
         if name in exact or (name != "key_errors" and not options.hadamard):
             assert torch.equal(one, other), name

@@ -61,7 +61,7 @@ def exact(q, k, v, mask=None):
     thresholds=st.sampled_from([ALL, NONE, (0.01, 0.05), (0.3, INF), (INF, 0.2)]),
     seed=st.integers(0, 1000),
 )
-def test_kernel_equals_twin(
+def test_kernel_equals_reference(
     batch, kv_heads, group, keys, size, value_size, key_bits, value_bits, center, hadamard, softcap, sinks,
     masked, thresholds, seed,
 ):  # fmt: skip
@@ -83,17 +83,17 @@ def test_kernel_equals_twin(
             for part in (slice(0, keys // 2), slice(keys // 2, keys)):
                 store.append(k[:, :, part], v[:, :, part])
             found.append(attend(store, q, thresholds, **more))
-    kernel, twin = found
+    kernel, reference = found
     # Entries within rounding of a threshold may be decided otherwise.
     slack = 2 + 0.02 * kernel.eligible
-    assert abs(kernel.recomputed - twin.recomputed) <= slack
-    assert abs(kernel.full_values - twin.full_values) <= slack
-    assert (kernel.eligible, kernel.eligible_values) == (twin.eligible, twin.eligible_values)
-    exactly = (kernel.recomputed, kernel.full_values) == (twin.recomputed, twin.full_values)
+    assert abs(kernel.recomputed - reference.recomputed) <= slack
+    assert abs(kernel.full_values - reference.full_values) <= slack
+    assert (kernel.eligible, kernel.eligible_values) == (reference.eligible, reference.eligible_values)
+    exactly = (kernel.recomputed, kernel.full_values) == (reference.recomputed, reference.full_values)
     # The kernel rounds a value's weight to 1/32767 of the largest in its window.
     rounded = 1e-4 + keys * 0.5 / 32767 * float(v.abs().max())
     torch.testing.assert_close(
-        kernel.output, twin.output, rtol=1e-4 if exactly else 0.2, atol=rounded if exactly else 0.2
+        kernel.output, reference.output, rtol=1e-4 if exactly else 0.2, atol=rounded if exactly else 0.2
     )
 
 

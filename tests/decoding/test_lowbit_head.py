@@ -94,19 +94,19 @@ def test_low_bit_and_full_logits_are_within_the_bound(implementation, kind, bits
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy", "integers", "aligned", "on the grid", "zeros", "huge"])
 @pytest.mark.parametrize("bits", BITS)
-def test_kernel_and_twin(instruction_set, kind, bits):
+def test_kernel_and_reference(instruction_set, kind, bits):
     for tokens, columns in SHAPES:
         weight, x = case(kind, tokens, columns)
         head = LowBitHead.pack(weight, bits)
         for threshold in (NOTHING, 1e-3, EVERYTHING):
             got, for_top, recomputed = head.run(x, threshold, 3)
-            want, twin_for_top, twin_recomputed = head.twin(x, threshold, 3)
+            want, reference_for_top, reference_recomputed = head.reference(x, threshold, 3)
             allowed = 3 * (unit(columns) * norms(x) * norms(weight).max() + 1e-30)
             # A token right at the threshold may fall on either side.
             differ = (got.double() - want.double()).abs() > allowed
             assert differ.sum() <= 1
-            assert abs(for_top - twin_for_top) <= 1
-            assert abs(recomputed - twin_recomputed) <= 1
+            assert abs(for_top - reference_for_top) <= 1
+            assert abs(recomputed - reference_recomputed) <= 1
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1e-6, 1e-4, 1e-3, 1e-2])
@@ -119,7 +119,10 @@ def test_tokens_above_the_threshold_are_recomputed_and_no_others(implementation,
         for_top = head.run(x, NOTHING)[0] != low
         got, _, recomputed = head.run(x, threshold)
         z = low.double().softmax(dim=1)
-        weights = 2 * z * (1 - z) * head.head.errors * norms(x) / 65**0.5
+        r = (head.head.errors * norms(x) / 65**0.5).double()
+        # Errors beyond a nat: z counts as what it might be four standard deviations higher.
+        raised = (z.clamp(min=2.0**-126) * torch.exp((4 * r).clamp(max=87))).clamp(max=1)
+        weights = torch.where(r > 1, 2 * raised, 2 * z * (1 - z)) * r
         must = (weights > threshold * 1.001 + 1e-30) | for_top
         may = (weights > threshold * 0.998) | for_top
         assert same_bits(torch.where(must, got, 0.0), torch.where(must, full, 0.0))
@@ -213,3 +216,19 @@ def test_what_it_cannot_run_is_refused(implementation):
         LowBitHead.pack(weight, 5)
     with pytest.raises(TypeError, match=r"must be float32, got torch\.float16"):
         LowBitHead.pack(weight.half())
+
+
+@pytest.mark.parametrize("scale", [3.0, 30.0])
+def test_errors_beyond_a_nat_raise_the_weight(implementation, scale):
+    """With 4 bits a logit may be off by nats; then z counts as what it might be four standard deviations higher."""
+    weight, x = torch.randn(200, 64), scale * torch.randn(3, 64)
+    head = LowBitHead.pack(weight, 4)
+    low, error = head.head.products(x), head.head.errors * x.norm(dim=1, keepdim=True) / 8
+    assert (error > 1).any()
+    z = low.softmax(1)
+    far = 2 * (z.clamp(min=2.0**-126) * torch.exp((4 * error).clamp(max=87))).clamp(max=1) * error
+    weights = torch.where(error > 1, far, 2 * z * (1 - z) * error)
+    _, for_top, recomputed = head.run(x, 0.5)
+    assert abs(recomputed - int((weights > 0.5).sum())) <= for_top
+    assert recomputed >= int((weights > 0.501).sum())
+    assert recomputed > int((2 * z * (1 - z) * error > 0.5).sum())

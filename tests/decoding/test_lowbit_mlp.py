@@ -57,16 +57,16 @@ def exact(gate, up, down, name, x):
 @over_shapes
 @given(sizes, sizes, sizes, st.integers(1, 9), activations, st.sampled_from([4, 8, 12]), thresholds, thresholds,
        st.integers(0, 999))  # fmt: skip
-def test_kernel_and_twin(
+def test_kernel_and_reference(
     instruction_set, neurons, columns, outputs, count, name, bits, up_threshold, down_threshold, seed
 ):
     matrices, x = weights(neurons, columns, outputs, seed), vectors(count, columns, seed)
     mlp = LowBitMlp.pack(*matrices, name, bits, bits)
     got, *counts = mlp.run(x, up_threshold, down_threshold)
-    want, *twin_counts = mlp.twin(x, up_threshold, down_threshold)
+    want, *reference_counts = mlp.reference(x, up_threshold, down_threshold)
     assert got.shape == want.shape == (count, outputs)
     # A neuron right at the threshold may fall on either side, and changes the output by its weight.
-    differ = sum(abs(a - b) for a, b in zip(counts, twin_counts, strict=True))
+    differ = sum(abs(a - b) for a, b in zip(counts, reference_counts, strict=True))
     assert differ <= 2
     for threshold, number in zip((up_threshold, down_threshold), counts, strict=True):
         if threshold in (NOTHING, EVERYTHING):

@@ -76,9 +76,9 @@ def test_costs_equal_counting(granularity, spelling):
         model,
         0.25,
         rule.operations,
-        0.5 * rule.needs_error,
-        0.625 * bool(rule.needs_distance),
-        rule.needs_bridge,
+        0.5 * ("squares" in rule.byproducts),
+        0.625 * ("distances" in rule.further_work),
+        "norms" in rule.further_work,
     )
     full = rows * columns * depth
     rate = float(chosen.float().mean())

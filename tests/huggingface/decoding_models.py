@@ -6,12 +6,13 @@ import torch
 WHOLE = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma2"]
 LINEAR = "qkv=int8, attention_out=int12, mlp_up=int8, mlp_down=int8"
 GUARDED = (
-    "scores=int8+running:0.001, values=int8+topz:0.003, qkv=int12, attention_out=int12, "
+    "scores=int8.center.hadamard+running:0.001, values=int8+topz:0.003, qkv=int12, attention_out=int12, "
     "mlp_up=int12+output:0.0001, mlp_down=int8+output:0.0003, lm_head=int8+running:0.00001"
 )
 #: Everything but the linear layers in full precision, so that two ways of computing differ by little.
 STEADY = (
-    "scores=int8+all, values=int8+all, qkv=int12, attention_out=int12, mlp_up=int8+all, mlp_down=int8+all"
+    "scores=int8.center.hadamard+all, values=int8+all, qkv=int12, attention_out=int12, mlp_up=int8+all, "
+    "mlp_down=int8+all"
 )
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from torchlamp.huggingface.attached_policy import place_of
 from torchlamp.huggingface.lookahead import attach, detach, lookahead
 
 
@@ -16,11 +15,10 @@ def no_grad():
 class Blocks:
     """Blocks that hold a visible, or a chosen, score: sets of their numbers, 1 x 16 and 16 x 16."""
 
-    def __init__(self, model):
+    def __init__(self):
         self.eligible, self.touched = [set(), set()], [set(), set()]
         self.entries = [0, 0]
         self.call = 0
-        next(s.run for m in model.modules() if (s := place_of(m)) is not None).observe = self.observe
 
     def observe(self, layer, seen):
         for which, (mask, found) in enumerate(
@@ -55,8 +53,8 @@ def test_block_rates_are_those_that_an_observer_counts(build, name, rule, tokens
     with lookahead(model, f"ps3+{rule}", seed=1, blocks=True) as statistics:
         for call in calls:
             model(**call)
-    with lookahead(model, f"ps3+{rule}", seed=1, blocks=True) as observed:
-        blocks = Blocks(model)
+    blocks = Blocks()
+    with lookahead(model, f"ps3+{rule}", seed=1, blocks=True, observe=blocks.observe) as observed:
         for blocks.call, call in enumerate(calls):
             model(**call)
     assert blocks.entries == [observed.eligible, observed.selected]

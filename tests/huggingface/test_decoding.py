@@ -5,11 +5,13 @@ from decoding_models import GUARDED, LINEAR, STEADY, WHOLE, decoded, generated, 
 from torch import nn
 from transformers import DynamicCache
 
-from torchlamp.decoding.matrix import LowBitMatrix
 from torchlamp.huggingface import prepare as decoding
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels import native
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
+from torchlamp.policy.decodable import settings
+from torchlamp.policy.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -19,7 +21,7 @@ def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
     model, other, x = build(name), build(name), tokens(3, 16)
     policy = LINEAR if name != "gpt2" else LINEAR.partition(", mlp")[0]
     sites = Sites(other)
-    bits = {site: storage.bits for site, storage in decoding.DecodePolicy.parse(policy).sites.items()}
+    bits = {site: told.bits for site, told in settings(Policy.parse(policy)).items()}
     for layer in sites.layers:
         by_site = {"qkv": sites.qkv(layer), "attention_out": [sites.attention_out(layer)]}
         if "mlp_up" in bits:
@@ -41,7 +43,7 @@ def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
             want = other(**step, past_key_values=caches[1]).logits
             torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
             assert (got - want).norm() < 5e-4 * want.norm()
-    assert set(prepared.statistics.selected.values()) <= {0}
+    assert prepared.statistics.selected == 0
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -51,7 +53,7 @@ def test_decoding_is_close_to_full_precision(build, tokens, name):
     with prepare(model, GUARDED, top=3) as prepared:
         got = decoded(model, x, prepared.cache(), mask=mask)
     assert (got - want).norm() < 0.03 * want.norm()
-    eligible = prepared.statistics.eligible
+    eligible = prepared.statistics.eligible_by_site
     assert list(prepared.statistics.recompute_rates) == ["scores", "values", "mlp_up", "mlp_down", "lm_head"]
     assert eligible["lm_head"] == 3 * 11 * 61
     assert eligible["mlp_up"] == eligible["mlp_down"] == 2 * 3 * 11 * 48
@@ -79,10 +81,14 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
         want = decoded(model, x, prepared.cache(), mask=mask)
     assert calls == [0, 1] * 21
     assert (got - want).norm() < (2e-4 if policy == STEADY else 3e-3) * want.norm()
-    assert counts.eligible == prepared.statistics.eligible
-    for site, selected in counts.selected.items():
+    assert counts.eligible_by_site == prepared.statistics.eligible_by_site
+    for layer in (-1, 0, 1):
+        eligible = counts.layer_counts(layer).eligible
+        assert eligible == prepared.statistics.layer_counts(layer).eligible
+        assert eligible > 0 or layer == -1
+    for site, selected in counts.selected_by_site.items():
         # Rounding may take an entry over its threshold.
-        assert abs(selected - prepared.statistics.selected[site]) <= 3 + 0.01 * selected
+        assert abs(selected - prepared.statistics.selected_by_site[site]) <= 3 + 0.01 * selected
 
 
 @pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
@@ -161,7 +167,7 @@ def test_the_heads_largest_logits_are_full_ones(build, tokens, top):
         got = model.lm_head(hidden)[:, 0]
     assert torch.equal(got.topk(top).indices, want.topk(top).indices)
     torch.testing.assert_close(got.topk(top).values, want.topk(top).values)
-    assert prepared.statistics.eligible == {"lm_head": 50 * 61}
+    assert prepared.statistics.eligible_by_site == {"lm_head": 50 * 61}
     assert not torch.allclose(got, want, rtol=1e-4)
     assert torch.equal(model(x).logits, model(x).logits)
 
@@ -178,22 +184,22 @@ def test_greedy_text_is_that_of_the_full_head(model, tokens, bits):
 @pytest.mark.parametrize("policy", [decoding.DEFAULT, decoding.FAST])
 def test_named_policies_can_be_read(build, policy):
     with prepare(build("llama"), policy) as prepared:
-        assert decoding.DecodePolicy.parse(str(prepared.policy)) == decoding.DecodePolicy.parse(policy)
+        assert Policy.parse(str(prepared.policy)) == Policy.parse(policy)
     with prepare(build("llama")) as prepared:
-        assert prepared.policy == decoding.DecodePolicy.parse(decoding.DEFAULT)
+        assert prepared.policy == Policy.parse(decoding.DEFAULT)
 
 
 def test_generate_makes_a_look_ahead_cache_unless_told_otherwise(build, tokens):
     model, x = build("llama"), tokens(1, 7)
     with prepare(model, GUARDED) as prepared:
         generated(model, x)
-        counted = prepared.statistics.eligible["scores"]
+        counted = prepared.statistics.eligible_by_site["scores"]
         assert counted > 0
         model.generate(x, max_new_tokens=4, do_sample=False, use_cache=False)
         model.generate(
             x, max_new_tokens=4, do_sample=False, past_key_values=DynamicCache(config=model.config)
         )
-        assert prepared.statistics.eligible["scores"] == counted
+        assert prepared.statistics.eligible_by_site["scores"] == counted
 
 
 def test_gpt2_has_no_gated_mlp_but_all_else(build, tokens, caplog):
@@ -205,7 +211,7 @@ def test_gpt2_has_no_gated_mlp_but_all_else(build, tokens, caplog):
     with prepare(model, "qkv=int12, attention_out=int12, lm_head=int12") as prepared:
         got = decoded(model, x, DynamicCache(config=model.config))
     assert (got - want).norm() < 0.01 * want.norm()
-    assert list(prepared.statistics.eligible) == ["lm_head"]
+    assert prepared.statistics.sites == ["lm_head"]
     with prepare(model) as prepared:  # the default, less what GPT-2 doesn't allow
         assert "mlp_up" not in prepared.policy.sites
         assert "mlp_up and mlp_down: read in full precision, since" in caplog.text
@@ -231,4 +237,48 @@ def test_biases_of_attention_and_mlp(tokens):
     model.lm_head.bias = nn.Parameter(torch.ones(61))
     with pytest.raises(ValueError, match="head has a bias"):
         prepare(model, "lm_head=int8")
+    assert is_untouched(model)
+
+
+def test_a_prepared_policy_is_what_really_runs(build, tokens, caplog):
+    model, attention = build("llama"), "scores=int8{}, values=int8"
+    for named, keywords, runs in (
+        (".center", {}, ".center"),
+        (".center.hadamard", {"hadamard": False}, ".center"),
+        ("", {"center": True}, ".center"),
+        ("", {"center": True, "hadamard": True}, ".center.hadamard"),
+        (".hadamard", {"center": False}, ".hadamard"),
+    ):
+        with prepare(model, attention.format(named), **keywords) as prepared:
+            assert str(prepared.policy) == attention.format(runs)
+            options = prepared.cache().layers[0].store.options
+        assert (options.center, options.hadamard) == (".center" in runs, ".hadamard" in runs)
+    assert not caplog.records
+    with prepare(model, attention.format("")) as prepared:
+        assert str(prepared.policy) == attention.format("")
+        options = prepared.cache().layers[0].store.options
+    assert (options.center, options.hadamard) == (False, False)
+    (said,) = caplog.records
+    assert "write scores=int8.center.hadamard for that" in said.getMessage()
+
+
+def test_named_policies_rotate_only_heads_of_a_power_of_two(tokens, caplog):
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=12,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    with prepare(model, decoding.FAST) as prepared:
+        generated(model, tokens(1, 7))
+    assert str(prepared.policy) == decoding.FAST.replace(".hadamard", "")
+    assert "keys aren't rotated, since the head size is no power of two" in caplog.text
+    with pytest.raises(ValueError, match="power of two"), prepare(model, decoding.FAST, hadamard=True):
+        generated(model, tokens(1, 7))
+
+
+@pytest.mark.parametrize("policy", ["ps4+strict:0.1", "qkv=mxfp4", "scores=int8, values=int8, norm=ps4"])
+def test_only_what_kernels_run_is_prepared(build, policy):
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"has no decoding kernel.* the nearest policy that runs is"):
+        prepare(model, policy)
     assert is_untouched(model)

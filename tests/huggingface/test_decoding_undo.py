@@ -121,7 +121,7 @@ def test_models_that_are_refused(build, change, error, said, policy):
 @pytest.mark.parametrize(
     ("policy", "options", "said"),
     [
-        ("qkv=int5", {}, "format 'int5' at site qkv"),
+        ("qkv=int5", {}, "operand 'int5' at site qkv"),
         (LINEAR, {"top": 0}, "top=0: give at least 1"),
         (GUARDED, {"full": "float8"}, "full='float8': allowed are float16 and float32"),
     ],
@@ -156,3 +156,26 @@ def test_autocast_and_gradients_are_refused(build, tokens):
             loss = model(x, past_key_values=DynamicCache(config=model.config)).logits.sum()
             with pytest.raises(RuntimeError, match="no gradient flows through look-ahead"):
                 loss.backward()
+
+
+@pytest.mark.parametrize(
+    "policy", ["scores=int8+all, values=int8+all", "mlp_up=int8, mlp_down=int8", "lm_head=int8"]
+)
+def test_a_simulated_policy_on_a_prepared_model_is_refused_and_takes_nothing_away(build, tokens, policy):
+    model, x = build("llama"), tokens(1, 5)
+    with prepare(model, policy):
+        before = [vars(module).get("forward") for module in model.modules()]
+        implementation = model.config._attn_implementation
+        with pytest.raises(ValueError, match=r"is prepared for low-bit decoding.*call undo\(\)"):
+            torchlamp.attach(model, "mlp_up=ps4+none")
+        with (
+            pytest.raises(ValueError, match="is prepared for low-bit decoding"),
+            torchlamp.lookahead(model, "ps4+none"),
+        ):
+            pass
+        torchlamp.detach(model)
+        assert [vars(module).get("forward") for module in model.modules()] == before
+        assert model.config._attn_implementation == implementation
+    with torchlamp.lookahead(model, "ps4+none") as statistics:
+        model(x)
+    assert statistics.eligible > 0

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
 import torchlamp
-from torchlamp.huggingface.attached_policy import place_of
+import torchlamp.simulation.attention as simulated
+from torchlamp.huggingface.attached_policy import context_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.simulated_attention import lamp_attention
 
@@ -22,7 +23,7 @@ def implementation(model):
 
 
 def attached(model):
-    return any(place_of(module) is not None for module in model.modules())
+    return any(context_of(module) is not None for module in model.modules())
 
 
 @torch.no_grad()
@@ -255,7 +256,7 @@ def test_causality_of_module_and_argument(llama, is_causal):
     query, key, value = (torch.randn(1, heads, 5, 8, generator=generator) for heads in (4, 2, 2))
     attention_module = types.SimpleNamespace(is_causal=is_causal is None)
     with lookahead(llama, "ps23+none"):
-        attention_module._torchlamp = place_of(llama.model.layers[0].self_attn)
+        attention_module._torchlamp = context_of(llama.model.layers[0].self_attn)
         for module, argument in ((attention_module, None), (llama.model.layers[0].self_attn, is_causal)):
             actual, weights = lamp_attention(module, query, key, value, None, is_causal=argument)
             expected = nn.functional.scaled_dot_product_attention(
@@ -385,3 +386,39 @@ def test_public_names():
     assert set(dir(torchlamp)) == set(torchlamp.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lookbehind'"):
         torchlamp.lookbehind  # noqa: B018
+
+
+class TestObserver:
+    def test_it_sees_every_tile_of_the_scores(self, llama, tokens):
+        seen = []
+        with (
+            torch.no_grad(),
+            lookahead(llama, "ps3+strict:0.1", observe=lambda n, found: seen.append((n, found))) as stats,
+        ):
+            llama(tokens(2, 9))
+        assert [layer for layer, _ in seen] == [0, 0, 1, 1]
+        assert sum(int(found.chosen.sum()) for _, found in seen) == stats.selected > 0
+
+    def test_layers_that_nobody_observes_keep_the_fused_kernel(self, llama, tokens, monkeypatch):
+        tiled, seen = [], []
+        original = simulated._tiled
+        monkeypatch.setattr(
+            simulated, "_tiled", lambda call, *args: tiled.append(call.layer) or original(call, *args)
+        )
+        monkeypatch.setattr(
+            simulated, "_fused", lambda call, *_: None if call.observe else original(call, *_)
+        )
+        with (
+            torch.no_grad(),
+            lookahead(llama, "ps3+strict:0.1", observe=lambda n, _: seen.append(n), observe_layers=[1]),
+        ):
+            llama(tokens(1, 9))
+        assert tiled == [1]
+        assert seen == [1]
+
+    def test_layers_must_be_numbers(self, llama):
+        with (
+            pytest.raises(TypeError, match="observe_layers='all': give layer numbers in a list"),
+            lookahead(llama, "ps4+none", observe=print, observe_layers="all"),
+        ):
+            pass

@@ -12,7 +12,7 @@ from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache
 from torchlamp.huggingface.prepare import prepare
 
 EXACT = {"scores": "int8+all", "values": "int8+all", "full": "float32"}
-POLICY = "scores=int8+all, values=int8+all"
+POLICY = "scores=int8.center.hadamard+all, values=int8+all"
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
@@ -59,7 +59,10 @@ def test_default_thresholds_are_close(llama, tokens):
     ids = tokens(1, 60)
     reference = expected(llama, ids, 30)
     errors = []
-    for policy in ("scores=int8, values=int8", "scores=int8+running:0.001, values=int8+topz:0.003"):
+    for policy in (
+        "scores=int8.center.hadamard, values=int8",
+        "scores=int8.center.hadamard+running:0.001, values=int8+topz:0.003",
+    ):
         with prepare(llama, policy) as prepared:
             errors.append((steps(llama, prepared.cache(), ids, 30) - reference).norm())
     assert errors[1] < errors[0] / 3
@@ -180,3 +183,19 @@ def test_refuses(llama, tokens):
     with pytest.raises(ValueError, match="dropout"):
         decode_attention(attention, q, k, k, None, dropout=0.1)
     assert NAME == "lamp-decode"
+
+
+@pytest.mark.parametrize(
+    ("scores", "keywords", "center", "hadamard"),
+    [
+        ("int8+running:0.001", {}, True, True),
+        ("int8", {"center": False}, False, True),
+        ("int8", {"hadamard": False}, True, False),
+        ("int8.center", {}, True, False),
+        ("int8.hadamard", {}, False, True),
+        ("int8.hadamard", {"hadamard": False, "center": True}, True, False),
+    ],
+)
+def test_transforms_of_the_cache(model, scores, keywords, center, hadamard):
+    options = LookaheadCache(model.config, scores=scores, **keywords).layers[0].store.options
+    assert (options.center, options.hadamard) == (center, hadamard)

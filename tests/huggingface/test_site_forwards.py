@@ -10,9 +10,9 @@ from site_models import MIXED, state
 from torch import nn
 
 import torchlamp
-from torchlamp.huggingface.attached_policy import place_of
+from torchlamp.huggingface.attached_policy import context_of
 from torchlamp.huggingface.lookahead import lookahead
-from torchlamp.policy.policy import SITES
+from torchlamp.site_names import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -73,7 +73,7 @@ class TestNothingIsLeftBehind:
             assert not torch.equal(clone(ids).logits, expected)
             assert torch.equal(model(ids).logits, expected)
         torchlamp.detach(clone)
-        assert not any("forward" in vars(m) or place_of(m) for m in clone.modules())
+        assert not any("forward" in vars(m) or context_of(m) for m in clone.modules())
 
     def test_other_forwards_on_instances_stay(self, build, tokens):
         model, ids = build("llama"), tokens(1, 5)
@@ -122,7 +122,7 @@ class TestRefused:
         words = r"GptOssForCausalLM: no up projection found in model.layers.0.mlp \(GptOssMLP\); looked for c_fc, fc1"
         with pytest.raises(ValueError, match=words):
             lookahead(model, "mlp_up=ps4+none").__enter__()
-        assert not any("forward" in vars(m) or place_of(m) for m in model.modules())
+        assert not any("forward" in vars(m) or context_of(m) for m in model.modules())
 
     def test_no_decoder_layers(self):
         config = transformers.T5Config(

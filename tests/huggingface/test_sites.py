@@ -9,8 +9,9 @@ import torchlamp
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.site_forwards import plain
 from torchlamp.huggingface.sites import Sites
-from torchlamp.policy.policy import SHOWS, SITES
+from torchlamp.policy.fit import SHOWS
 from torchlamp.rules import RULES, Rule
+from torchlamp.site_names import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -296,4 +297,4 @@ def test_the_policy_of_the_design_parses_and_runs(llama, tokens):
     assert list(stats.by_site) == ["scores", "mlp_up"]
     assert stats.eligible == sum(int(stats.site_counts(s).eligible) for s in stats.sites)
     assert "entries at scores, mlp_up" in str(stats)
-    assert Rule.parse("condition:4").needs_condition
+    assert Rule.parse("condition:4").looks_through == "elementwise"

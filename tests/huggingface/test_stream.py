@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from torchlamp.huggingface.attached_policy import place_of
+from torchlamp.huggingface.attached_policy import context_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.sites import Sites
 
@@ -52,9 +52,12 @@ def observe(model, ids, policy):
             "out": sites.attention_out(layer),
         }
         handles += [m.register_forward_hook(note((number, name))) for name, m in watched.items()]
-    with lookahead(model, policy) as statistics:
-        run = next(seat.run for m in model.modules() if (seat := place_of(m)) is not None)
-        run.observe = lambda layer, found: tiles.update({layer: copy.deepcopy(found)})
+
+    def watch(layer, found):
+        assert found.tile.distance.shape == found.chosen.shape  # asked before the tile's scores change
+        tiles[layer] = copy.deepcopy(found)
+
+    with lookahead(model, policy, observe=watch) as statistics:
         model(ids)
     for handle in handles:
         handle.remove()
@@ -210,8 +213,8 @@ def test_a_copy_has_its_own_stream(families, name, tokens):
         before = statistics.selected
         assert torch.equal(clone(other).logits, expected)
         assert statistics.selected == before
-        run = next(seat.run for m in clone.modules() if (seat := place_of(m)) is not None)
-        assert run.statistics.selected == 2 * counted
+        attached = next(found.attached for m in clone.modules() if (found := context_of(m)) is not None)
+        assert attached.statistics.selected == 2 * counted
         pickle.dumps(model)
 
 
@@ -227,7 +230,7 @@ def test_nested_blocks_and_exceptions_leave_nothing(families, tokens):
             assert outer.eligible == counted
             assert torch.equal(model(ids).logits, coarse)
         assert torch.equal(model(ids).logits, plain)
-        assert not any("forward" in vars(m) or place_of(m) for m in model.modules())
+        assert not any("forward" in vars(m) or context_of(m) for m in model.modules())
 
 
 def test_norms_in_other_places_are_refused():

@@ -9,7 +9,7 @@ from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels import products as module
 from torchlamp.kernels import reference
 from torchlamp.kernels.products import products
-from torchlamp.kernels.reference import products_twin
+from torchlamp.kernels.reference import products_reference
 from torchlamp.kernels.rounding import round_to_grid
 
 SPELLINGS = [name + form for name in FORMATS for form in FORMS]
@@ -83,16 +83,16 @@ def test_depths_and_thin_shapes(implementation, spelling, depth, rows, columns):
 
 
 @functools.cache
-def by_twin(spelling, kind, **options):
-    return products_twin(*operands(kind, 2, 1, 7, 19, 70), how(spelling), squares=True, **options)
+def by_reference(spelling, kind, **options):
+    return products_reference(*operands(kind, 2, 1, 7, 19, 70), how(spelling), squares=True, **options)
 
 
 @pytest.mark.parametrize("spelling", [name + form for name in REPRESENTATIVE for form in FORMS])
-def test_sizes_that_fill_no_vector_equal_the_twin(instruction_set, spelling):
+def test_sizes_that_fill_no_vector_equal_the_reference(instruction_set, spelling):
     for kind in ("gaussian", "wide", "special"):
         for options in ({}, {"scaling": 0.3, "causal": 64}):
             got = products(*operands(kind, 2, 1, 7, 19, 70), how(spelling), squares=True, **options)
-            want = by_twin(spelling, kind, **options)
+            want = by_reference(spelling, kind, **options)
             assert all(same_bits(x, y) for x, y in zip(got, want, strict=True))
 
 

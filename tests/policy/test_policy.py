@@ -1,10 +1,17 @@
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator
-from torchlamp.policy.policy import SHOWS, SITES, Policy, SitePolicy
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import TRANSFORMS
+from torchlamp.policy.fit import SHOWS, SHOWS_TERMS
+from torchlamp.policy.policy import Policy, SitePolicy
+from torchlamp.policy.precision import Precision
 from torchlamp.rules import RULES, Rule
+from torchlamp.site_names import SITES
 
 ACCUMULATORS = [
     "ps4",
@@ -16,21 +23,35 @@ ACCUMULATORS = [
     "ps13/promote128",
     "e5m10/unfused",
 ]
+OPERANDS = ["float32", "int4", "int8/row", "int12", "bf16", "e4m3fn/row", "mxfp8", "mxfp4", "nvfp4"]
 SPELLINGS = [spelling for rule in RULES.values() for spelling in rule.examples]
 
 
-def site_policies(site):
-    """A policy with a rule that fits the site."""
-    parsed = [Rule.parse(spelling) for spelling in SPELLINGS]
-    fitting = [rule for rule in parsed if rule.looks_through in ("any", *SHOWS[site])]
-    return st.builds(
-        SitePolicy,
-        st.sampled_from(ACCUMULATORS).map(Accumulator.parse),
-        st.one_of(
-            st.sampled_from(fitting),
-            st.floats(0, 1e30, allow_nan=False).map(lambda t: Rule.parse(f"strict:{t!r}".replace("e+", "e"))),
-        ),
+def precisions(site):
+    """Operands, accumulators and transforms that fit the site."""
+    operands = st.just("float32") if site == "norm" else st.sampled_from(OPERANDS)
+    transforms = (
+        st.just(())
+        if site in ("values", "norm")
+        else st.lists(st.sampled_from([*TRANSFORMS.values()]), unique=True)
     )
+    sums = st.sampled_from(ACCUMULATORS).map(Accumulator.parse)
+    both = st.builds(Precision, operands.map(Operand.parse), sums, transforms.map(tuple))
+    # A float format alone is an accumulator.
+    stored = operands.filter(lambda name: name != "bf16").map(Operand.parse)
+    return both | st.builds(Precision, stored, st.none(), transforms.map(tuple))
+
+
+@st.composite
+def site_policies(draw, site):
+    """A policy with a rule that fits the site."""
+    precision = draw(precisions(site))
+    shows = SHOWS_TERMS if precision.is_stored else SHOWS
+    fitting = [rule for rule in map(Rule.parse, SPELLINGS) if rule.looks_through in ("any", *shows[site])]
+    numbers = st.floats(0, 1e30, allow_nan=False).map(
+        lambda t: Rule.parse(f"running:{t!r}".replace("e+", "e"))
+    )
+    return SitePolicy(precision, draw(st.sampled_from(fitting) | numbers))
 
 
 @given(st.fixed_dictionaries({}, optional={site: site_policies(site) for site in SITES}).filter(bool))
@@ -41,6 +62,7 @@ def test_round_trip(sites):
     assert policy.sites == sites
     assert list(policy.sites) == [site for site in SITES if site in sites]
     assert eval(repr(policy)) == policy
+    assert pickle.loads(pickle.dumps(policy)) == policy
 
 
 @pytest.mark.parametrize("rule", ["sink-recent:1,2", "random-like:sink-recent:1,2"])
@@ -62,7 +84,7 @@ def test_short_form_is_the_site_scores():
     assert str(policy) == "ps4+strict:0.1"
     assert policy == Policy.parse("scores=ps4+strict:0.1") == Policy.parse(" ps4 + strict:0.1 ")
     assert policy.sites["scores"] == SitePolicy(Accumulator.parse("ps4"), Rule.parse("strict:0.1"))
-    assert Policy("ps7") == Policy.parse("ps7+none")
+    assert Policy("ps7") == Policy.parse("ps7+none") == Policy.parse("ps7")
     assert Policy.parse(policy) is policy
 
 
@@ -74,18 +96,33 @@ def test_several_sites_in_the_order_of_the_forward_pass():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ps4", "'ps4' needs an accumulator and a rule"),
-        ("", "needs an accumulator and a rule"),
-        ("+strict:0.1", "needs an accumulator and a rule"),
-        ("ps4+", "needs an accumulator and a rule"),
-        ("scores=", "site 'scores' in policy 'scores=' needs an accumulator and a rule"),
+        ("", "policy '' needs an accumulator or an operand"),
+        ("+strict:0.1", "lacks the accumulator or operand"),
+        ("ps4+", "lacks the rule behind its '\\+'"),
+        ("scores=", "site 'scores' in policy 'scores=' needs an accumulator or an operand"),
         ("scores=ps4+none, ", "unknown rule"),
+        ("qkv=int8,", "'int8,' is neither"),
         ("score=ps4+none", "unknown site 'score': the sites are scores, .*did you mean 'scores'"),
         ("mlp-up=ps4+none", "did you mean 'mlp_up'"),
         ("xyz=ps4+none", "unknown site 'xyz'"),
         ("=ps4+none", "unknown site ''"),
         ("scores=ps4+none, scores=ps5+none", "site 'scores' appears twice"),
-        ("ps4+none, mlp_up=ps7+none", "'ps4\\+none' .* names no site"),
+        ("ps4+none, scores=ps7+none", "site 'scores' appears twice"),
+        ("mxpf4+none", "'mxpf4' is neither an accumulator nor an operand: did you mean 'mxfp4'\\?"),
+        ("int9x", "'int9x' is neither .*: did you mean 'int"),
+        ("hoper-fp8@ps4", "'hoper-fp8' in 'hoper-fp8@ps4' is no operand, which stands before '@'"),
+        ("int8@ps44", "'ps44' in 'int8@ps44' is no accumulator, which stands behind '@': did you mean 'ps4'"),
+        ("int8@", "'int8@' lacks an accumulator or operand"),
+        ("@ps4", "'@ps4' lacks an accumulator or operand"),
+        ("ps4/blok3", "can't use option 'blok3' in accumulator 'ps4/blok3'"),
+        ("ps4.centre", "unknown transform 'centre' in 'ps4.centre': did you mean 'center'"),
+        ("ps4.", "unknown transform '' in 'ps4.'"),
+        ("ps4.sort.sort", "transform 'sort' is named twice"),
+        ("values=ps4.sort", "transform 'sort' can't be used at the site values; it fits scores, qkv"),
+        ("norm=ps4.center", "transform 'center' can't be used at the site norm"),
+        ("norm=int8", "operand 'int8' can't be used at the site norm, .* it fits scores, values"),
+        ("values=ps4+topz:0.1", "rule 'topz:0.1' can't run at the site values: .* it fits scores, lm_head"),
+        ("values=int8+output:0.1", "at the site values with the stored operand int8: .* it fits qkv"),
         ("ps99+none", "ps99"),
         ("ps4+stricct:0.1", "stricct"),
         ("ps4+condition:4", "rule 'condition:4' can't run at the site scores: .* it fits values, qkv"),
@@ -120,3 +157,64 @@ def test_bad_arguments():
         Policy(sites={})
     with pytest.raises(ValueError, match="unknown site 'scoress'"):
         Policy(sites={"scoress": "ps4+none"})
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("ps4", "ps4+none"),
+        ("int8/32", "int8"),
+        ("INT8 . Hadamard.center + running:1e-3", "int8.center.hadamard+running:0.001"),
+        ("float32", "fp32+none"),
+        ("float32@ps4.sort", "ps4.sort+none"),
+        ("bf16", "bf16+none"),
+        ("bf16@fp32", "bf16@fp32+none"),
+        ("e4m3fn/row", "e4m3fn/row"),
+        ("ps4/block32.center.sort+strict:0.1", "ps4/block32.center.sort+strict:0.1"),
+        ("mlp_up=nvfp4@ps13/promote128+output:0.01", "mlp_up=nvfp4@ps13/promote128+output:0.01"),
+        ("ps4+heads:0.1/3.0", "ps4+heads:0.1/3.0"),
+        ("ps4, qkv=e4m3fn-sat", "scores=ps4+none, qkv=e4m3fn-sat+none"),
+        ("values=int8+topz:0.003, scores=int8", "scores=int8, values=int8+topz:0.003"),
+    ],
+)
+def test_the_canonical_spelling(text, printed):
+    assert str(Policy.parse(text)) == printed
+    assert Policy.parse(printed) == Policy.parse(text)
+
+
+def test_what_a_name_alone_stands_for():
+    for text, operand, accumulator in (
+        ("ps4", "float32", "ps4"),
+        ("bf16", "float32", "bf16"),
+        ("e4m3fn", "float32", "e4m3fn"),
+        ("int12", "int12", None),
+        ("mxfp4", "mxfp4", None),
+        ("mxfp4@ps10", "mxfp4", "ps10"),
+    ):
+        precision = Precision.parse(text)
+        assert str(precision.operand) == operand
+        assert precision.is_stored == (accumulator is None)
+        assert accumulator is None or str(precision.accumulator) == accumulator
+        assert str(precision.sums) == (accumulator or "fp32")
+    assert Precision.parse(Operand.parse("int8")) == Precision.parse("int8")
+    assert Precision.parse(Accumulator.parse("ps4")) == Precision.parse("ps4")
+    assert SitePolicy.parse("int8+running:1").accumulate == Accumulator.parse("fp32")
+    with pytest.raises(TypeError, match="not int 4"):
+        Precision.parse(4)
+
+
+def test_less_of_a_policy():
+    policy = Policy.parse("scores=int8.center+running:0.1, values=int4+topz:0.1, lm_head=int8+running:0.1")
+    assert str(policy.without("scores", "values")) == "lm_head=int8+running:0.1"
+    assert str(policy.unguarded()) == "scores=int8.center, values=int4, lm_head=int8"
+    assert policy.has_stored
+    assert not Policy.parse("ps4, qkv=int8@ps4").has_stored
+    with pytest.raises(ValueError, match="needs at least one site"):
+        policy.without("scores", "values", "lm_head")
+
+
+def test_a_float_format_alone_is_no_stored_operand():
+    with pytest.raises(ValueError, match="'bf16' alone is the name of an accumulator: write 'bf16@fp32'"):
+        Precision(Operand.parse("bf16"))
+    assert Precision.parse("bf16").operand.is_float32
+    assert Precision.parse("bf16/row").is_stored

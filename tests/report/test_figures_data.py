@@ -21,7 +21,7 @@ from torchlamp.rules import RULES
 def point(rule="strict", rate=0.01, accumulate="ps4", **changes):
     own = {
         "policy": f"{accumulate}+{rule}:{rate}", "rule": rule, "accumulate": accumulate, "mu": int(accumulate[2:]),
-        "rate": rate, "realisable": True, "role": "rule", "kl": 0.1, "kl_se": 0.01, "flip": 0.2, "flip_se": 0.01,
+        "rate": rate, "realisable": True, "kl": 0.1, "kl_se": 0.01, "flip": 0.2, "flip_se": 0.01,
         "site": "scores", "layers": "all", "by_head": [[0.1, 0.2], [], [0.3, 0.4]], "by_position": [0.5, 0.25],
     }  # fmt: skip
     return own | changes
@@ -29,7 +29,7 @@ def point(rule="strict", rate=0.01, accumulate="ps4", **changes):
 
 def test_typical_points_are_the_nearest_to_one_percent_of_each_realisable_rule():
     rows = [point(rate=r) for r in (0.001, 0.009, 0.03)] + [point("running", 0.2), point("none", 0.0)]
-    rows += [point("oracle", role="oracle"), point("random-like strict", role="control")]
+    rows += [point("oracle"), point("random-like strict")]
     rows += [point("strict", 0.01, "ps7")]
     found = typical_points(pd.DataFrame(rows))
     found = list(zip(found["accumulate"], found["rule"], found["rate"], strict=True))

@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from torchlamp.rules import REFERENCE_LENGTH, Rule, ThresholdForm, Tile
 
-TENSORS = ("scores", "logits", "probabilities", "visible", "slope", "error", "exact", "distance")
+ANSWERS = ("error", "bridge_error", "exact", "distance", "output_distance")
+TENSORS = ("scores", "logits", "probabilities", "visible", "slope", *ANSWERS)
 
 
 def typical_tiles() -> list[Tile]:
@@ -32,12 +33,18 @@ def typical_tiles() -> list[Tile]:
 
 def over(tile: Tile, change: Callable[[Tensor], Tensor], **others: object) -> Tile:
     """The tile with every tensor changed and a fresh generator."""
-    changed = {name: change(t) for name in TENSORS if (t := getattr(tile, name)) is not None}
-    return replace(tile, **{"generator": generator(9), **changed, **others})
+    changed = {name: change(t) for name, t in tensors(tile).items()}
+    return tile.replace(**{"generator": generator(9), **changed, **others})
+
+
+def tensors(tile: Tile) -> dict[str, Tensor]:
+    """All that the tile has."""
+    known = [name for name in TENSORS if name not in ANSWERS or tile.knows(name)]
+    return {name: t for name in known if (t := getattr(tile, name)) is not None}
 
 
 def fresh(tile: Tile) -> Tile:
-    return replace(tile, generator=generator(9))
+    return tile.replace(generator=generator(9))
 
 
 def check_selects_visible_entries_only(rule: Rule) -> None:
@@ -53,9 +60,8 @@ def check_leaves_the_tile_alone(rule: Rule) -> None:
         before = over(tile, Tensor.clone)
         selected = rule.select(tile)
         selected.logical_not_()
-        for name in TENSORS:
-            if getattr(tile, name) is not None:
-                assert torch.equal(getattr(tile, name), getattr(before, name)), name
+        for name, tensor in tensors(tile).items():
+            assert torch.equal(tensor, getattr(before, name)), name
 
 
 def check_blind_rows_get_nothing(rule: Rule) -> None:
@@ -108,10 +114,10 @@ def check_hidden_values_make_no_difference(rule: Rule) -> None:
         for junk in (torch.nan, torch.inf, -torch.inf, 1e30):
             hidden = {
                 name: t.masked_fill(~tile.visible, junk)
-                for name in ("scores", "logits", "slope", "error", "exact", "distance")
-                if (t := getattr(tile, name)) is not None
+                for name, t in tensors(tile).items()
+                if name not in ("probabilities", "visible")
             }
-            assert torch.equal(rule.select(replace(fresh(tile), **hidden)), expected)
+            assert torch.equal(rule.select(fresh(tile).replace(**hidden)), expected)
 
 
 def check_hidden_keys_make_no_difference(rule: Rule) -> None:
@@ -137,19 +143,21 @@ def check_needs_are_stated(rule: Rule) -> None:
     tile = typical_tiles()[0]
     if rule.needs_generator:
         with pytest.raises(ValueError, match=r"torch\.Generator"):
-            rule.select(replace(tile, generator=None))
-    needs = {
-        "error": rule.needs_error or rule.needs_bridge,
-        "exact": rule.needs_exact,
-        "distance": rule.needs_distance is not None,
-    }
-    for name, needed in needs.items():
-        if needed:
-            with pytest.raises(ValueError, match=name):
-                rule.select(replace(tile, **{name: None}))
+            rule.select(tile.replace(generator=None))
+    asked = []
+
+    def told(name: str) -> Callable[[], Tensor]:
+        return lambda: (asked.append(name), getattr(tile, name))[1]
+
     state = tile.generator.get_state()
-    rule.select(replace(tile, **{name: None for name, needed in needs.items() if not needed}))
+    rule.select(tile.replace(**{name: told(name) for name in ANSWERS}))
     assert rule.needs_generator or torch.equal(tile.generator.get_state(), state)
+    assert len(asked) == len(set(asked))
+    assert ("error" in asked) == ("squares" in rule.byproducts)
+    assert ("distance" in asked) == rule.reads_residual_stream
+    for name in asked:
+        with pytest.raises(ValueError, match=f"the tile has no `{name}`"):
+            rule.select(tile.replace(**{name: None}))
 
 
 def check_spelling_and_value_semantics(rule: Rule) -> None:

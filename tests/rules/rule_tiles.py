@@ -1,7 +1,5 @@
 """Tiles to test rules on."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -41,7 +39,12 @@ def random_tile(
         error=error.to(dtype),
         generator=generator(seed + 1),
     )
-    return replace(tile, exact=exact.to(dtype), distance=distance.to(dtype))
+    return tile.replace(
+        exact=exact.to(dtype),
+        distance=distance.to(dtype),
+        output_distance=distance.to(dtype),
+        bridge_error=error.to(dtype),
+    )
 
 
 def row(

@@ -72,15 +72,17 @@ def attended(rule, **others):
     return attention(query, key, value, accumulator=ps4, rule=parsed, scaling=0.125, causal=True, **others)
 
 
-def observed(rule):
+def observed(rule, error):
     tiles = []
-    result = attended(rule, observe=lambda seen: tiles.append((seen.tile.error[0], seen.tile.visible[0])))
+    result = attended(
+        rule, observe=lambda seen: tiles.append((getattr(seen.tile, error)[0], seen.tile.visible[0]))
+    )
     return result, *tiles[0]
 
 
 def test_in_attention_it_is_close_to_the_running_error():
-    bridged, one, visible = observed("bridge:0.02")
-    run, other, _ = observed("running:0.02")
+    bridged, one, visible = observed("bridge:0.02", "bridge_error")
+    run, other, _ = observed("running:0.02", "error")
     ratio = (one / other)[visible]
     assert 0.9 < float(ratio.median()) < 1.1
     assert float(ratio.quantile(0.05)) > 0.5
@@ -105,10 +107,9 @@ def test_given_the_same_error_it_is_the_running_rule():
 
 def test_it_asks_for_no_by_product():
     for name in ("bridge:1", "bridge-residual:1"):
-        assert Rule.parse(name).needs_bridge
-        assert not Rule.parse(name).needs_error
+        assert not Rule.parse(name).byproducts
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_selected(bad):
-    assert bool(Bridge(10).select(row([1.0, bad, 0.5], error=[0.1, 0.1, 0.1]))[0, 1])
+    assert bool(Bridge(10).select(row([1.0, bad, 0.5]).replace(bridge_error=torch.full((1, 3), 0.1)))[0, 1])

@@ -63,7 +63,7 @@ def test_sums_are_formed_in_float64():
     error = torch.full((1, 1, 1, 4097), 2.0**-26)
     error[..., 0] = 0.25
     gain = tile.gain.double()
-    tile = type(tile)(**{**vars(tile), "error": error})
+    tile = tile.replace(error=error)
     total = float((gain * error.double()).sum())
     assert not RunningBudget(total * (1 + 1e-9)).select(tile).any()
     assert RunningBudget(total * (1 - 1e-9)).select(tile).nonzero().tolist() == [[0, 0, 0, 0]]
@@ -107,7 +107,7 @@ def test_a_common_offset_changes_nothing():
 
 
 def test_missing_error_says_what_to_do():
-    words = r"rule 'running-budget:0\.5' needs the running error: give the tile `error`"
+    words = "the tile has no `error`, the expected rounding error of each score: give the tile `error`"
     with pytest.raises(ValueError, match=words):
         RunningBudget(0.5).select(row([1.0, 2.0]))
 

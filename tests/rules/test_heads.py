@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from rule_tiles import causal, random_tile
@@ -11,7 +9,7 @@ def test_all_visible_entries_of_the_chosen_heads():
     visible = causal(5, 9)
     visible[2, 3] = False
     for layer, chosen in ((0, [1]), (3, [0, 2]), (1, [])):
-        tile = replace(random_tile(2, 3, 5, 9, visible=visible), layer=layer)
+        tile = random_tile(2, 3, 5, 9, visible=visible).replace(layer=layer)
         selected = Rule.parse("heads:0.1/3.0/3.2/7.7").select(tile)
         for head in range(3):
             expected = visible if head in chosen else torch.zeros_like(visible)

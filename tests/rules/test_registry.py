@@ -44,3 +44,16 @@ def test_a_name_is_taken_once(monkeypatch):
 def test_a_name_must_survive_a_spelling(name):
     with pytest.raises(ValueError, match="must be a word"):
         register(type("Other", (Strict,), {"name": name}))
+
+
+def test_every_rule_has_a_role():
+    by_role = {}
+    for name, kind in RULES.items():
+        by_role.setdefault(Rule.parse(kind.examples[0]).role, set()).add(name)
+    assert by_role["control"] == {"none", "all", "random", "random-like"}
+    assert by_role["oracle"] == {"oracle", "oracle-residual"}
+    assert by_role["static"] == {"heads", "sink-recent"}
+    published = {"strict", "relaxed", "relaxed-length", "mass", "budget", "condition"}
+    assert by_role["published"] == published
+    assert "running" in by_role["ours"]
+    assert set(by_role) == {"published", "ours", "control", "oracle", "static"}

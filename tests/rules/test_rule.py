@@ -129,14 +129,13 @@ def test_random_like_takes_a_rule():
 @pytest.mark.parametrize("kind", [rule for rule in RULES.values() if rule is not RandomLike])
 def test_random_like_is_given_all_that_the_imitated_rule_reads(kind):
     rule = Rule.parse(kind.examples[0])
-    needs = {name for name in dir(Rule) if name.startswith("needs_")} - {"needs_generator"}
-    for name in needs | {"looks_through", "numerator", "realisable"}:
+    for name in ("looks_through", "byproducts", "reads_residual_stream"):
         assert getattr(RandomLike(rule), name) == getattr(rule, name), name
 
 
 def test_needs_follow_the_imitated_rule():
-    assert Rule.parse("random-like:running:1").needs_error
-    assert not Rule.parse("random-like:strict:1").needs_error
+    assert Rule.parse("random-like:running:1").byproducts == {"squares"}
+    assert Rule.parse("random-like:strict:1").byproducts == frozenset()
     assert Rule.parse("random-like:none").needs_generator
     assert not Mass(0.5).needs_generator
     assert Random(0.5).needs_generator

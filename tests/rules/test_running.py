@@ -51,7 +51,7 @@ def test_no_error_no_recomputation():
 
 def test_missing_error_says_what_to_do():
     with pytest.raises(
-        ValueError, match=r"rule 'running:0\.5' needs the running error: give the tile `error`"
+        ValueError, match="the tile has no `error`, the expected rounding error of each score: give the tile"
     ):
         Running(0.5).select(row([1.0, 2.0]))
 

@@ -64,3 +64,41 @@ def test_visible_must_be_boolean():
 def test_a_tile_has_rows_and_keys():
     with pytest.raises(ValueError, match=r"\(rows, keys\)"):
         Tile.from_scores(torch.ones(3))
+
+
+def test_an_answer_is_computed_when_first_asked_and_once():
+    calls = []
+
+    def error():
+        calls.append("error")
+        return torch.ones(2, 3)
+
+    tile = Tile.from_scores(torch.zeros(2, 3)).replace(error=error)
+    assert tile.knows("error")
+    assert calls == []
+    assert torch.equal(tile.error, torch.ones(2, 3))
+    assert tile.error is tile.error
+    assert calls == ["error"]
+
+
+def test_an_answer_moves_without_being_computed():
+    calls = []
+    tile = Tile.from_scores(torch.zeros(2, 3)).replace(exact=lambda: calls.append(1) or torch.ones(2, 3))
+    moved = tile.to("meta")
+    assert calls == []
+    assert moved.exact.device.type == "meta"
+
+
+def test_a_computed_answer_has_the_shape_of_the_scores():
+    tile = Tile.from_scores(torch.zeros(2, 3)).replace(exact=lambda: torch.ones(3))
+    with pytest.raises(ValueError, match=r"exact has shape \(3,\), scores \(2, 3\)"):
+        _ = tile.exact
+
+
+def test_an_unknown_answer_and_an_unknown_name_are_refused():
+    tile = Tile.from_scores(torch.zeros(2, 3))
+    assert not tile.knows("condition")
+    with pytest.raises(ValueError, match="the tile has no `condition`"):
+        _ = tile.condition
+    with pytest.raises(TypeError, match="a tile has no 'erorr': it has"):
+        tile.replace(erorr=tile.scores)

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +64,7 @@ def test_the_oracle_weighs_the_signed_error():
 def test_huge_errors_are_no_nan(spelling):
     tile = random_tile(1, 1, 4, 9, seed=6)
     wild = Tile.from_scores(tile.scores, tile.visible, error=torch.tensor(1e30))
-    wild = type(tile)(**{**vars(wild), "exact": tile.scores + 1e30, "distance": tile.distance})
+    wild = wild.replace(exact=tile.scores + 1e30, distance=tile.distance)
     weight = Rule.parse(spelling).weight(wild)
     assert not weight[tile.visible].isnan().any()
     assert math.isfinite(float(weight[tile.visible].max()))
@@ -74,5 +73,5 @@ def test_huge_errors_are_no_nan(spelling):
 @pytest.mark.parametrize("rule", [RunningResidual(1e-6), OracleResidual(1e-6)])
 def test_a_row_with_one_key_needs_nothing_however_large_its_error(rule):
     tile = Tile.from_scores(torch.tensor([[3.0]]), error=torch.tensor([[40.0]]))
-    tile = replace(tile, exact=torch.tensor([[-40.0]]), distance=torch.zeros(1, 1))
+    tile = tile.replace(exact=torch.tensor([[-40.0]]), distance=torch.zeros(1, 1))
     assert not rule.select(tile).any()

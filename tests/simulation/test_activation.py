@@ -6,7 +6,7 @@ from transformers.activations import ACT2FN
 from torchlamp.rules import Rule
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.simulation.activation import activated, derivative, gated
-from torchlamp.simulation.linear import Low, linear
+from torchlamp.simulation.linear import LowPass, linear
 
 NAMES = ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "tanh"]
 CURVES = {name: ACT2FN[name] for name in NAMES}
@@ -17,7 +17,7 @@ def pre_activations(rows=4, size=6, seed=0):
 
 
 def low(y, numerator=None):
-    return Low(y=y, rows=slice(0, len(y)), numerator=numerator)
+    return LowPass(y=y, rows=slice(0, len(y)), numerator=numerator, cheap_numerator=numerator)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,9 +109,9 @@ def test_numbers_that_are_none_are_selected_by_the_rules_for_elementwise_functio
         assert Rule.parse(rule).select(tile).all()
     ones = torch.ones(1, 2)
     without = ElementTile(ones, ones.bool(), ones)
-    with pytest.raises(ValueError, match="rule 'condition:1' needs condition numbers"):
+    with pytest.raises(ValueError, match="the tile has no `condition`"):
         Rule.parse("condition:1").select(without)
-    with pytest.raises(ValueError, match="rule 'output:1' needs numerators"):
+    with pytest.raises(ValueError, match="the tile has no `numerator`"):
         Rule.parse("output:1").select(without)
 
 
@@ -125,7 +125,7 @@ def test_a_clipped_unit_needs_no_accuracy():
         seen.append(low.y)
         return activated(torch.relu)(low)
 
-    result = linear(x, weight, accumulator="ps3", rule="condition:1.0001", look=look)
+    result = linear(x, weight, accumulator="ps3", rule="condition:1.0001", next_function=look)
     assert torch.equal(result.selected, (seen[0] > 0).sum(-1))
 
 
@@ -151,7 +151,7 @@ def test_output_rule_cuts_the_error_of_the_next_layer_more_than_random():
             up,
             accumulator="ps4",
             rule=rule,
-            look=gated(F.silu, down.norm(dim=0)),
+            next_function=gated(F.silu, down.norm(dim=0)),
             generator=torch.Generator(),
         )
         a, b = result.output.chunk(2, dim=-1)

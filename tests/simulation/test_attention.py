@@ -71,14 +71,12 @@ def plain_attention(
     exact = (query.double() @ key.double().transpose(2, 3) * SCALING).float()
     probabilities = softmax(logits).masked_fill(~visible, 0.0)
     error = unit / 2 * squares.sqrt() * SCALING
-    if rule.needs_bridge:
-        lengths = query.norm(dim=-1)[..., None] * key.norm(dim=-1)[:, :, None]
-        error = unit / 2 * SCALING * ((low / SCALING) ** 2 * SIZE / 3 + lengths**2 / 6).sqrt()
+    lengths = query.norm(dim=-1)[..., None] * key.norm(dim=-1)[:, :, None]
+    bridge_error = unit / 2 * SCALING * ((low / SCALING) ** 2 * SIZE / 3 + lengths**2 / 6).sqrt()
     away = value[:, :, None] - (probabilities @ value)[:, :, :, None]
-    distance = away.norm(dim=-1) / (probabilities @ value).norm(dim=-1, keepdim=True)
-    if rule.needs_distance == "residual":
-        scale = torch.arange(query.shape[2]) / 10 + 1.0
-        distance = (away @ FACTOR[None, :, None]).norm(dim=-1) / scale[:, None]
+    output_distance = away.norm(dim=-1) / (probabilities @ value).norm(dim=-1, keepdim=True)
+    scale = torch.arange(query.shape[2]) / 10 + 1.0
+    distance = (away @ FACTOR[None, :, None]).norm(dim=-1) / scale[:, None]
     tile = Tile(
         scores=low,
         logits=logits,
@@ -89,6 +87,8 @@ def plain_attention(
         generator=None if seed is None else torch.Generator().manual_seed(seed),
         exact=exact,
         distance=distance,
+        bridge_error=bridge_error,
+        output_distance=output_distance,
     )
     selected = rule.select(tile)
     scores = torch.where(selected, exact, low)
@@ -329,7 +329,7 @@ class Watching(Rule):
 
     name = "watching"
     examples = ("watching",)
-    needs_error = True
+    byproducts = frozenset({"squares"})
 
     def select(self, tile):
         assert torch.isfinite(tile.probabilities).all()

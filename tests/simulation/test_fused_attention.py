@@ -8,7 +8,7 @@ import torch
 from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels import native
 from torchlamp.rules import Rule
-from torchlamp.simulation.attention import Visibility, _Call, _fused, _tiled, attention
+from torchlamp.simulation.attention import AttentionCall, Visibility, _fused, _tiled, attention
 
 INSTRUCTION_SETS = [name for name, state in native.features().items() if state in ("in use", "available")]
 RULES = ("none", "all", "strict:0.05", "relaxed:0.1", "relaxed-length:0.02", "running:0.002", "topz:0.1")
@@ -30,7 +30,7 @@ def draw(batch=2, heads=4, key_heads=2, queries=37, keys=37, size=24, value_size
 
 
 def both(tensors, rule, accumulate="ps4", mask=None, causal=True, softcap=None, sinks=None):
-    call = _Call(
+    call = AttentionCall(
         Accumulator.parse(accumulate), Rule.parse(rule), 0.2, Visibility(mask, causal), softcap, sinks, None
     )
     return _fused(call, *tensors), _tiled(call, *tensors)
@@ -113,7 +113,7 @@ def test_results_do_not_depend_on_threads_or_batch(instruction_set):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        call = _Call(
+        call = AttentionCall(
             Accumulator.parse("ps4"),
             Rule.parse("running:0.002"),
             0.2,
@@ -136,10 +136,10 @@ def test_results_do_not_depend_on_threads_or_batch(instruction_set):
 def test_a_mask_for_each_head_and_a_bias_are_left_to_the_tile_loop(instruction_set):
     tensors = draw()
     mask = torch.ones(1, 4, 37, 37, dtype=torch.bool)
-    call = _Call(Accumulator.parse("ps4"), Rule.parse("all"), 0.2, Visibility(mask), None, None, None)
+    call = AttentionCall(Accumulator.parse("ps4"), Rule.parse("all"), 0.2, Visibility(mask), None, None, None)
     assert _fused(call, *tensors) is None
     bias = torch.zeros(1, 1, 37, 37)
-    call = _Call(
+    call = AttentionCall(
         Accumulator.parse("ps4"), Rule.parse("all"), 0.2, Visibility(None, True, bias), None, None, None
     )
     assert _fused(call, *tensors) is None

@@ -3,7 +3,7 @@ import torch
 
 import torchlamp
 from torchlamp.rules import RULES, Rule
-from torchlamp.simulation.linear import Low
+from torchlamp.simulation.linear import LowPass
 from torchlamp.simulation.norms import Norm, Normed, norm_input
 
 ANY = [e for rule in RULES.values() if rule.looks_through == "any" for e in rule.examples]
@@ -55,11 +55,11 @@ def test_without_weights_the_rms_gain_is_that_of_method_md():
 def test_a_normed_sum_carries_the_gain_of_the_sum_at_the_part():
     norm, x = a_norm("rms"), vectors()
     residual = torch.randn(8, 9, generator=torch.Generator().manual_seed(4))
-    tile = Normed(norm, residual)(Low(y=x, rows=slice(2, 7), numerator=x.abs()))
+    tile = Normed(norm, residual)(LowPass(y=x, rows=slice(2, 7), numerator=x.abs()))
     assert torch.equal(tile.gain, norm.gain(x + residual[2:7]))
     assert torch.equal(tile.scores, x)
     torch.testing.assert_close(tile.condition, x.abs() / (x + residual[2:7]).abs())
-    alone = Normed(norm)(Low(y=x, rows=slice(2, 7)))
+    alone = Normed(norm)(LowPass(y=x, rows=slice(2, 7)))
     assert torch.equal(alone.gain, norm.gain(x))
 
 

@@ -1,9 +1,11 @@
+import zlib
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchlamp.policy.policy import SITES
 from torchlamp.simulation.statistics import Statistics
+from torchlamp.site_names import SITES
 
 LAYERS, HEADS = 3, 2
 
@@ -33,7 +35,7 @@ def test_sums_against_counting_one_by_one(seed, count):
     touched_at = {}
     last_layer = -1
     for layer, eligible, selected, positions in calls(seed, count):
-        stats.record(layer, eligible, selected, positions)
+        stats.record("scores", layer, selected, eligible, positions)
         last_layer = max(last_layer, layer)
         for b in range(eligible.shape[0]):
             for h in range(HEADS):
@@ -81,7 +83,7 @@ def test_memory_does_not_grow_with_calls():
     stats = Statistics()
     one = torch.ones(1, HEADS, 1, dtype=torch.int64)
     for step in range(1000):
-        stats.record(0, one, one, torch.tensor([[step % 10]]))
+        stats.record("scores", 0, one, one, torch.tensor([[step % 10]]))
     assert stats.eligible == 2000
     assert stats.position_counts().rows.tolist() == [200] * 10
     assert stats._positions["scores", 0].rows.numel() < 64
@@ -90,7 +92,7 @@ def test_memory_does_not_grow_with_calls():
 def test_reset_and_reading_is_not_writing():
     stats = Statistics(seed=3)
     one = torch.ones(1, HEADS, 1, dtype=torch.int64)
-    stats.record(1, one, one, torch.tensor([[4]]))
+    stats.record("scores", 1, one, one, torch.tensor([[4]]))
     stats.head_counts(1).selected.zero_()
     stats.position_counts(1).selected.zero_()
     assert stats.by_layer == [0.0, 1.0]
@@ -114,11 +116,12 @@ def test_generators_differ_by_seed_layer_and_step_and_repeat():
 def test_sites_are_counted_apart_and_together():
     stats = Statistics()
     one = torch.ones(1, 2, 3, dtype=torch.int64)
-    stats.record(0, 4 * one, one, torch.arange(3)[None])
-    stats.record(1, 10 * one[:, :1], 5 * one[:, :1], torch.arange(3)[None], "mlp_up")
-    stats.record(-1, 100 * one[:, :1], 0 * one[:, :1], torch.arange(3)[None], "lm_head")
+    stats.record("scores", 0, one, 4 * one, torch.arange(3)[None])
+    stats.record("mlp_up", 1, 5 * one[:, :1], 10 * one[:, :1], torch.arange(3)[None])
+    stats.record("lm_head", -1, 0 * one[:, :1], 100 * one[:, :1], torch.arange(3)[None])
     assert stats.sites == ["scores", "mlp_up", "lm_head"]
-    assert stats.by_site == {"scores": 0.25, "mlp_up": 0.5, "lm_head": 0.0}
+    assert stats.rates == stats.by_site == stats.recompute_rates
+    assert stats.rates == {"scores": 0.25, "mlp_up": 0.5, "lm_head": 0.0}
     assert stats.site_counts("mlp_up").table.tolist() == [[30], [15], [3], [3]]
     assert stats.site_counts("qkv").table.tolist() == [[0]] * 4
     # The LM head belongs to no layer, but to the whole.
@@ -131,10 +134,47 @@ def test_sites_are_counted_apart_and_together():
     assert stats.position_counts().eligible.tolist() == [118, 118, 118]
     assert stats.layer_counts(-1).eligible.tolist() == [300]
     stats.reset()
-    assert (stats.by_site, stats.by_layer, stats.recompute_rate) == ({}, [], 0.0)
+    assert (stats.rates, stats.by_layer, stats.recompute_rate) == ({}, [], 0.0)
 
 
 def test_generators_of_sites_differ_and_repeat():
     draws = {site: torch.rand(1, generator=Statistics(seed=3).generator(1, 5, site)).item() for site in SITES}
     assert len(set(draws.values())) == len(SITES)
     assert draws["scores"] == torch.rand(1, generator=Statistics(seed=3).generator(1, 5)).item()
+
+
+def test_a_generator_depends_on_the_name_of_its_site_and_not_on_its_place():
+    """The seed is a formula of the name, so that a new site leaves the draws of the others alone."""
+    mixed = 3 * 0x9E3779B97F4A7C15 + 0xBF58476D1CE4E5B9 + 5 * 0x94D049BB133111EB
+    mixed += zlib.crc32(b"mlp_up") * 0xD6E8FEB86659FD93
+    expected = torch.Generator().manual_seed(mixed % 2**63)
+    assert Statistics(seed=3).generator(1, 5, "mlp_up").initial_seed() == expected.initial_seed()
+
+
+def test_plain_sums_add_up_by_site_and_layer():
+    stats = Statistics()
+    stats.record("mlp_up", 0, 3, 100)
+    stats.record("lm_head", -1, 1, 1000)
+    stats.record("mlp_up", 1, 1, 300)
+    assert stats.rates == {"mlp_up": 0.01, "lm_head": 0.001}
+    stats.record("mlp_up", 1, 4, 100)
+    assert stats.by_layer == [0.03, 0.0125]
+    assert (stats.selected, stats.eligible, stats.rows, stats.by_position) == (9, 1500, 0, [])
+    assert stats.site_counts("mlp_up").table.tolist() == [[500], [8], [0], [0]]
+    assert str(stats) == "mlp_up 1.60%, lm_head 0.10%"
+    stats.reset()
+    assert stats.rates == {}
+    stats.record("scores", 0, 0, 0)
+    assert stats.rates == {"scores": 0.0}
+
+
+def test_plain_sums_join_the_counts_of_heads():
+    stats = Statistics()
+    one = torch.ones(1, HEADS, 1, dtype=torch.int64)
+    stats.record("scores", 0, one, 4 * one, torch.tensor([[0]]))
+    stats.record("scores", 0, 1, 2)
+    assert stats.rates == {"scores": 0.3}
+    assert stats.rows == HEADS
+    stats.record("values", 0, one, one)
+    assert stats.position_counts(site="values").rows.tolist() == []
+    assert stats.head_counts(0, "values").rows.tolist() == [1, 1]

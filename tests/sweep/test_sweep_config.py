@@ -75,6 +75,20 @@ def test_sites_singly_and_together(read):
     assert policies(config) == ["ps4+none", "mlp_up=ps4+none", "mlp_up=ps4+none, mlp_down=ps4+none"]
 
 
+def test_operands_and_transforms_stand_where_accumulators_do(read):
+    config = read(
+        START + "accumulate: [ps4.sort.center, int8/32.center, mxfp4@ps7, int12]\n"
+        "rules: [none, {name: running, thresholds: [0.1]}, {name: running, target_rates: [0.01]}]\n"
+    )
+    assert policies(config) == [
+        f"{spelling}{rule}"
+        for spelling, none in (
+            ("ps4.center.sort", "+none"), ("int8.center", ""), ("mxfp4@ps7", "+none"), ("int12", ""),
+        )
+        for rule in (none, "+running:0.1", "+running:{}")
+    ]  # fmt: skip
+
+
 def test_policies_with_thresholds(read):
     config = read(
         START + 'policies: ["scores=ps4+none", {policy: "ps4/block8+strict:{}", thresholds: [1, 0.5]}]'
@@ -168,6 +182,8 @@ BAD = {
     "windows": (START + "windows: 0\n" + POLICY, 2, "windows is 0: a whole number of 1 or more"),
     "window length": (START + "window_length: 1\n" + POLICY, 2, "window_length is 1: a whole number of 2 or more"),
     "seed": (START + "seeds: [0, -1]\n" + POLICY, 2, "seed is -1"),
+    "transform": (START + "accumulate: ps4.centre\nrules: none", 2, "did you mean 'center'?"),
+    "stored sums": (START + "accumulate: int8.sort\nsites: norm\nrules: none", 3, "operand 'int8' can't be used"),
     "accumulator": (START + "accumulate: ps99\nrules: none", 2, "ps99"),
     "site": (START + "accumulate: ps4\nsites: mlpup\nrules: none", 3, "did you mean 'mlp_up'?"),
     "site twice": (START + 'accumulate: ps4\nsites: "scores & scores"\nrules: none', 3, "appears twice"),

@@ -107,6 +107,14 @@ class Format:
         return 2.0 ** -(self.grid.mantissa_bits + 1)
 
     @property
+    def bits(self) -> int:
+        """Bits that a number of the format is stored in: sign, exponent and stored mantissa."""
+        exponents = (
+            self.grid.max_exponent - self.grid.min_exponent + 2
+        )  # subnormal numbers have a code of their own
+        return int(self.grid.signed) + (exponents - 1).bit_length() + self.grid.mantissa_bits
+
+    @property
     def max(self) -> float:
         """The largest finite number."""
         return self.grid.max_value

@@ -1,29 +1,123 @@
-"""Operands: how the numbers that enter a product are stored, a number format and its scaling, by name."""
+"""Operands by name: how the numbers that enter a product are stored, an element format and its scaling."""
 
+import difflib
+import re
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from torch import Tensor
+from torchlamp.arithmetic.formats import Format
+from torchlamp.kernels.constants import GROUP
+
+#: What a group's scale is: none, a float32 number, a bfloat16 number rounded up, a power of two (E8M0, as the OCP
+#: microscaling formats have it), or an e4m3fn number times one float32 scale of the tensor (NVFP4).
+Scale = Literal["none", "float32", "bf16-up", "e8m0", "e4m3fn"]
+
+_INTEGER = re.compile(r"int([1-9][0-9]?)")
+_GROUP = re.compile(r"[1-9][0-9]{0,6}")
+_SMALLEST_INTEGER, _LARGEST_INTEGER = 2, 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """The shape of a scaled format: elements, how many numbers share a scale, and the scale's format."""
+
+    #: A float format's name, or the bits of an integer whose codes are symmetric: |code| <= 2^(bits - 1) - 1.
+    element: str | int
+    #: Numbers along the sum that share a scale; 0: all of a row, -1: all of the tensor.
+    length: int
+    scale: Scale
+
+    @property
+    def element_bits(self) -> int:
+        """Bits of an element."""
+        return self.element if isinstance(self.element, int) else Format.parse(self.element).bits
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a group's scale."""
+        return {"none": 0, "float32": 32, "bf16-up": 16, "e8m0": 8, "e4m3fn": 8}[self.scale]
+
+
+#: The block formats that have a name of their own; a new one is one entry.
+BLOCKS: dict[str, Block] = {
+    "mxfp8": Block("e4m3fn", 32, "e8m0"),
+    "mxfp8-e5m2": Block("e5m2", 32, "e8m0"),
+    "mxfp6": Block("e2m3fn", 32, "e8m0"),
+    "mxfp6-e3m2": Block("e3m2fn", 32, "e8m0"),
+    "mxfp4": Block("e2m1fn", 32, "e8m0"),
+    "nvfp4": Block("e2m1fn", 16, "e4m3fn"),
+}
+_ALLOWED = (
+    f"allowed: float32, int{_SMALLEST_INTEGER}..int{_LARGEST_INTEGER} (groups of 32, or /G, /row, /tensor), "
+    f"a format such as e4m3fn, e5m2, bf16, fp16 (as it is, or /row, /tensor), {', '.join(BLOCKS)}"
+)
 
 
 @dataclass(frozen=True)
 class Operand:
-    """How numbers are stored before they are multiplied; the default stores them as they are.
+    """How numbers are stored before they are multiplied.
 
-    Made by `Operand.parse`: ``float32``; integers ``int2``..``int16`` with ``/32`` (groups of 32 along the sum, one
-    scale each; ``int8`` is short for ``int8/32``), ``/row`` or ``/tensor``; ``e4m3fn``, ``e5m2``, ``bf16``, ``fp16``
-    with ``/row`` or ``/tensor``; the blocks ``mxfp8 mxfp6 mxfp4`` and ``nvfp4``.
+    Made by `Operand.parse`. The names: ``float32`` (as they are); integers ``int2``..``int16`` with ``/G`` (groups of
+    G numbers along the sum with one scale each; ``int8`` is short for ``int8/32``), ``/row`` or ``/tensor``; a float
+    format as it is (``bf16``) or with a scale for each row or tensor (``e4m3fn/row``); the OCP microscaling formats
+    ``mxfp8 mxfp8-e5m2 mxfp6 mxfp6-e3m2 mxfp4``, and ``nvfp4``. docs/formats.md defines each.
     """
 
     #: The canonical spelling.
     name: str = "float32"
+    #: Elements, group and scale; None stores the numbers as they are.
+    block: Block | None = None
 
     @classmethod
     def parse(cls, spelling: "str | Operand") -> "Operand":
-        """The operand of that name."""
+        """The operand of that name; an `Operand` is returned as it is.
+
+        Raises
+        ------
+        ValueError
+            An unknown name or scaling, with those that are allowed and the nearest.
+        TypeError
+            Anything but a string or an operand.
+        """
         if isinstance(spelling, Operand):
             return spelling
-        return cls({"int4/32": "int4", "int8/32": "int8", "int12/32": "int12"}.get(spelling, spelling))
+        if not isinstance(spelling, str):
+            raise TypeError(
+                f"an operand is a name like 'int8/32', got {type(spelling).__name__} {spelling!r}"
+            )
+        name = spelling.strip().lower()
+        if name in ("float32", "fp32"):
+            return cls()
+        if name in BLOCKS:
+            return cls(name, BLOCKS[name])
+        base, slash, shared = name.partition("/")
+        if (
+            slash
+            and shared not in ("row", "tensor")
+            and not (_INTEGER.fullmatch(base) and _GROUP.fullmatch(shared))
+        ):
+            raise ValueError(
+                f"unknown scaling {'/' + shared!r} in operand {spelling!r}; allowed: /row, /tensor and, "
+                "for integers, the length of a group such as /32"
+            )
+        if match := _INTEGER.fullmatch(base):
+            return cls._integer(spelling, int(match[1]), shared or str(GROUP))
+        try:
+            element = Format.parse(base).name
+        except ValueError:
+            raise ValueError(f"unknown operand {spelling!r}{_suggestion(base)}; {_ALLOWED}") from None
+        if not slash:
+            return cls(element, Block(element, 0, "none"))
+        return cls(f"{element}/{shared}", Block(element, 0 if shared == "row" else -1, "float32"))
+
+    @classmethod
+    def _integer(cls, spelling: str, bits: int, shared: str) -> "Operand":
+        if not _SMALLEST_INTEGER <= bits <= _LARGEST_INTEGER:
+            raise ValueError(f"operand {spelling!r}: integers have 2 to 16 bits; {_ALLOWED}")
+        if shared in ("row", "tensor"):
+            return cls(f"int{bits}/{shared}", Block(bits, 0 if shared == "row" else -1, "float32"))
+        short = f"int{bits}" if int(shared) == GROUP else f"int{bits}/{int(shared)}"
+        return cls(short, Block(bits, int(shared), "bf16-up"))
 
     def __str__(self) -> str:
         return self.name
@@ -31,22 +125,25 @@ class Operand:
     @property
     def is_float32(self) -> bool:
         """Whether storing changes nothing."""
-        return self.name == "float32"
+        return self.block is None
 
     @property
     def kernel_bits(self) -> int | None:
         """Bits of a code of the copies that the decoding kernels read, 4, 8 or 12; None if they have no such copy."""
-        return {"int4": 4, "int8": 8, "int12": 12}.get(self.name)
+        block = self.block
+        kernels = block is not None and block.length == GROUP and block.element in (4, 8, 12)
+        return block.element if kernels and isinstance(block.element, int) else None  # type: ignore[union-attr]
 
     @property
     def bits(self) -> float:
-        """Bits a number, scales included."""
-        raise NotImplementedError
+        """Bits a number, the share of its group's scale included; scales of rows and tensors count as nothing."""
+        if self.block is None:
+            return 32.0
+        shared = self.block.scale_bits / self.block.length if self.block.length > 0 else 0.0
+        return self.block.element_bits + shared
 
 
-def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
-    """The values that stored numbers stand for: float32, the shape of `x`; groups run along `dim`."""
-    raise NotImplementedError
-
-
-__all__ = ["Operand", "quantise", "torch"]
+def _suggestion(base: str) -> str:
+    known = ["float32", *BLOCKS, "int4", "int8", "int12", "e4m3fn", "e5m2", "bf16", "fp16"]
+    nearest = difflib.get_close_matches(base, known, n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -18,7 +18,8 @@ from torchlamp.bench.real_keys import HeadTensors, real_heads, wider
 from torchlamp.bench.turns import Bench, Target, Timing, interleaved
 from torchlamp.decoding.key_value_store import Attended, KeyValueStore, StoreOptions
 from torchlamp.models.load import load
-from torchlamp.policy.decode_policy import SiteStorage
+from torchlamp.policy.decodable import site_settings
+from torchlamp.policy.policy import SitePolicy
 
 KEYS, REPEATS = 32_768, 41
 #: torch's threads spin for some milliseconds, and there are no more processors than threads.
@@ -26,8 +27,8 @@ PAUSE = 0.02
 LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
 #: A long context spreads the probabilities: thresholds below those of `prepare`, for an error below 1e-3.
 SCORES, VALUES = (
-    SiteStorage.parse("int8+running:1e-05", "scores"),
-    SiteStorage.parse("int8+topz:0.0001", "values"),
+    site_settings("scores", SitePolicy.parse("int8.center.hadamard+running:1e-05")),
+    site_settings("values", SitePolicy.parse("int8+topz:0.0001")),
 )
 LOOKAHEAD, OFF = "int8, look-ahead", "int8, look-ahead off"
 TORCH = ("torch float32 sdpa", "torch bfloat16 sdpa", "torch float32 matmul")

@@ -23,7 +23,7 @@ from torchlamp.bench.turns import Bench, Target, Timing
 from torchlamp.data.text import cut_windows, default_text
 from torchlamp.huggingface.prepare import DEFAULT, FAST
 from torchlamp.models.load import load
-from torchlamp.policy.decode_policy import DecodePolicy
+from torchlamp.policy.policy import Policy
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 CONTEXTS = (256, 4096)
@@ -59,7 +59,7 @@ def measure() -> Iterator[Bench]:
 
 def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, Callable[[], Decoder]]:
     """Label -> function that makes the contestant; those whose packages are missing are left out."""
-    policy = DecodePolicy.parse(DEFAULT)
+    policy = Policy.parse(DEFAULT)
     made: dict[str, Callable[[], Decoder]] = {
         REFERENCE: lambda: TransformersDecoder(model),
         LOOKAHEAD: lambda: PreparedDecoder(model, policy),

@@ -60,7 +60,7 @@ class PreparedDecoder(TransformersDecoder):
     def prefill(self, tokens: Tensor) -> None:
         """Read int64 (length,) tokens; counts start anew."""
         super().prefill(tokens)
-        self.prepared.statistics.clear()
+        self.prepared.statistics.reset()
 
 
 def sharing_copy(model: nn.Module) -> Any:

@@ -6,8 +6,8 @@ import torch
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.bench.turns import Bench, Target, interleaved, ratio
-from torchlamp.kernels import native
-from torchlamp.kernels.products import products
+from torchlamp.kernels.dispatch import native_for
+from torchlamp.kernels.products import products, products_native
 
 HEADS, KEY_HEADS, LENGTH, SIZE = 9, 3, 1024, 64
 REPEATS = 31
@@ -35,11 +35,15 @@ def measure() -> Bench:
         add(f"{spelling}, causal", lambda a=accumulation: products(query, keys, a, causal=0))  # type: ignore[misc]
     ps4 = Accumulator.parse("ps4").accumulation
     add("ps4 with sums of squares, causal", lambda: products(query, keys, ps4, causal=0, squares=True))
-    if native.available():  # without the cost of fresh memory
+    native = native_for()
+    if native is not None:  # without the cost of fresh memory
         calls["float32, full, into old memory"] = lambda: torch.matmul(query, repeated, out=out)
-        add("ps4, causal, into old memory", lambda: native.products(query, keys, ps4, None, 0, False, out))
+        add(
+            "ps4, causal, into old memory",
+            lambda: products_native(native, query, keys, ps4, None, 0, False, out),
+        )
     with torch.inference_mode():
-        timings = interleaved(calls, REPEATS if native.available() else 1, work)
+        timings = interleaved(calls, REPEATS if native is not None else 1, work)
 
     rate = {t.label: t.gfma or 0.0 for t in timings}
     targets = [

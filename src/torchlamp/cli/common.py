@@ -31,7 +31,11 @@ ModelName = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(help="Processor threads; torch's choice by default.")]
 PolicyOption = Annotated[
-    str | None, typer.Option(help="Accumulator and rule per site, for example 'scores=ps4+strict:0.1'.")
+    str | None,
+    typer.Option(
+        help="Operand, accumulator, transforms and rule per site (docs/policy.md): 'ps4+strict:0.1', "
+        "'scores=ps4+strict:0.1, mlp_up=int8'."
+    ),
 ]
 
 

@@ -1,6 +1,6 @@
 """The LM head from a low-bit copy: its largest logits are provably those of full precision.
 
-`native/lowbit/head.hpp` is the kernel, `LowBitHead.twin` its readable equal; docs/decoding.md has the proof.
+`native/lowbit/head.hpp` is the kernel, `LowBitHead.reference` its readable equal; docs/decoding.md has the proof.
 """
 
 from dataclasses import dataclass
@@ -8,16 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
-from torchlamp.kernels import native
-from torchlamp.kernels.reference_lowbit import group_count, quantise_vector
+from torchlamp.kernels.dispatch import as_native, native_for
+from torchlamp.kernels.head_bounds import could_win, logit_bounds, max_norm
+from torchlamp.kernels.look_ahead import softmax_gain
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 
-#: Above 1 by more than float32 norms and bounds round.
-_ABOVE = 1 + 1e-6
-#: Norms below are taken for it: those among subnormal numbers are rounded too coarsely to be bounds.
-_LEAST_NORMAL = 2.0**-126
-#: Products of norms up to which no float32 sum overflows.
-_LARGEST_PRODUCT = 2.0**125
 #: Rows that are widened to float64 at a time.
 _SLAB_ROWS = 4096
 
@@ -48,7 +43,7 @@ class LowBitHead:
         TypeError
             Weights that aren't float32.
         """
-        weight = weight.detach().resolve_neg()
+        weight = as_native(weight, "any")
         head = LowBitMatrix.pack(weight, bits)
         error = float(head.errors.max()) if len(weight) else 0.0
         if not error < float("inf"):
@@ -56,13 +51,7 @@ class LowBitHead:
                 f"the LM head's weights {tuple(weight.shape)} hold infinities, NaN or rows longer than float32: "
                 "nothing can be proven of its argmax, leave it in full precision"
             )
-        norm = max(
-            (float(slab.double().norm(dim=1).max()) for slab in torch.split(weight, _SLAB_ROWS) if len(slab)),
-            default=0.0,
-        )
-        rows = weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
-        # The copy's rows are at most their residual longer.
-        return cls(head, rows, (norm + error) * _ABOVE, error)
+        return cls(head, as_native(weight), max_norm(weight, head.errors), error)
 
     @torch.no_grad()
     def run(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
@@ -96,13 +85,14 @@ class LowBitHead:
         x = check_vectors(x, self.head.columns)
         if top < 1:
             raise ValueError(f"top={top}: give at least 1")
-        if not native.available():
-            return self.twin(x, threshold, top)
+        native = native_for(x)
+        if native is None:
+            return self.reference(x, threshold, top)
         logits = x.new_empty(len(x), len(self.full))
         bounds = (self.largest_norm, self.largest_error, top, threshold)
-        selected = native.extension().head(
-            native.instruction_set(),
-            self.head.kernel(),
+        selected = native.extension.head(
+            native.instruction_set,
+            self.head.kernel(native),
             self.full,
             x,
             logits,
@@ -111,34 +101,19 @@ class LowBitHead:
         )
         return logits, *selected
 
-    def twin(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
+    def reference(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:
         """`run` in torch, on the same copies."""
         low = self.head.products(x)
-        bound, norm = self._bounds(x)
-        lower = torch.nan_to_num(low - bound, nan=-torch.inf)
-        best = lower.topk(min(top, lower.shape[1]), dim=1).values[:, -1:]
-        # Where a sum could overflow, and where x isn't finite, nothing is known of any token.
-        safe = self.largest_norm * norm <= _LARGEST_PRODUCT
-        could_win = ~((low + bound < best) & safe)
+        bounds, norm = logit_bounds(x, self.head.errors, self.largest_norm)
+        for_top = could_win(low, bounds, norm, self.largest_norm, top)
         z = low.softmax(dim=1)
-        weight = 2 * z * (1 - z) * self.head.errors * norm / x.shape[1] ** 0.5
+        error = self.head.errors * norm / x.shape[1] ** 0.5
+        weight = softmax_gain(z, error) * error
         # Written so that a NaN is recomputed.
-        chosen = could_win | ~(weight <= threshold)
+        chosen = for_top | ~(weight <= threshold)
         logits = low
         for row, vector, which in zip(logits, x, chosen, strict=True):
             for places in which.nonzero()[:, 0].split(_SLAB_ROWS):
                 # Exact but for one rounding, where the kernel sums in float32.
                 row[places] = (self.full[places].double() @ vector.double()).float()
-        return logits, int(could_win.sum()), int(chosen.sum())
-
-    def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What low-bit logits can be away from full ones, float32 (vectors, tokens), and norms (vectors, 1)."""
-        groups = group_count(x.shape[1])
-        norm = (x.double().norm(dim=1, keepdim=True).float() * _ABOVE).clamp(min=_LEAST_NORMAL)
-        codes, scales = quantise_vector(x)
-        copy = (codes.view(len(x), groups, 32).double() * scales.double()[..., None]).flatten(1)
-        residual = (x.double() - copy[:, : x.shape[1]]).norm(dim=1, keepdim=True).float()
-        unit = 2.0**-24 * (x.shape[1] / 8 + 40)
-        longest = max(self.largest_norm, _LEAST_NORMAL)
-        slack = longest * (residual + norm * unit) + groups * 2.0**-118
-        return self.head.errors * norm + slack, norm
+        return logits, int(for_top.sum()), int(chosen.sum())

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamp.kernels import native, reference_decoding, reference_lowbit
-from torchlamp.kernels.reference_lowbit import ROWS, code_bytes, group_count
+from torchlamp.kernels import reference_decoding, reference_lowbit
+from torchlamp.kernels.constants import ROWS, AppendFlags
+from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
+from torchlamp.kernels.reference_lowbit import code_bytes, group_count
 
 _LEAST = 4 * ROWS
-#: What `KeyValueStore.append` is told by the kernel.
-_OVERFLOW, _STRANGE = 1, 2
 #: Names of the tensors that make up a store, for saving.
 TENSORS = ("key_codes", "key_scales", "key_errors", "value_codes", "value_scales", "full_keys", "full_values")
 
@@ -83,7 +83,7 @@ class KeyValueStore:
         self.mean: Tensor | None = None
         #: Some value isn't finite: values are then read in full precision only.
         self.strange = False
-        self._native: tuple[str, Any] | None = None
+        self._native = NativeObject()
 
     @torch.no_grad()
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -111,12 +111,12 @@ class KeyValueStore:
             self._start(keys, values)
         if self.length + count > self.capacity:
             self._grow(self.length + count)
-        keys, values = _unit_stride(keys), _unit_stride(values)
-        isa = native.instruction_set()
-        if isa is not None:
-            said = self.kernel(isa).append(keys, values, self.length, torch.get_num_threads())
+        keys, values = as_native(keys), as_native(values)
+        native = native_for(keys, values)
+        if native is not None:
+            said = self.kernel(native).append(keys, values, self.length, torch.get_num_threads())
         else:
-            said = self._append_twin(keys, values)
+            said = self._append_reference(keys, values)
         self.appended(count, said)
 
     def appended(self, count: int, said: int) -> None:
@@ -127,11 +127,11 @@ class KeyValueStore:
         ValueError
             A number that float16 can't hold.
         """
-        if said & _OVERFLOW:
+        if said & AppendFlags.OVERFLOW:
             raise ValueError(
                 "keys or values above 65504 don't fit a float16 copy: make the cache with full='float32'"
             )
-        self.strange = self.strange or bool(said & _STRANGE)
+        self.strange = self.strange or bool(said & AppendFlags.NONFINITE_VALUES)
         self.length += count
 
     @torch.no_grad()
@@ -170,18 +170,18 @@ class KeyValueStore:
             output = q.new_zeros(batch, queries, heads, q.shape[-1])
             return Attended(output, 0, 0, 0, 0)
         kv_heads, value_size = self.full_values.shape[1], self.full_values.shape[3]
-        isa = native.instruction_set()
-        if isa is None:
-            return self._attend_twin(
+        native = native_for(q)
+        if native is None:
+            return self._attend_reference(
                 q, scaling, scores_threshold, values_threshold, mask, first, softcap, sinks
             )
         output = q.new_empty(batch, queries, heads, value_size)
         recomputed = torch.empty(batch, heads, queries, dtype=torch.int32)
         full_rows = torch.empty(batch, kv_heads, queries, dtype=torch.int32)
         visible = torch.empty(batch, queries, dtype=torch.int32)
-        self.kernel(isa).attend(
-            _unit_stride(q), output, recomputed, full_rows, visible, first, self.length,
-            None if mask is None else mask.expand(batch, -1, -1).contiguous().view(torch.uint8), queries > 1, sinks,
+        self.kernel(native).attend(
+            as_native(q), output, recomputed, full_rows, visible, first, self.length,
+            None if mask is None else as_native(mask.expand(batch, -1, -1), "all"), queries > 1, sinks,
             scaling, softcap, scores_threshold, values_threshold, self.strange, torch.get_num_threads(),
         )  # fmt: skip
         seen = int(visible.sum())
@@ -225,7 +225,8 @@ class KeyValueStore:
     def clear(self) -> None:
         """Forget everything, sizes included."""
         self.length = self.capacity = 0
-        self.mean, self.strange, self._native = None, False, None
+        self.mean, self.strange = None, False
+        self._native.forget()
         for name in TENSORS:
             vars(self).pop(name, None)
 
@@ -301,7 +302,7 @@ class KeyValueStore:
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """Use new tensors, all of which there was memory for: until then the store stays what it was."""
         vars(self).update(tensors)
-        self._native = None
+        self._native.forget()
 
     def _grow(self, needed: int) -> None:
         old, used = self.capacity, -(-self.length // ROWS) * ROWS
@@ -315,19 +316,18 @@ class KeyValueStore:
         self._take(larger)
         self.capacity = capacity
 
-    def kernel(self, isa: str) -> Any:
-        """The native object over the tensors, made anew when these or the instruction set change."""
-        made = self._native
-        if made is None or made[0] != isa:
-            kernel = native.extension().KeyValueStore(
-                isa, self.key_codes, self.key_scales, self.key_errors, self.value_codes, self.value_scales,
-                self.full_keys, self.full_values, self.mean, self.options.key_bits, self.options.value_bits,
-                self.options.hadamard,
-            )  # fmt: skip
-            self._native = made = (isa, kernel)
-        return made[1]
+    def kernel(self, native: NativeKernels) -> Any:
+        """The native object over the tensors."""
+        return self._native.get(native, self._make)
 
-    def _append_twin(self, keys: Tensor, values: Tensor) -> int:
+    def _make(self, native: NativeKernels) -> Any:
+        return native.extension.KeyValueStore(
+            native.instruction_set, self.key_codes, self.key_scales, self.key_errors, self.value_codes,
+            self.value_scales, self.full_keys, self.full_values, self.mean, self.options.key_bits,
+            self.options.value_bits, self.options.hadamard,
+        )  # fmt: skip
+
+    def _append_reference(self, keys: Tensor, values: Tensor) -> int:
         batch, heads, count, size = keys.shape
         places, limit = slice(self.length, self.length + count), torch.finfo(self.options.full).max
         self.full_keys[:, :, places], self.full_values[:, :, places] = keys, values
@@ -361,7 +361,8 @@ class KeyValueStore:
                 rows, bits
             )
             value_codes[head], value_scales[head] = reference_lowbit.join_pairs(integers, patterns, bits)
-        return _OVERFLOW * overflow + _STRANGE * (not values.isfinite().all())
+        flags = AppendFlags.OVERFLOW if overflow else AppendFlags(0)
+        return flags if values.isfinite().all() else flags | AppendFlags.NONFINITE_VALUES
 
     def _low_keys(self) -> Tensor:
         """What the low-bit keys stand for: (batch * heads, capacity, size)."""
@@ -371,7 +372,7 @@ class KeyValueStore:
             self.key_codes, self.key_scales, self.options.key_bits, rows, size
         ).view(batch * heads, self.capacity, size)
 
-    def _attend_twin(
+    def _attend_reference(
         self,
         q: Tensor,
         scaling: float,
@@ -418,14 +419,9 @@ class KeyValueStore:
     def __getstate__(self) -> dict[str, Any]:
         # torch pickles no uint16.
         scales = {n: t.view(torch.int16) for n, t in vars(self).items() if n.endswith("_scales")}
-        return {**vars(self), **scales, "_native": None}
+        return {**vars(self), **scales, "_native": NativeObject()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         for name in [name for name in state if name.endswith("_scales")]:
             setattr(self, name, state[name].view(torch.uint16))
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    x = x.detach().resolve_neg()
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,6 +1,6 @@
 """A gated MLP from low-bit copies of its three matrices, look-ahead through the activation and the down projection.
 
-`native/lowbit/mlp.hpp` is the kernel, `LowBitMlp.twin` its readable equal; docs/decoding.md derives the weights.
+`native/lowbit/mlp.hpp` is the kernel, `LowBitMlp.reference` its readable equal; docs/decoding.md derives the weights.
 """
 
 from dataclasses import dataclass, field
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchlamp.decoding.matrix import LowBitMatrix, check_vectors
-from torchlamp.kernels import native
-from torchlamp.kernels.reference_lowbit import ROWS, block_count
+from torchlamp.kernels.constants import ACTIVATIONS, ROWS
+from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
+from torchlamp.kernels.reference_lowbit import block_count
 
-#: Activations that the kernel knows, by the names it is told.
-ACTIVATIONS = ("silu", "gelu_tanh")
 _LARGEST = torch.finfo(torch.float32).max
 #: What float16 loses of a normal number, relative to it.
 _HALF_UNIT = 2.0**-11
@@ -40,12 +39,19 @@ class LowBitMlp:
     norms: Tensor
     errors: Tensor
     activation: str
-    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
+    _native: NativeObject = field(default_factory=NativeObject, init=False, repr=False, compare=False)
 
     @classmethod
     @torch.no_grad()
     def pack(
-        cls, gate: Tensor, up: Tensor, down: Tensor, activation: str, up_bits: int = 8, down_bits: int = 8
+        cls,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        activation: str,
+        up_bits: int = 8,
+        down_bits: int = 8,
+        full: torch.dtype = torch.float16,
     ) -> "LowBitMlp":
         """Make the copies.
 
@@ -59,6 +65,8 @@ class LowBitMlp:
             One of `ACTIVATIONS`.
         up_bits, down_bits : int
             Bits of gate and up, and of down: 4, 8 or 12.
+        full : torch.dtype
+            Of the transposed copy of the down projection: float16, or float32, which is exact.
 
         Raises
         ------
@@ -84,16 +92,16 @@ class LowBitMlp:
         columns = down.detach().T.contiguous()
         norms[:neurons] = _norms(columns)
         errors[:neurons] = _norms(columns - copy.dequantised().T)
-        full = columns.half()
-        if not (_norms(columns - full.float()) <= _HALF_UNIT * norms[:neurons]).all():
-            full = columns
+        read = columns.to(full)
+        if not (_norms(columns - read.float()) <= _HALF_UNIT * norms[:neurons]).all():
+            read = columns
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
             LowBitMatrix.pack(up.detach(), up_bits),
             copy,
-            _rows(gate),
-            _rows(up),
-            full,
+            as_native(gate),
+            as_native(up),
+            read,
             norms,
             errors,
             activation,
@@ -123,13 +131,14 @@ class LowBitMlp:
             Vectors that aren't float32.
         """
         x = check_vectors(x, self.gate.columns)
-        if not native.available():
-            return self.twin(x, up_threshold, down_threshold)
+        native = native_for(x)
+        if native is None:
+            return self.reference(x, up_threshold, down_threshold)
         y = x.new_empty(len(x), self.down_full.shape[1])
-        selected = self.kernel().run(x, y, up_threshold, down_threshold, torch.get_num_threads())
+        selected = self.kernel(native).run(x, y, up_threshold, down_threshold, torch.get_num_threads())
         return y, *selected
 
-    def twin(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
+    def reference(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:
         """`run` in torch, on the same copies."""
         neurons, columns = self.gate_full.shape
         a, b = self.gate.products(x), self.up.products(x)
@@ -153,21 +162,24 @@ class LowBitMlp:
         """Memory of the low-bit copies, and of the full-precision copy of the down projection."""
         return self.gate.bytes + self.up.bytes + self.down.bytes, self.down_full.nbytes
 
-    def kernel(self) -> Any:
-        """The native object, made anew after a copy and when another instruction set is asked for."""
-        isa = native.instruction_set()
-        assert isa is not None
-        made = self._native  # read once: other threads may replace it
-        if made is None or made[0] != isa:
-            kernel = native.extension().Mlp(
-                isa, *(matrix.kernel() for matrix in (self.gate, self.up, self.down)), self.gate_full, self.up_full,
-                self.down_full, self.norms, self.errors, ACTIVATIONS.index(self.activation),
-            )  # fmt: skip
-            self._native = made = (isa, kernel)
-        return made[1]
+    def kernel(self, native: NativeKernels) -> Any:
+        """The native object over the copies."""
+        return self._native.get(native, self._make)
+
+    def _make(self, native: NativeKernels) -> Any:
+        return native.extension.Mlp(
+            native.instruction_set,
+            *(matrix.kernel(native) for matrix in (self.gate, self.up, self.down)),
+            self.gate_full,
+            self.up_full,
+            self.down_full,
+            self.norms,
+            self.errors,
+            ACTIVATIONS.index(self.activation),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_native": None}
+        return {**self.__dict__, "_native": NativeObject()}
 
 
 def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,8 +204,3 @@ def _limit(threshold: float, size: Tensor) -> Tensor:
     if threshold < 0:
         return torch.full_like(size, -1.0)
     return torch.full_like(size, _LARGEST) if threshold > _LARGEST else (threshold * size).clamp(max=_LARGEST)
-
-
-def _rows(weight: Tensor) -> Tensor:
-    weight = weight.detach().resolve_neg()
-    return weight if weight.stride(1) == 1 else weight.contiguous()

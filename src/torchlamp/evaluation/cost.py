@@ -123,15 +123,15 @@ class CostModel:
 
     def look_ahead(self, rule: Rule, shape: Shape, accumulator: Accumulator, rate: float) -> float:
         """Operations of the selection at an entry rate, relative to full precision; none for a random control."""
-        if rule.name.startswith("random"):
+        if rule.role == "control":
             return 0.0
         narrow = format_bits(accumulator.format) / 32 if self.low is None else self.low
         total = rule.operations * self.operation / shape.depth
-        if rule.needs_error:
+        if "squares" in rule.byproducts:
             total += narrow if self.error is None else self.error
-        if rule.needs_distance:
+        if "distances" in rule.further_work:
             total += rate * (1 + self.candidates) * (narrow if self.distance is None else self.distance)
-        if rule.needs_bridge:
+        if "norms" in rule.further_work:
             total += (shape.rows + shape.columns) / shape.entries
         return total
 
@@ -251,6 +251,6 @@ def costs(
             low_pass_bytes=model.low_bytes / model.full_bytes,
             recompute_bytes=min(vectors, operands) / operands,
             break_even=min(max((1 - low - look) / again, 0.0), 1.0),
-            realisable=rule.realisable,
+            realisable=rule.role != "oracle",
         )
     return result

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchlamp.models.quiet import quiet_transformers
-from torchlamp.policy.decode_policy import DecodePolicy
+from torchlamp.policy.decodable import settings
 from torchlamp.policy.policy import Policy
 
-AnyPolicy = Policy | DecodePolicy | None
+AnyPolicy = Policy | None
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,26 @@ class Generated:
 
 
 def read_any_policy(text: str | None) -> AnyPolicy:
-    """A policy of decoding (``qkv=int8``) or of simulation (``ps4+strict:0.1``); None stays None, the default.
+    """A policy with stored operands, for the decoding kernels, or one that is simulated; None stays None, the default.
 
     Raises
     ------
     ValueError
-        What the policy's own `parse` raises.
+        A policy that can't be read, or a stored operand in one that the kernels don't run.
     """
     if text is None:
         return None
-    return DecodePolicy.parse(text) if DecodePolicy.looks_like(text) else Policy.parse(text)
+    policy = Policy.parse(text)
+    if policy.has_stored:
+        settings(policy)
+    return policy
 
 
 def generate(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    policy: str | Policy | DecodePolicy | None,
+    policy: str | Policy | None,
     tokens: int,
     write: Callable[[str], None],
     *,
@@ -69,8 +73,8 @@ def generate(
         As `torchlamp.load` gives them.
     prompt : str
         Text to continue.
-    policy : str, Policy or DecodePolicy, optional
-        Of decoding or of simulation; None is `prepare`'s default.
+    policy : str or Policy, optional
+        One with stored operands runs on the decoding kernels, any other is simulated; None is `prepare`'s default.
     tokens : int
         New tokens at most.
     write : callable
@@ -83,8 +87,6 @@ def generate(
     ValueError
         An empty prompt, a number of tokens below 1, or more than the model's context holds.
     """
-    from transformers import TextStreamer
-
     from torchlamp.data.text import check_context
 
     if tokens < 1:
@@ -94,6 +96,39 @@ def generate(
         raise ValueError("the prompt is empty: give at least one word")
     length = ids.shape[-1]
     check_context(model, length + tokens, f"prompt tokens and new ones, {length} + {tokens} =")
+    chosen = read_any_policy(policy) if isinstance(policy, str) else policy
+    with (
+        quiet_transformers(),
+        torch.inference_mode(),
+        running_under(model, chosen, full_precision) as running,
+    ):
+        done = stream(model, tokenizer, ids, tokens, write)
+    return Generated(done.ids, done.prompt_seconds, done.seconds, rates_of(running), _memory(running))
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """New tokens, seconds until the first and from there to the last, and the cache that holds all but the last."""
+
+    ids: list[int]
+    prompt_seconds: float
+    seconds: float
+    cache: Any
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    tokens: int,
+    write: Callable[[str], None],
+    *,
+    cache: Any = None,
+    skip_prompt: bool = False,
+) -> Streamed:
+    """Greedy `tokens` behind `ids`, int64 (1, length), whose first ones a cache may hold already."""
+    from transformers import TextStreamer
+
     times: list[float] = []
 
     class Streamer(TextStreamer):  # type: ignore[misc]
@@ -104,29 +139,31 @@ def generate(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             write(text)
 
-    chosen = read_any_policy(policy) if isinstance(policy, str) else policy
-    with quiet_transformers(), torch.inference_mode(), _running(model, chosen, full_precision) as running:
+    more = {} if cache is None else {"past_key_values": cache}
+    with quiet_transformers(), torch.inference_mode():
         start = time.perf_counter()
         output = model.generate(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids).to(model.device),
             max_new_tokens=tokens,
             do_sample=False,
-            streamer=Streamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
+            return_dict_in_generate=True,
+            streamer=Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True),
             pad_token_id=tokenizer.pad_token_id
             if tokenizer.pad_token_id is not None
             else tokenizer.eos_token_id,
+            **more,
         )
     # The streamer is handed the prompt first, then token after token.
-    return Generated(
-        output[0, length:].tolist(), times[1] - start, times[-1] - times[1], _rates(running), _memory(running)
-    )
+    new = output.sequences[0, ids.shape[-1] :].tolist()
+    return Streamed(new, times[1] - start, times[-1] - times[1], output.past_key_values)
 
 
-def _running(model: Any, policy: AnyPolicy, full_precision: bool) -> AbstractContextManager[Any]:
+def running_under(model: Any, policy: AnyPolicy, full_precision: bool = False) -> AbstractContextManager[Any]:
+    """A block in which the model runs under a policy: prepared, simulated, or as it is in float32."""
     if full_precision:
         return nullcontext()
-    if isinstance(policy, Policy):
+    if policy is not None and not policy.has_stored:
         from torchlamp.huggingface.lookahead import lookahead
 
         return lookahead(model, policy)
@@ -135,13 +172,11 @@ def _running(model: Any, policy: AnyPolicy, full_precision: bool) -> AbstractCon
     return prepare(model, policy)
 
 
-def _rates(running: Any) -> dict[str, float]:
+def rates_of(running: Any) -> dict[str, float]:
+    """Site -> recomputed / eligible of what `running_under` gave."""
     if running is None:
         return {}
-    statistics = getattr(running, "statistics", None)
-    if statistics is not None:
-        return dict(statistics.recompute_rates)
-    return dict(running.by_site)
+    return dict(getattr(running, "statistics", running).rates)
 
 
 def _memory(running: Any) -> str:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
-from torchlamp.huggingface.attached_policy import place_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.policy.policy import Policy, SitePolicy
+from torchlamp.policy.precision import Precision
 from torchlamp.rules.heads import Heads
 from torchlamp.rules.oracle import OracleResidual
 from torchlamp.simulation.attention import Observation
@@ -56,11 +56,8 @@ def choose_heads(model: Any, windows: Tensor, accumulate: str | Accumulator, rat
             harm[layer, head] = harm.get((layer, head), 0.0) + square
             scores[layer, head] = scores.get((layer, head), 0) + count
 
-    policy = Policy(sites={"scores": SitePolicy(Accumulator.parse(accumulate), measure)})
-    with torch.inference_mode(), lookahead(model, policy):
-        seats = (place_of(module) for module in model.modules())
-        run = next(seat.run for seat in seats if seat is not None)
-        run.observe = observe
+    policy = Policy(sites={"scores": SitePolicy(Precision.parse(accumulate), measure)})
+    with torch.inference_mode(), lookahead(model, policy, observe=observe):
         for window in windows:
             model(input_ids=window[None].to(model.device), use_cache=False)
     order = sorted(harm, key=lambda at: harm[at] / max(scores[at], 1), reverse=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from torchlamp.data.text import check_context
-from torchlamp.huggingface.attached_policy import place_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.policy import Policy
@@ -95,10 +94,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     try:
         with torch.inference_mode():
             reference = model(input_ids=ids, use_cache=False).logits[0]
-            with lookahead(model, policy, seed=seed) as statistics:
-                for module in model.modules():
-                    if (seat := place_of(module)) is not None:
-                        seat.run.observe = recorder.observe
+            with lookahead(model, policy, seed=seed, observe=recorder.observe) as statistics:
                 tested = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         model.train(training)
@@ -109,7 +105,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
         tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
         layers=dict(sorted(recorder.layers.items())),
         kl=kl.cpu(),
-        recompute_rate=statistics.by_site["scores"],
+        recompute_rate=statistics.rates["scores"],
     )
 
 

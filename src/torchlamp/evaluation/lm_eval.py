@@ -119,7 +119,7 @@ class LampLM(HFLM):  # type: ignore[misc]
             "lamp": {
                 "policy": str(self.policy),
                 "recompute_rate": self.statistics.recompute_rate,
-                "recompute_rate_by_site": self.statistics.by_site,
+                "recompute_rate_by_site": self.statistics.rates,
                 "recompute_rate_by_task": rates,
                 "recompute_rate_by_layer": self.statistics.by_layer,
                 "rows_touched": self.statistics.rows_touched,

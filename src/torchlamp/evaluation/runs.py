@@ -1,7 +1,7 @@
 """The runs of an evaluation: the tested policy, its baselines, and what each of them collects."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,9 +104,8 @@ class Run:
 def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[Run]:
     """The runs of an evaluation beside the reference; the first one is the tested policy.
 
-    Plain is the same accumulators with rule none; random-like recomputes as many entries per row as the
-    tested rules do, at random. Neither is run where it would recompute everything or nothing. A policy that is there
-    already isn't run again.
+    Plain is the same operands and accumulators without transforms and with rule none; random-like recomputes as many
+    entries per row as the tested rules do, at random. A policy that is there already isn't run again.
 
     Parameters
     ----------
@@ -123,7 +122,7 @@ def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) 
     for other in compared:
         _add(runs, "compared", other)
     if baselines:
-        control = {site: SitePolicy(p.accumulate, _random_like(p.rule)) for site, p in policy.sites.items()}
+        control = {site: SitePolicy(p.precision, _random_like(p.rule)) for site, p in policy.sites.items()}
         _add(runs, "random-like", Policy(sites=control))
     return runs
 
@@ -135,13 +134,13 @@ def _add(runs: list[Run], role: Role, policy: Policy) -> None:
 
 
 def _plain(policy: Policy) -> Policy:
-    """The same accumulators, nothing recomputed."""
-    none = Rule.parse("none")
-    return Policy(sites={site: SitePolicy(part.accumulate, none) for site, part in policy.sites.items()})
+    """The same operands and accumulators without transforms, nothing recomputed: what ordinary hardware does."""
+    precisions = {site: replace(part.precision, transforms=()) for site, part in policy.sites.items()}
+    return Policy(sites={site: SitePolicy(precision) for site, precision in precisions.items()})
 
 
 def _random_like(rule: Rule) -> Rule:
-    if rule.name in ("none", "all") or rule.name.startswith("random"):
+    if rule.role == "control":
         return rule
     return Rule.parse(f"random-like:{rule}")
 

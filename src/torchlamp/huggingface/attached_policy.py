@@ -1,7 +1,8 @@
-"""One policy attached to one model: what its modules share, and each module's place in it."""
+"""One policy attached to one model: what its modules share, and the context of each module."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from torchlamp.simulation.statistics import Statistics
 
 _ATTRIBUTE = "_torchlamp"
 
+#: Called with the number of a layer and an observation of one of its attention tiles.
+Observer = Callable[[int, Observation], None]
+
 
 @dataclass
-class Run:
+class AttachedPolicy:
     """One policy attached to one model."""
 
     policies: dict[str, SitePolicy]
@@ -28,10 +32,19 @@ class Run:
     positions: Tensor | None = None
     #: Column norms (heads, value size) of each layer's output projection, for the site `values`.
     value_norms: dict[int, Tensor] = field(default_factory=dict)
-    #: What lies behind the heads of each layer, for rules at the site `scores` that look that far.
+    #: What follows the heads of each layer, for rules at the site `scores` that look that far.
     aheads: dict[int, Ahead] = field(default_factory=dict)
+    #: The mean of each layer's keys, float32 (batch, key heads, size): of those that the sequence under way began with.
+    key_means: dict[int, Tensor] = field(default_factory=dict)
     #: Called with the layer and an observation of each of its attention tiles.
-    observe: Callable[[int, Observation], None] | None = None
+    observe: Observer | None = None
+    #: The layers whose tiles are observed; None: all. The others keep the fused kernel.
+    observe_layers: frozenset[int] | None = None
+
+    def observer(self, layer: int) -> Callable[[Observation], None] | None:
+        """What is called with each tile of a layer; None: nobody looks."""
+        watched = self.observe_layers is None or layer in self.observe_layers
+        return partial(self.observe, layer) if self.observe is not None and watched else None
 
     def policy(self, site: str, layer: int) -> SitePolicy | None:
         """What a site of a layer runs under; None: float32."""
@@ -47,7 +60,23 @@ class Run:
             return None
         return self.statistics.generator(layer, step, site)
 
-    def places(self, length: int) -> Tensor:
+    def key_mean(self, layer: int, key: Tensor, queries: int) -> Tensor:
+        """The mean that stored keys of a layer are less, as a look-ahead cache keeps it: (batch, key heads, size).
+
+        A call with as many keys (batch, key heads, keys, size) as queries begins a sequence: the mean of its keys. A
+        call that goes on with a cache has the mean that the sequence began with, or if there is none of its shape that
+        of the keys before the new ones. Numbers that aren't finite count as 0: they would take all keys along.
+        """
+        batch, heads, keys, size = key.shape
+        known = self.key_means.get(layer)
+        if keys == queries:
+            known = key.mean(2)
+        elif known is None or known.shape != (batch, heads, size):
+            known = key[:, :, : keys - queries].mean(2)
+        self.key_means[layer] = torch.where(known.isfinite(), known, 0.0)
+        return self.key_means[layer]
+
+    def positions_of_last(self, length: int) -> Tensor:
         """Positions of the last `length` tokens, (batch or 1, length); counted from 0 where the model doesn't tell."""
         if self.positions is None or self.positions.shape[-1] < length:
             return torch.arange(length)[None]
@@ -55,28 +84,28 @@ class Run:
 
 
 @dataclass
-class Seat:
-    """A module's place in a run; where layers can't be told, they are numbered at their first call."""
+class LayerContext:
+    """The attached policy and layer number of a module; unknown layers are numbered at their first call."""
 
-    run: Run
+    attached: AttachedPolicy
     layer: int | None = None
 
     def number(self) -> int:
         """The layer number."""
         if self.layer is None:
-            self.layer = self.run.numbered
-            self.run.numbered += 1
+            self.layer = self.attached.numbered
+            self.attached.numbered += 1
         return self.layer
 
 
-def place(module: nn.Module, seat: Seat | None) -> None:
-    """Give a module its place in a run, or take it away (None)."""
-    if seat is not None:
-        setattr(module, _ATTRIBUTE, seat)
+def set_context(module: nn.Module, context: LayerContext | None) -> None:
+    """Give a module its context, or take it away (None)."""
+    if context is not None:
+        setattr(module, _ATTRIBUTE, context)
     elif hasattr(module, _ATTRIBUTE):
         delattr(module, _ATTRIBUTE)
 
 
-def place_of(module: nn.Module) -> Seat | None:
-    """A module's place in a run, if it has one."""
+def context_of(module: nn.Module) -> LayerContext | None:
+    """A module's context, if a policy is attached to its model."""
     return getattr(module, _ATTRIBUTE, None)

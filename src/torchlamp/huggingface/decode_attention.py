@@ -61,15 +61,15 @@ def decode_attention(
         query,
         scaling=scale,
         scores_threshold=layer.scores.threshold,
-        values_threshold=layer.values_storage.threshold,
+        values_threshold=layer.values_settings.threshold,
         mask=mask,
         first=first,
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
     )
     if layer.statistics is not None:
-        layer.statistics.record("scores", attended.recomputed, attended.eligible)
-        layer.statistics.record("values", attended.full_values, attended.eligible_values)
+        layer.statistics.record("scores", layer.number, attended.recomputed, attended.eligible)
+        layer.statistics.record("values", layer.number, attended.full_values, attended.eligible_values)
     return attended.output, None
 
 

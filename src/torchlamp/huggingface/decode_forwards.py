@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp.decoding.head import LowBitHead
-from torchlamp.decoding.matrix import LowBitMatrix
-from torchlamp.decoding.mlp import ACTIVATIONS, LowBitMlp, activate
-from torchlamp.decoding.statistics import DecodeStatistics
+from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
-from torchlamp.policy.decode_policy import SiteStorage
+from torchlamp.kernels.constants import ACTIVATIONS
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
+from torchlamp.policy.decodable import Settings
+from torchlamp.simulation.statistics import Statistics
 
 
 class DecodeForward(Forward):
@@ -55,11 +56,11 @@ class LinearDecode(DecodeForward):
 class LinearsDecode:
     """Linear layers with the same input as one low-bit matrix: their rows one below the other."""
 
-    def __init__(self, sites: Sites, modules: list[nn.Module], storage: SiteStorage) -> None:
+    def __init__(self, sites: Sites, modules: list[nn.Module], settings: Settings) -> None:
         maps = [sites.weights(module) for module in modules]
         rows = [m.matrix.detach().T for m in maps]
         self.sizes = [len(r) for r in rows]
-        self.matrix = LowBitMatrix.pack(torch.cat(rows), storage.bits)
+        self.matrix = LowBitMatrix.pack(torch.cat(rows), settings.bits)
         biases = [
             torch.zeros(n) if m.bias is None else m.bias.detach()
             for m, n in zip(maps, self.sizes, strict=True)
@@ -82,17 +83,22 @@ class MlpDecode(DecodeForward):
     """A gated MLP."""
 
     def __init__(
-        self, module: nn.Module, mlp: LowBitMlp, thresholds: tuple[float, float], statistics: DecodeStatistics
+        self,
+        module: nn.Module,
+        mlp: LowBitMlp,
+        thresholds: tuple[float, float],
+        statistics: Statistics,
+        number: int,
     ) -> None:
         super().__init__(module)
-        self.mlp, self.thresholds, self.statistics = mlp, thresholds, statistics
+        self.mlp, self.thresholds, self.statistics, self.number = mlp, thresholds, statistics, number
 
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to (batch, outputs)."""
         y, recomputed, read = self.mlp.run(x, *self.thresholds)
         eligible = len(x) * self.mlp.gate.rows
-        self.statistics.record("mlp_up", recomputed, eligible)
-        self.statistics.record("mlp_down", read, eligible)
+        self.statistics.record("mlp_up", self.number, recomputed, eligible)
+        self.statistics.record("mlp_down", self.number, read, eligible)
         return y
 
 
@@ -100,7 +106,7 @@ class HeadDecode(DecodeForward):
     """The LM head."""
 
     def __init__(
-        self, module: nn.Module, head: LowBitHead, threshold: float, top: int, statistics: DecodeStatistics
+        self, module: nn.Module, head: LowBitHead, threshold: float, top: int, statistics: Statistics
     ) -> None:
         super().__init__(module)
         self.head, self.threshold, self.top, self.statistics = head, threshold, top, statistics
@@ -108,15 +114,15 @@ class HeadDecode(DecodeForward):
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to logits (batch, tokens)."""
         logits, _, recomputed = self.head.run(x, self.threshold, self.top)
-        self.statistics.record("lm_head", recomputed, logits.numel())
+        self.statistics.record("lm_head", -1, recomputed, logits.numel())
         return logits
 
 
 def linears_decode(
-    sites: Sites, modules: list[nn.Module], storage: SiteStorage
+    sites: Sites, modules: list[nn.Module], settings: Settings
 ) -> tuple[list[Forward], LinearsDecode]:
     """Forwards of linear layers with the same input, and what they share."""
-    group = LinearsDecode(sites, modules, storage)
+    group = LinearsDecode(sites, modules, settings)
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
@@ -140,11 +146,12 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
 
 
 def mlp_decode(
-    sites: Sites, layer: nn.Module, up: SiteStorage, down: SiteStorage, statistics: DecodeStatistics
+    sites: Sites, number: int, up: Settings, down: Settings, statistics: Statistics, full: torch.dtype
 ) -> MlpDecode:
-    """The forward of a layer's MLP; raises as `check_mlp` does."""
-    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits)
-    return MlpDecode(layer.mlp, mlp, (up.threshold, down.threshold), statistics)  # type: ignore[arg-type]
+    """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
+    layer = sites.layers[number]
+    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits, full)
+    return MlpDecode(layer.mlp, mlp, (up.threshold, down.threshold), statistics, number)  # type: ignore[arg-type]
 
 
 def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
@@ -158,10 +165,10 @@ def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
     return module, weights.matrix.detach().T
 
 
-def head_decode(sites: Sites, storage: SiteStorage, top: int, statistics: DecodeStatistics) -> HeadDecode:
+def head_decode(sites: Sites, settings: Settings, top: int, statistics: Statistics) -> HeadDecode:
     """The forward of the LM head; raises as `check_head` does."""
     module, weight = check_head(sites)
-    return HeadDecode(module, LowBitHead.pack(weight, storage.bits), storage.threshold, top, statistics)
+    return HeadDecode(module, LowBitHead.pack(weight, settings.bits), settings.threshold, top, statistics)
 
 
 def _activation(module: Callable[[Tensor], Tensor]) -> str:

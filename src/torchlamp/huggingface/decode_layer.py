@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
-from torchlamp.decoding.statistics import DecodeStatistics
 from torchlamp.huggingface.decode_forwards import LinearsDecode, MlpDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache
 from torchlamp.huggingface.site_forwards import Forward
-from torchlamp.kernels import native
+from torchlamp.kernels.dispatch import NativeKernels, NativeObject, native_for
+from torchlamp.simulation.statistics import Statistics
 
 #: Decoder layers of transformers with RMSNorms, rotary positions over the whole head and a gated MLP; the value is what
 #: their norms add to the weight (Gemma's multiply by 1 + w).
@@ -45,7 +45,7 @@ class LayerDecode(Forward):
         qkv: LinearsDecode,
         out: LinearsDecode,
         mlp: MlpDecode,
-        statistics: DecodeStatistics,
+        statistics: Statistics,
     ) -> None:
         super().__init__(module)
         self.qkv, self.out, self.mlp, self.statistics = qkv, out, mlp, statistics
@@ -58,7 +58,7 @@ class LayerDecode(Forward):
         self.number = int(attention.layer_idx)
         #: Layers in a row that see the same mask and positions, this one among them.
         self.chain: Sequence[LayerDecode] = [self]
-        self._native: tuple[str, Any] | None = None
+        self._native = NativeObject()
 
     def run_(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """One native call for each layer of the chain from here, or the layer."""
@@ -68,7 +68,7 @@ class LayerDecode(Forward):
         if cache.is_done(self.number, hidden_states):
             return hidden_states
         angles: Any = kwargs.get("position_embeddings")
-        isa = native.instruction_set()
+        native = native_for()
         fast = (
             not args
             and hidden_states.shape[1] == 1
@@ -78,7 +78,7 @@ class LayerDecode(Forward):
             and not kwargs.get("output_attentions")
             and cache.layers[self.number].has_room()
         )
-        if not fast or isa is None:  # the modules one by one
+        if not fast or native is None:  # the modules one by one
             return self.original(hidden_states, *args, **kwargs)
         batch = len(hidden_states)
         cosines, sines = cache.angles_of(angles, self.size)
@@ -92,15 +92,15 @@ class LayerDecode(Forward):
         for layer in self._together(cache):
             part = cache.layers[layer.number]
             store, first = part.store, part.first(1, coming=1)
-            scores, values, seen, neurons, columns, said = layer.kernel(isa).step(
-                x, cosines, sines, store.kernel(isa), store.length, first, mask, layer.scaling,
-                part.scores.threshold, part.values_storage.threshold, store.strange, y, threads,
+            scores, values, seen, neurons, columns, said = layer.kernel(native).step(
+                x, cosines, sines, store.kernel(native), store.length, first, mask, layer.scaling,
+                part.scores.threshold, part.values_settings.threshold, store.strange, y, threads,
             )  # fmt: skip
             part.appended(said)
-            record("scores", scores, seen * layer.heads)
-            record("values", values, seen * layer.kv_heads)
-            record("mlp_up", neurons, batch * layer.mlp.mlp.gate.rows)
-            record("mlp_down", columns, batch * layer.mlp.mlp.gate.rows)
+            record("scores", layer.number, scores, seen * layer.heads)
+            record("values", layer.number, values, seen * layer.kv_heads)
+            record("mlp_up", layer.number, neurons, batch * layer.mlp.mlp.gate.rows)
+            record("mlp_down", layer.number, columns, batch * layer.mlp.mlp.gate.rows)
             x = y
         cache.done = None if layer is self else (result, layer.number)
         return result
@@ -124,14 +124,11 @@ class LayerDecode(Forward):
             module._forward_hooks or module._forward_pre_hooks
         )
 
-    def kernel(self, isa: str) -> Any:
-        """The native object, made for the instruction set in use."""
-        made = self._native
-        if made is None or made[0] != isa:
-            self._native = made = (isa, self._make(isa))
-        return made[1]
+    def kernel(self, native: NativeKernels) -> Any:
+        """The native object over the layer's copies and weights."""
+        return self._native.get(native, self._make)
 
-    def _make(self, isa: str) -> Any:
+    def _make(self, native: NativeKernels) -> Any:
         layer, attention, plus = self.module, self.attention, KNOWN[type(self.module).__name__]
         four = hasattr(layer, "pre_feedforward_layernorm")
 
@@ -140,11 +137,11 @@ class LayerDecode(Forward):
             return None if norm is None else (norm.weight.detach() + plus)
 
         second = layer.post_attention_layernorm
-        return native.extension().Layer(
-            isa,
-            self.qkv.matrix.kernel(),
-            self.out.matrix.kernel(),
-            self.mlp.mlp.kernel(),
+        return native.extension.Layer(
+            native.instruction_set,
+            self.qkv.matrix.kernel(native),
+            self.out.matrix.kernel(native),
+            self.mlp.mlp.kernel(native),
             weight(layer, "input_layernorm"),
             weight(layer, "post_attention_layernorm") if four else None,
             weight(layer, "pre_feedforward_layernorm" if four else "post_attention_layernorm"),
@@ -161,7 +158,7 @@ class LayerDecode(Forward):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_native": None}
+        return {**vars(self), "_native": NativeObject()}
 
 
 def can_fuse(layer: nn.Module) -> bool:

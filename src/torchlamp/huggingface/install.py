@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from torchlamp.huggingface.attached_policy import Run
+from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.residual_stream import residual_ahead
 from torchlamp.huggingface.site_forwards import (
     Forward,
@@ -14,17 +14,21 @@ from torchlamp.huggingface.site_forwards import (
     group_forwards,
 )
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.stored_groups import StoredDown, StoredGroup, StoredHead, StoredNeurons
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.activation import activated, gated
 from torchlamp.simulation.linear import HeadVectors
+from torchlamp.simulation.stored_mlp import OutputSize
 from torchlamp.simulation.vocabulary import Vocabulary
 
 #: Sites that run in the attention function; all others in replaced forwards.
 IN_ATTENTION = ("scores", "values")
 _RESIDUAL = ("attention_out", "mlp_down")
+#: Transforms that stored keys take.
+_OF_STORED_KEYS = ("center", "hadamard")
 
 
-def build(model: nn.Module, run: Run) -> list[Forward]:
+def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     """The forwards that a run replaces, not yet in place.
 
     Raises
@@ -34,12 +38,13 @@ def build(model: nn.Module, run: Run) -> list[Forward]:
     TypeError
         Weights that aren't float32.
     """
+    _check_simulated(attached.policies)
     sites = Sites(model)
-    named = [site for site in run.policies if site != "scores"]
+    named = [site for site in attached.policies if site != "scores"]
     if not sites.layers:
         inner = [site for site in named if site != "lm_head"]
-        rule = run.policies["scores"].rule if "scores" in run.policies else None
-        if rule is not None and rule.needs_distance == "residual":
+        rule = attached.policies["scores"].rule if "scores" in attached.policies else None
+        if rule is not None and rule.reads_residual_stream:
             raise ValueError(
                 f"{type(model).__name__}: no list of decoder layers found, so rule {str(rule)!r} can't look as far as "
                 "the residual stream; running looks through the softmax alone"
@@ -49,42 +54,90 @@ def build(model: nn.Module, run: Run) -> list[Forward]:
                 f"{type(model).__name__}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} "
                 f"{', '.join(inner)} can't run in low precision; `scores` can"
             )
-        return _lm_head(sites, run) if named else []
-    outside = [n for n in sorted(run.only or ()) if not 0 <= n < len(sites.layers)]
+        return _lm_head(sites, attached) if named else []
+    outside = [n for n in sorted(attached.only or ()) if not 0 <= n < len(sites.layers)]
     if outside:
         raise ValueError(f"layers={outside}: the model has the layers 0 to {len(sites.layers) - 1}")
-    forwards = _lm_head(sites, run)
+    forwards = _lm_head(sites, attached)
     if named:
-        forwards += [LayerForward(layer, run) for layer in sites.layers]
+        forwards += [LayerForward(layer, attached) for layer in sites.layers]
     for number, layer in enumerate(sites.layers):
-        forwards += _layer(sites, run, number, layer)
+        forwards += _layer(sites, attached, number, layer)
     return forwards
 
 
-def _layer(sites: Sites, run: Run, number: int, layer: nn.Module) -> list[Forward]:
-    policies = {site: policy for site in run.policies if (policy := run.policy(site, number)) is not None}
+def _check_simulated(policies: dict[str, SitePolicy]) -> None:
+    """Refuse what the simulation would otherwise pass over in silence."""
+    for site, policy in policies.items():
+        precision = policy.precision
+        stored_keys = site == "scores" and precision.is_stored
+        for transform in precision.transforms:
+            if not (stored_keys and str(transform) in _OF_STORED_KEYS):
+                raise ValueError(
+                    f"'{precision}' at site {site}: the simulation doesn't run {transform} there; it runs "
+                    f"{' and '.join(_OF_STORED_KEYS)} at scores with a stored operand"
+                )
+        if site == "scores" and not (precision.is_stored or precision.operand.is_float32):
+            raise ValueError(
+                f"'{precision}' at site scores: the simulation runs accumulators with float32 operands there, for "
+                f"example '{precision.sums}', and stored operands, for example '{precision.operand}'"
+            )
+
+
+def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:
+    policies = {
+        site: policy for site in attached.policies if (policy := attached.policy(site, number)) is not None
+    }
     forwards: list[Forward] = []
-    if "values" in policies:
-        run.value_norms[number] = _value_norms(sites, layer)
+    if "values" in policies and not policies["values"].precision.is_stored:
+        attached.value_norms[number] = _value_norms(sites, layer)
     if "qkv" in policies:
-        group = LinearGroup(run, "qkv", number, policies["qkv"])
-        group.look = HeadVectors(sites.head_size(layer))
+        group = _group(attached, "qkv", number, policies["qkv"])
+        group.next_function = HeadVectors(sites.head_size(layer))
         forwards += _install(sites, group, sites.qkv(layer))
-    if "mlp_up" in policies:
-        group = LinearGroup(run, "mlp_up", number, policies["mlp_up"])
-        modules, is_gated = sites.mlp_up(layer)
-        rows = sites.weights(sites.mlp_down(layer)).matrix
-        look = gated if is_gated else activated
-        group.look = look(sites.activation(layer), rows.detach().norm(dim=1))
-        forwards += _install(sites, group, modules)
-    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    forwards += _mlp(sites, attached, number, layer, policies)
+    if "mlp_down" in policies and policies["mlp_down"].precision.is_stored:
+        del policies["mlp_down"]  # it looks at its own columns, not at the stream
+    far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
-        forwards += _residual_stream(sites, run, number, layer, policies)
+        forwards += _residual_stream(sites, attached, number, layer, policies)
     return forwards
+
+
+def _mlp(
+    sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
+) -> list[Forward]:
+    """The up projection, and the down projection if it is stored."""
+    up, down = policies.get("mlp_up"), policies.get("mlp_down")
+    size = OutputSize() if down is not None and down.precision.is_stored else None
+    forwards: list[Forward] = []
+    if up is not None:
+        modules, is_gated = sites.mlp_up(layer)
+        phi, module = sites.activation(layer), sites.mlp_down(layer)
+        if up.precision.is_stored:
+            neurons = StoredNeurons(attached, "mlp_up", number, up)
+            neurons.phi, neurons.gated, neurons.down = phi, is_gated, module
+            neurons.size = size
+            forwards += _install(sites, neurons, modules)
+        else:
+            group = LinearGroup(attached, "mlp_up", number, up)
+            look = gated if is_gated else activated
+            group.next_function = look(phi, sites.weights(module).matrix.detach().norm(dim=1))
+            forwards += _install(sites, group, modules)
+    if size is not None and down is not None:
+        columns = StoredDown(attached, "mlp_down", number, down)
+        columns.size = size
+        forwards += _install(sites, columns, [sites.mlp_down(layer)])
+    return forwards
+
+
+def _group(attached: AttachedPolicy, site: str, number: int, policy: SitePolicy) -> LinearGroup:
+    kind = StoredGroup if policy.precision.is_stored else LinearGroup
+    return kind(attached, site, number, policy)
 
 
 def _residual_stream(
-    sites: Sites, run: Run, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
+    sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
 ) -> list[Forward]:
     """The sublayers' output projections and the norms around them."""
     norms = sites.norms(layer)
@@ -93,9 +146,9 @@ def _residual_stream(
     forwards: list[Forward] = []
     streams = {"attention_out": Residual(), "mlp_down": Residual()}
     norm_policy = policies.get("norm")
-    far = "scores" in policies and policies["scores"].rule.needs_distance == "residual"
+    far = "scores" in policies and policies["scores"].rule.reads_residual_stream
     if far:
-        run.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
+        attached.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
     own = (
         ("attention_out", norms.attention[1], norms.after_attention),
         ("mlp_down", norms.mlp[1], norms.after_mlp),
@@ -105,18 +158,20 @@ def _residual_stream(
         wants_stream = (site in policies and after is None) or (far and site == "attention_out")
         if norm_policy is not None or wants_stream:
             stream = streams[site] if wants_stream else None
-            forwards.append(NormForward(reads, run, number, sites.norm(reads, size), norm_policy, stream))
+            forwards.append(
+                NormForward(reads, attached, number, sites.norm(reads, size), norm_policy, stream)
+            )
     if norm_policy is not None and last:
         final = sites.final_norm()
-        forwards.append(NormForward(final, run, number, sites.norm(final, size), norm_policy, None))
+        forwards.append(NormForward(final, attached, number, sites.norm(final, size), norm_policy, None))
     if "attention_out" in policies:
-        group = LinearGroup(run, "attention_out", number, policies["attention_out"])
+        group = _group(attached, "attention_out", number, policies["attention_out"])
         following = norms.mlp if norms.after_attention is None else norms.after_attention
         group.norm = sites.norm(following[1], size)
         group.residual = streams["attention_out"] if norms.after_attention is None else None
         forwards += _install(sites, group, [sites.attention_out(layer)])
     if "mlp_down" in policies:
-        group = LinearGroup(run, "mlp_down", number, policies["mlp_down"])
+        group = LinearGroup(attached, "mlp_down", number, policies["mlp_down"])
         if norms.after_mlp is not None:
             following_norm = norms.after_mlp[1]
         else:
@@ -129,13 +184,15 @@ def _residual_stream(
     return forwards
 
 
-def _lm_head(sites: Sites, run: Run) -> list[Forward]:
-    policy = run.policies.get("lm_head")
+def _lm_head(sites: Sites, attached: AttachedPolicy) -> list[Forward]:
+    policy = attached.policies.get("lm_head")
     if policy is None:
         return []
     head, softcap = sites.lm_head()
-    group = LinearGroup(run, "lm_head", -1, policy)
-    group.look = Vocabulary(softcap)
+    if policy.precision.is_stored:
+        return _install(sites, StoredHead(attached, "lm_head", -1, policy), [head])
+    group = LinearGroup(attached, "lm_head", -1, policy)
+    group.next_function = Vocabulary(softcap)
     return _install(sites, group, [head])
 
 

@@ -8,6 +8,7 @@ sliding windows.
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +16,34 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from torchlamp.huggingface.attached_policy import Run, Seat, place, place_of
+from torchlamp.huggingface.attached_policy import (
+    AttachedPolicy,
+    LayerContext,
+    Observer,
+    context_of,
+    set_context,
+)
 from torchlamp.huggingface.install import IN_ATTENTION, build
+from torchlamp.huggingface.lookahead_cache import NAME as DECODING
 from torchlamp.huggingface.simulated_attention import lamp_attention
-from torchlamp.huggingface.site_forwards import Forward, beneath, set_forward
+from torchlamp.huggingface.site_forwards import Forward, SimulatedForward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.policy import Policy
 from torchlamp.simulation.statistics import Statistics
 
 #: Name of the attention implementation, as in `model.set_attn_implementation("lamp")`.
 NAME = "lamp"
+
+
+@dataclass(frozen=True)
+class _How:
+    """The keyword arguments that `lookahead` and `attach` share."""
+
+    seed: int
+    layers: Iterable[int] | None
+    blocks: bool
+    observe: Observer | None
+    observe_layers: Iterable[int] | None
 
 
 @contextmanager
@@ -35,6 +54,8 @@ def lookahead(
     seed: int = 0,
     layers: Iterable[int] | None = None,
     blocks: bool = False,
+    observe: Observer | None = None,
+    observe_layers: Iterable[int] | None = None,
 ) -> Iterator[Statistics]:
     """Run a model under a policy inside a `with` block.
 
@@ -49,7 +70,8 @@ def lookahead(
         A float32 model. For the sites `scores` and `values` its class must use transformers' attention interface; for
         all but `scores` its modules must bear the names of Llama's, Gemma's, Phi-3's or GPT-2's.
     policy : str or Policy
-        For example ``"ps4+strict:0.1"`` or ``"scores=ps4+strict:0.1, mlp_up=ps7+condition:4"``.
+        For example ``"ps4+strict:0.1"``, ``"scores=ps4+strict:0.1, mlp_up=ps7+condition:4"``, or a policy with stored
+        operands such as ``"mlp_up=int8+output:0.001"``, whose rows all read what a step of decoding would read.
     seed : int
         Of the random baselines.
     layers : iterable of int, optional
@@ -57,6 +79,11 @@ def lookahead(
         head, which belongs to no layer, runs whenever the policy names it; the final norm belongs to the last layer.
     blocks : bool
         Also count touched blocks of scores.
+    observe : callable, optional
+        Called as ``observe(layer, observation)`` with every tile of attention scores
+        (`torchlamp.simulation.attention.Observation`). Observed layers run tile by tile, without the fused kernel.
+    observe_layers : iterable of int, optional
+        Numbers of the layers that are observed; all if not given.
 
     Yields
     ------
@@ -68,24 +95,24 @@ def lookahead(
     TypeError
         Not a transformers model, or weights of a named site that aren't float32.
     ValueError
-        A model without the attention interface, an unknown policy, a site whose modules can't be found, a layer that
-        isn't there.
+        A model without the attention interface, or prepared for low-bit decoding; an unknown policy, a site whose
+        modules can't be found, a layer that isn't there.
     """
-    run, forwards = _new_run(model, policy, seed, layers, blocks)
+    attached, forwards = _new_attached(model, policy, _How(seed, layers, blocks, observe, observe_layers))
     implementations = [(config, config._attn_implementation) for config in _configs(model)]
-    before = [(module, place_of(module), vars(module).get("forward")) for module in model.modules()]
+    before = [(module, context_of(module), vars(module).get("forward")) for module in model.modules()]
     try:
-        _put_in_place(model, run, forwards)
-        if _in_attention(run):
+        _put_in_place(model, attached, forwards)
+        if _in_attention(attached):
             model.set_attn_implementation(NAME)  # type: ignore[operator]
             if implementations[0][0]._attn_implementation != NAME:
                 raise _no_interface(model)
-        yield run.statistics
+        yield attached.statistics
     finally:
         for config, implementation in implementations:
             config._attn_implementation = implementation
-        for module, seat, forward in before:
-            place(module, seat)
+        for module, context, forward in before:
+            set_context(module, context)
             set_forward(module, forward)
 
 
@@ -96,6 +123,8 @@ def attach(
     seed: int = 0,
     layers: Iterable[int] | None = None,
     blocks: bool = False,
+    observe: Observer | None = None,
+    observe_layers: Iterable[int] | None = None,
 ) -> Statistics:
     """Give a model a policy, in place of any that it has, until `detach`.
 
@@ -104,7 +133,7 @@ def attach(
 
     Parameters
     ----------
-    model, policy, seed, layers, blocks
+    model, policy, seed, layers, blocks, observe, observe_layers
         As for `lookahead`.
 
     Returns
@@ -117,61 +146,78 @@ def attach(
     TypeError, ValueError
         As for `lookahead`.
     """
-    run, forwards = _new_run(model, policy, seed, layers, blocks)
-    _put_in_place(model, run, forwards)
-    return run.statistics
+    attached, forwards = _new_attached(model, policy, _How(seed, layers, blocks, observe, observe_layers))
+    _put_in_place(model, attached, forwards)
+    return attached.statistics
 
 
 def detach(model: nn.Module) -> None:
     """Take the policy away from a model; if it runs "lamp", set another attention implementation before calling it."""
     for module in model.modules():
-        place(module, None)
+        set_context(module, None)
         _clear(module)
 
 
-def _new_run(
-    model: nn.Module, policy: str | Policy, seed: int, layers: Iterable[int] | None, blocks: bool
-) -> tuple[Run, list[Forward]]:
-    """A run and the forwards it replaces; nothing of the model is changed."""
+def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[AttachedPolicy, list[Forward]]:
+    """A policy for a model and the forwards that it replaces; nothing of the model is changed."""
     parsed = Policy.parse(policy)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel"
         )
-    only = None if layers is None else _numbers(layers)
-    run = Run(parsed.sites, Statistics(seed=seed, blocks=blocks), only)
-    if _in_attention(run) and not any(_dispatches(type(module)) for module in model.modules()):
+    _refuse_prepared(model)
+    attached = AttachedPolicy(
+        parsed.sites,
+        Statistics(seed=how.seed, blocks=how.blocks),
+        _numbers("layers", how.layers),
+        observe=how.observe,
+        observe_layers=_numbers("observe_layers", how.observe_layers),
+    )
+    if _in_attention(attached) and not any(_dispatches(type(module)) for module in model.modules()):
         raise _no_interface(model)
-    return run, build(model, run)
+    return attached, build(model, attached)
 
 
-def _numbers(layers: Iterable[int]) -> frozenset[int]:
+def _refuse_prepared(model: PreTrainedModel) -> None:
+    """Refuse a model whose low-bit forwards or attention a policy would take away."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    decodes = any(isinstance(own, Forward) and not isinstance(own, SimulatedForward) for own in forwards)
+    if decodes or any(config._attn_implementation == DECODING for config in _configs(model)):
+        raise ValueError(
+            "the model is prepared for low-bit decoding, which a simulated policy would take away: call undo() of what "
+            "prepare returned first"
+        )
+
+
+def _numbers(name: str, layers: Iterable[int] | None) -> frozenset[int] | None:
+    if layers is None:
+        return None
     given: list[Any] = [] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
     fits = all(isinstance(n, int) and not isinstance(n, bool) for n in given)
     if not fits or isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise TypeError(f"layers={layers!r}: give layer numbers in a list, for example layers=[0, 3]")
+        raise TypeError(f"{name}={layers!r}: give layer numbers in a list, for example {name}=[0, 3]")
     return frozenset(given)
 
 
-def _in_attention(run: Run) -> bool:
-    return any(site in run.policies for site in IN_ATTENTION)
+def _in_attention(attached: AttachedPolicy) -> bool:
+    return any(site in attached.policies for site in IN_ATTENTION)
 
 
-def _put_in_place(model: nn.Module, run: Run, forwards: list[Forward]) -> None:
+def _put_in_place(model: nn.Module, attached: AttachedPolicy, forwards: list[Forward]) -> None:
     for module in model.modules():
-        place(module, Seat(run))
+        set_context(module, LayerContext(attached))
         _clear(module)
     for number, layer in enumerate(Sites(model).layers):
         for module in layer.modules():
-            place(module, Seat(run, number))
+            set_context(module, LayerContext(attached, number))
     for forward in forwards:
         set_forward(forward.module, forward)
 
 
 def _clear(module: nn.Module) -> None:
     """Take our forward, but nobody else's, from a module."""
-    if isinstance(vars(module).get("forward"), Forward):
-        set_forward(module, beneath(module))
+    if isinstance(vars(module).get("forward"), SimulatedForward):
+        set_forward(module, own_forward(module))
 
 
 def _dispatches(kind: type) -> bool:

@@ -10,13 +10,21 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
-from torchlamp.decoding.statistics import DecodeStatistics
-from torchlamp.policy.decode_policy import SiteStorage
+from torchlamp.policy.decodable import Settings, site_settings
+from torchlamp.policy.policy import SitePolicy
+from torchlamp.simulation.statistics import Statistics
 
 #: Name of the attention implementation whose decoding reads the low-bit copies.
 NAME = "lamp-decode"
 _FULL = {"float16": torch.float16, "float32": torch.float32}
 _SLACK = 256
+
+
+def full_dtype(full: str) -> torch.dtype:
+    """The dtype of copies in full by its name. ValueError for another than float16 and float32."""
+    if full not in _FULL:
+        raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
+    return _FULL[full]
 
 
 class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -27,14 +35,17 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(
         self,
         options: StoreOptions,
-        scores: SiteStorage,
-        values: SiteStorage,
-        statistics: DecodeStatistics | None,
+        scores: Settings,
+        values: Settings,
+        statistics: Statistics | None,
         config: Any,
         sliding_window: int | None,
+        number: int,
     ) -> None:
         super().__init__()
-        self.scores, self.values_storage, self.statistics, self.config = scores, values, statistics, config
+        self.scores, self.values_settings, self.statistics, self.config = scores, values, statistics, config
+        #: Number of the layer in the model, from 0.
+        self.number = number
         self.store = KeyValueStore(options)
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
@@ -188,6 +199,13 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
             self.dropped += count
 
 
+def can_rotate(config: Any) -> bool:
+    """Whether the head size of a model's config is a power of two, so that a Hadamard matrix rotates the heads."""
+    text = config.get_text_config(decoder=True)
+    size: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return size & (size - 1) == 0
+
+
 class LookaheadCache(Cache):  # type: ignore[misc]
     """Keys and values of every layer as 4- or 8-bit integers beside full-precision copies.
 
@@ -200,15 +218,15 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     ----------
     config : transformers.PretrainedConfig
         Of the model.
-    scores, values : str or SiteStorage
+    scores, values : str or SitePolicy
         ``int8`` or ``int4``, and the rule, for example ``"int8+running:0.001"`` and ``"int8+topz:0.003"``.
     full : str
         ``"float16"`` halves the memory of the full copies and holds numbers up to 65504; ``"float32"`` is exact.
-    center : bool
-        Quantise keys less their mean over the first ones.
-    hadamard : bool, optional
-        Quantise keys rotated by the Hadamard matrix; None where the head size is a power of two, which it must be.
-    statistics : DecodeStatistics, optional
+    center, hadamard : bool, optional
+        Quantise keys less their mean over the first ones, and rotated by the Hadamard matrix, for which the head size
+        must be a power of two. None is what `scores` names (``int8.center.hadamard``); if it names neither, both,
+        the rotation where the head size allows it.
+    statistics : Statistics, optional
         Where recomputed scores and values read in full are counted.
 
     Raises
@@ -220,32 +238,39 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     def __init__(
         self,
         config: Any,
-        scores: str | SiteStorage = "int8+running:0.001",
-        values: str | SiteStorage = "int8+topz:0.003",
+        scores: str | SitePolicy = "int8+running:0.001",
+        values: str | SitePolicy = "int8+topz:0.003",
         *,
         full: str = "float16",
-        center: bool = True,
+        center: bool | None = None,
         hadamard: bool | None = None,
-        statistics: DecodeStatistics | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
-        if full not in _FULL:
-            raise ValueError(f"full={full!r}: allowed are {' and '.join(_FULL)}")
-        scores = SiteStorage.parse(scores, "scores") if isinstance(scores, str) else scores
-        values = SiteStorage.parse(values, "values") if isinstance(values, str) else values
+        full_numbers = full_dtype(full)
+        key_settings = site_settings("scores", SitePolicy.parse(scores))
+        value_settings = site_settings("values", SitePolicy.parse(values))
         text = config.get_text_config(decoder=True)
+        named = key_settings.center or key_settings.hadamard
+        if center is None:
+            center = key_settings.center or not named
         if hadamard is None:
-            size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            hadamard = size & (size - 1) == 0
-        options = StoreOptions(scores.bits, values.bits, _FULL[full], center, hadamard)
+            hadamard = key_settings.hadamard if named else can_rotate(config)
+        options = StoreOptions(key_settings.bits, value_settings.bits, full_numbers, center, hadamard)
         kinds = getattr(text, "layer_types", None)
         window = getattr(text, "sliding_window", None)
         if kinds is None:
             kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
         layers = [
             LookaheadLayer(
-                options, scores, values, statistics, text, window if kind == "sliding_attention" else None
+                options,
+                key_settings,
+                value_settings,
+                statistics,
+                text,
+                window if kind == "sliding_attention" else None,
+                number,
             )
-            for kind in kinds
+            for number, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
         self._angles: list[tuple[Any, tuple[Any, Any]]] = []

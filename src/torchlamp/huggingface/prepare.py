@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from torchlamp.decoding.statistics import DecodeStatistics
+from torchlamp.arithmetic.transforms import Transform
 from torchlamp.huggingface.decode_attention import NAME
 from torchlamp.huggingface.decode_forwards import (
     LinearsDecode,
@@ -23,20 +23,23 @@ from torchlamp.huggingface.decode_forwards import (
 )
 from torchlamp.huggingface.decode_layer import LayerDecode, can_fuse, chain
 from torchlamp.huggingface.lookahead import NAME as SIMULATION
-from torchlamp.huggingface.lookahead_cache import LookaheadCache
-from torchlamp.huggingface.site_forwards import Forward, beneath, set_forward
+from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, full_dtype
+from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
-from torchlamp.policy.decode_policy import DecodePolicy
+from torchlamp.policy.decodable import Settings, settings
+from torchlamp.policy.policy import Policy, SitePolicy
+from torchlamp.policy.precision import Precision
+from torchlamp.simulation.statistics import Statistics
 
 logger = logging.getLogger("torchlamp.decoding")
 #: What `prepare` does unless told otherwise; docs/decoding.md says what chose it.
 DEFAULT = (
-    "scores=int8+running:0.001, values=int8+topz:0.003, qkv=int12, attention_out=int12, "
+    "scores=int8.center.hadamard+running:0.001, values=int8+topz:0.003, qkv=int12, attention_out=int12, "
     "mlp_up=int12, mlp_down=int12, lm_head=int8+running:1e-05"
 )
 #: Eight bits everywhere, for those who would take Q8_0: as fast, and closer to float32.
 FAST = (
-    "scores=int8+running:0.01, values=int8+topz:0.02, qkv=int12, attention_out=int8, "
+    "scores=int8.center.hadamard+running:0.01, values=int8+topz:0.02, qkv=int12, attention_out=int8, "
     "mlp_up=int8, mlp_down=int8+output:0.0006, lm_head=int8+running:0.001"
 )
 _GENERATE = "_prepare_cache_for_generation"
@@ -61,10 +64,14 @@ class Prepared:
     """A model whose decoding reads low-bit copies; `undo`, or the end of a `with` block, gives it back as it was."""
 
     model: Any
-    policy: DecodePolicy
-    statistics: DecodeStatistics
+    #: What really runs, keywords of `prepare` included.
+    policy: Policy
+    statistics: Statistics
     memory: Memory
-    cache_options: dict[str, Any] = field(default_factory=dict)
+    #: What the kernel of each named site is told.
+    settings: dict[str, Settings]
+    #: Dtype of the cache's copies in full.
+    full: str = "float16"
     _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def cache(self) -> LookaheadCache:
@@ -75,17 +82,18 @@ class Prepared:
         ValueError
             The policy leaves the attention in full precision.
         """
-        sites = self.policy.sites
-        if "scores" not in sites:
+        if "scores" not in self.settings:
             raise ValueError(
                 f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
             )
         return LookaheadCache(
             self.model.config,
-            scores=sites["scores"],
-            values=sites["values"],
+            scores=self.policy.sites["scores"],
+            values=self.policy.sites["values"],
+            full=self.full,
+            center=self.settings["scores"].center,
+            hadamard=self.settings["scores"].hadamard,
             statistics=self.statistics,
-            **self.cache_options,
         )
 
     def undo(self) -> None:
@@ -104,7 +112,13 @@ class Prepared:
 
 @torch.no_grad()
 def prepare(
-    model: nn.Module, policy: str | DecodePolicy | None = None, *, top: int = 1, **cache_options: Any
+    model: nn.Module,
+    policy: str | Policy | None = None,
+    *,
+    top: int = 1,
+    full: str = "float16",
+    center: bool | None = None,
+    hadamard: bool | None = None,
 ) -> Prepared:
     """Prepare a model for low-bit decoding.
 
@@ -117,13 +131,16 @@ def prepare(
     ----------
     model : transformers.PreTrainedModel
         A float32 decoder on the CPU, of an architecture whose modules bear the names of Llama's, Gemma's or Phi-3's.
-    policy : str or DecodePolicy, optional
-        For example ``"scores=int8+running:0.01, values=int8+topz:0.01, qkv=int12"``; sites that aren't named are
-        read in full precision. Without one, `DEFAULT`, less the sites that the model's architecture doesn't allow.
+    policy : str or Policy, optional
+        For example ``"scores=int8.center.hadamard+running:0.01, values=int8+topz:0.01, qkv=int12"``; sites that aren't
+        named are read in full precision. Without one, `DEFAULT`; it and `FAST` are taken less the sites and transforms
+        that the model's architecture doesn't allow.
     top : int
         So many largest logits are provably those of the full-precision head.
-    **cache_options
-        Of `LookaheadCache`: ``full``, ``center``, ``hadamard``.
+    full : str
+        ``"float16"`` or ``"float32"`` for what is copied in full: keys and values, and columns of the down projections.
+    center, hadamard : bool, optional
+        Apply the transform at `scores`, or don't, whatever the policy names; None leaves it to the policy.
 
     Returns
     -------
@@ -135,7 +152,8 @@ def prepare(
     TypeError
         Not a transformers model, or weights that aren't float32.
     ValueError
-        A policy that can't be read, an architecture that a site doesn't know, or a model that is prepared already.
+        A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, or a model that is
+        prepared already.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -153,18 +171,26 @@ def prepare(
         )
     if _taken(model):
         raise ValueError("the model is prepared, or under a policy, already: undo that first")
-    if policy is None:
-        policy = _possible(model)
-    parsed = DecodePolicy.parse(policy)
+    parsed = Policy.parse(DEFAULT if policy is None else policy)
+    if parsed in (Policy.parse(DEFAULT), Policy.parse(FAST)):
+        parsed = _possible(model, parsed)
+    parsed = _with_transforms(parsed, center=center, hadamard=hadamard)
+    told = settings(parsed)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    prepared = Prepared(model, parsed, DecodeStatistics(), Memory(sum(sizes.values())), cache_options)
-    if "scores" in parsed.sites:
+    prepared = Prepared(model, parsed, Statistics(), Memory(sum(sizes.values())), told, full)
+    if "scores" in told:
+        if not told["scores"].center and center is None:
+            logger.warning(
+                "scores without .center: the first edition centred keys, and rotated them, of its own accord; "
+                "write scores=int%d.center.hadamard for that",
+                told["scores"].bits,
+            )
         prepared.cache()  # refuses options that can't be
     forwards = _forwards(prepared, Sites(model), top)
     try:
         for forward in forwards:
             _put(prepared, forward)
-        if "scores" in parsed.sites:
+        if "scores" in told:
             _use_cache(prepared)
     except BaseException:
         prepared.undo()
@@ -178,11 +204,26 @@ def _taken(model: PreTrainedModel) -> bool:
     return ours or model.config._attn_implementation in (NAME, SIMULATION)
 
 
-def _possible(model: PreTrainedModel) -> DecodePolicy:
-    """`DEFAULT` without MLPs and an LM head that their kernels don't know."""
-    policy, sites = DecodePolicy.parse(DEFAULT), Sites(model)
+def _with_transforms(policy: Policy, **wanted: bool | None) -> Policy:
+    """The policy with these transforms of `scores` named (True) or not (False); None leaves them alone."""
+    sites = policy.sites
+    if "scores" not in sites:
+        return policy
+    precision = sites["scores"].precision
+    kept = [t for t in precision.transforms if wanted.get(str(t)) is None]
+    added = [Transform.parse(name) for name, value in wanted.items() if value]
+    changed = Precision(precision.operand, precision.accumulator, (*kept, *added))
+    return Policy(sites={**sites, "scores": SitePolicy(changed, sites["scores"].rule)})
 
-    def without(policy: DecodePolicy, check: Callable[[], object], *names: str) -> DecodePolicy:
+
+def _possible(model: PreTrainedModel, policy: Policy) -> Policy:
+    """The policy without the rotation, MLPs and LM head that the model doesn't allow or their kernels don't know."""
+    sites = Sites(model)
+    if not can_rotate(model.config):
+        logger.warning("scores: keys aren't rotated, since the head size is no power of two")
+        policy = _with_transforms(policy, hadamard=False)
+
+    def without(policy: Policy, check: Callable[[], object], *names: str) -> Policy:
         try:
             check()
         except ValueError as reason:
@@ -197,30 +238,32 @@ def _possible(model: PreTrainedModel) -> DecodePolicy:
 
 
 def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
-    policies, statistics, memory = prepared.policy.sites, prepared.statistics, prepared.memory
+    told, statistics, memory = prepared.settings, prepared.statistics, prepared.memory
     if not sites.layers:
         raise ValueError(
             f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared"
         )
     forwards: list[Forward] = []
-    for layer in sites.layers:
+    for number, layer in enumerate(sites.layers):
         groups: list[LinearsDecode] = []
         for site, modules in (("qkv", sites.qkv), ("attention_out", lambda at: [sites.attention_out(at)])):
-            if site in policies:
-                some, group = linears_decode(sites, modules(layer), policies[site])
+            if site in told:
+                some, group = linears_decode(sites, modules(layer), told[site])
                 forwards += some
                 groups.append(group)
                 memory.low_bit += group.matrix.bytes
-        if "mlp_up" in policies:
-            mlp = mlp_decode(sites, layer, policies["mlp_up"], policies["mlp_down"], statistics)
+        if "mlp_up" in told:
+            mlp = mlp_decode(
+                sites, number, told["mlp_up"], told["mlp_down"], statistics, full_dtype(prepared.full)
+            )
             forwards.append(mlp)
             low, full = mlp.mlp.bytes
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
-            if "scores" in policies and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
+            if "scores" in told and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
                 forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics))
     chain(prepared.model, [forward for forward in forwards if isinstance(forward, LayerDecode)])
-    if "lm_head" in policies:
-        head = head_decode(sites, policies["lm_head"], top, statistics)
+    if "lm_head" in told:
+        head = head_decode(sites, told["lm_head"], top, statistics)
         forwards.append(head)
         memory.low_bit += head.head.head.bytes
     return forwards
@@ -228,7 +271,7 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
 
 def _put(prepared: Prepared, forward: Forward) -> None:
     module = forward.module
-    before = beneath(module)
+    before = own_forward(module)
     set_forward(module, forward)
     prepared._undo.append(lambda: set_forward(module, before))
 

@@ -1,19 +1,20 @@
 """The attention function that transformers calls under the name "lamp"."""
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchlamp.huggingface.attached_policy import place_of
+from torchlamp.huggingface.attached_policy import AttachedPolicy, LayerContext, context_of
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.attention import attention
+from torchlamp.simulation.attention import AttentionCall, AttentionResult, attend
+from torchlamp.simulation.stored_attention import KeyStorage, StoredValues
 from torchlamp.simulation.values import Values
 from torchlamp.simulation.visibility import visibility
 
-#: What scores run under where no policy names them: float32.
+#: The policy of scores that no policy names: float32.
 _FLOAT32 = SitePolicy.parse("fp32+none")
 
 # Arguments that transformers hands to every attention function and that don't change its result: the window
@@ -82,8 +83,32 @@ def lamp_attention(
     ValueError
         Dropout, or an argument that changes the result and isn't supported.
     """
-    seat = place_of(module)
-    if seat is None:
+    context = _context(module, query)
+    _check_arguments(module, dropout, kwargs)
+    attached, layer = context.attached, context.number()
+    position_ids = _positions(kwargs.get("position_ids"), query)
+    step = key.shape[2] if position_ids is None else int(position_ids.max()) + 1
+    with torch.no_grad():
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        seen = visibility(attention_mask, shape=(*query.shape[:3], key.shape[2]), causal=bool(causal))
+        call = replace(
+            _call(attached, layer, step, query.shape[-1] ** -0.5 if scaling is None else float(scaling)),
+            seen=seen,
+            keys=_keys(attached, layer, key, query.shape[2]),
+            softcap=kwargs.get("softcap") or None,
+            sinks=kwargs.get("s_aux"),
+        )
+        result = attend(query, key, value, call)
+        positions = result.last_key if position_ids is None else position_ids
+        _record(attached, layer, result, positions, value.shape)
+    return forward_only(result.output, query, key, value), None
+
+
+def _context(module: nn.Module, query: Tensor) -> LayerContext:
+    """The context of an attention module; raises as `lamp_attention` does without one or if it can't run."""
+    context = context_of(module)
+    if context is None:
         raise RuntimeError(
             f"{type(module).__name__} runs the attention 'lamp' but has no policy: use "
             "torchlamp.lookahead(model, policy), or torchlamp.attach(model, policy) first (models that share "
@@ -96,54 +121,70 @@ def lamp_attention(
             f"queries of {query.dtype}{' under autocast' if autocast else ''}: rounding is simulated from "
             "float32; load the model with dtype=torch.float32 and leave autocast off"
         )
-    _check_arguments(module, dropout, kwargs)
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    run, layer = seat.run, seat.number()
-    position_ids = _positions(kwargs.get("position_ids"), query)
-    step = key.shape[2] if position_ids is None else int(position_ids.max()) + 1
-    scores, values = run.policy("scores", layer), run.policy("values", layer)
+    return context
+
+
+def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> AttentionCall:
+    """The call of a layer under its policy; mask, softcap and sinks are the model's and still missing.
+
+    Parameters
+    ----------
+    attached, layer
+        The policy and the layer's number.
+    step
+        One more than the last position, for random rules.
+    scaling
+        Of the scores.
+    """
+    scores, values = attached.policy("scores", layer), attached.policy("values", layer)
     policy = scores or _FLOAT32
-    summed = None
+    summed: Values | StoredValues | None = None
     if values is not None:
-        summed = Values(
-            values.accumulate,
-            values.rule,
-            run.value_norms.get(layer),
-            run.generator(values, "values", layer, step),
-            layer,
-        )
-    with torch.no_grad():
-        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        seen = visibility(attention_mask, shape=shape, causal=bool(causal))
-        result = attention(
-            query,
-            key,
-            value,
-            accumulator=policy.accumulate,
-            rule=policy.rule,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            mask=seen.mask,
-            causal=seen.causal,
-            bias=seen.bias,
-            softcap=kwargs.get("softcap") or None,
-            sinks=kwargs.get("s_aux"),
-            generator=run.generator(scores, "scores", layer, step),
-            values=summed,
-            observe=None if run.observe is None else partial(run.observe, layer),
-            ahead=run.aheads.get(layer),
-            layer=layer,
-            blocks=run.statistics.blocks and scores is not None,
-        )
-        positions = result.last_key if position_ids is None else position_ids
-        if scores is not None:
-            run.statistics.record(layer, result.eligible, result.selected, positions)
-        if result.blocks is not None:
-            run.statistics.record_blocks(result.blocks)
-        if result.values_selected is not None:
-            eligible = (result.eligible > 0).long() * value.shape[-1]
-            run.statistics.record(layer, eligible, result.values_selected, positions, "values")
-    return forward_only(result.output, query, key, value), None
+        generator, operand = attached.generator(values, "values", layer, step), values.precision.operand
+        if values.precision.is_stored:
+            summed = StoredValues(operand, values.rule, generator, layer)
+        else:
+            norms = attached.value_norms.get(layer)
+            summed = Values(values.accumulate, values.rule, norms, generator, layer, operand)
+    return AttentionCall(
+        accumulator=policy.accumulate,
+        rule=policy.rule,
+        scaling=scaling,
+        generator=attached.generator(scores, "scores", layer, step),
+        values=summed,
+        observe=attached.observer(layer),
+        ahead=attached.aheads.get(layer),
+        layer=layer,
+        blocks=attached.statistics.blocks and scores is not None,
+    )
+
+
+def _keys(attached: AttachedPolicy, layer: int, key: Tensor, queries: int) -> KeyStorage | None:
+    """How the scores of a layer read the keys (batch, key heads, keys, size); None: as they are."""
+    policy = attached.policy("scores", layer)
+    if policy is None or not policy.precision.is_stored:
+        return None
+    precision = policy.precision
+    mean = attached.key_mean(layer, key, queries) if precision.has("center") else None
+    return KeyStorage(precision.operand, mean, precision.has("hadamard"))
+
+
+def _record(
+    attached: AttachedPolicy, layer: int, result: AttentionResult, positions: Tensor, values: torch.Size
+) -> None:
+    """Count one call at the sites `scores` and `values`, where the policy names them."""
+    statistics = attached.statistics
+    if attached.policy("scores", layer) is not None:
+        statistics.record("scores", layer, result.selected, result.eligible, positions)
+    if result.blocks is not None:
+        statistics.record_blocks(result.blocks)
+    if result.values_selected is not None:
+        policy = attached.policy("values", layer)
+        if policy is not None and policy.precision.is_stored:
+            eligible = result.eligible[:, :: result.eligible.shape[1] // values[1]]
+        else:
+            eligible = (result.eligible > 0).long() * values[-1]
+        statistics.record("values", layer, result.values_selected, eligible, positions)
 
 
 def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

@@ -3,28 +3,31 @@
 A replaced forward is an attribute of the module instance; taking it away gives the module its class's forward back.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from torchlamp.huggingface.attached_policy import Run
+from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.linear import LookAhead, Weights, linears
+from torchlamp.simulation.linear import LinearResult, LookAhead, Weights, linears
 from torchlamp.simulation.norms import Norm, Normed, norm_input
+from torchlamp.simulation.stored import QuantisedMatrix
 
 
-class Forward:
+class Forward(ABC):
     """A module's replaced forward. A deep copy of a model gets its own, which belong to the copy's modules."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         #: What the instance had in this place (other tools replace forwards, too), None: nothing.
-        self.own = beneath(module)
+        self.own = own_forward(module)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward without us."""
@@ -38,13 +41,17 @@ class Forward:
         """Called by torch in the place of `forward`."""
         return self.run_(*args, **kwargs)
 
+    @abstractmethod
     def run_(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs instead."""
-        raise NotImplementedError
+        """The forward that runs in the place of the module's own; the same arguments and result."""
 
 
-def beneath(module: nn.Module) -> Any:
-    """What a module instance has as its forward when ours is left out; None: its class's."""
+class SimulatedForward(Forward):
+    """A forward of a simulated policy; others belong to low-bit decoding."""
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The forward that a module instance has of its own when ours is left out; None: its class's."""
     own = vars(module).get("forward")
     while isinstance(own, Forward):
         own = own.own
@@ -53,7 +60,8 @@ def beneath(module: nn.Module) -> Any:
 
 def plain(module: nn.Module) -> Callable[..., Any]:
     """The module's forward when ours is left out."""
-    return Forward(module).original
+    own = own_forward(module)
+    return partial(type(module).forward, module) if own is None else own
 
 
 def set_forward(module: nn.Module, forward: Any) -> None:
@@ -76,35 +84,41 @@ class Residual:
         return None if x is None else x.reshape(-1, size)
 
 
-class LayerForward(Forward):
+class LayerForward(SimulatedForward):
     """A decoder layer: it only notes the positions of the tokens."""
 
-    def __init__(self, module: nn.Module, run: Run) -> None:
+    def __init__(self, module: nn.Module, attached: AttachedPolicy) -> None:
         super().__init__(module)
-        self.run = run
+        self.attached = attached
 
     def run_(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
         positions = kwargs.get("position_ids")
         fits = isinstance(positions, Tensor) and positions.ndim == 2
-        self.run.positions = positions if fits else None
+        self.attached.positions = positions if fits else None
         return self.original(*args, **kwargs)
 
 
-class NormForward(Forward):
+class NormForward(SimulatedForward):
     """A norm: it notes the residual stream, and reads it rounded where the policy names the site `norm`."""
 
     def __init__(
         self,
         module: nn.Module,
-        run: Run,
+        attached: AttachedPolicy,
         layer: int,
         norm: Norm,
         policy: SitePolicy | None,
         residual: Residual | None,
     ) -> None:
         super().__init__(module)
-        self.run, self.layer, self.norm, self.policy, self.residual = run, layer, norm, policy, residual
+        self.attached, self.layer, self.norm, self.policy, self.residual = (
+            attached,
+            layer,
+            norm,
+            policy,
+            residual,
+        )
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The norm of what it may read."""
@@ -113,35 +127,36 @@ class NormForward(Forward):
         if self.policy is None:
             return self.original(x, *args, **kwargs)
         check_float32(self.module, x)
-        places = self.run.places(x.shape[-2])
+        positions = self.attached.positions_of_last(x.shape[-2])
         read = norm_input(
             x.detach(),
             self.norm,
             accumulator=self.policy.accumulate,
             rule=self.policy.rule,
-            generator=self.run.generator(self.policy, "norm", self.layer, last_step(places)),
+            generator=self.attached.generator(self.policy, "norm", self.layer, last_step(positions)),
             layer=self.layer,
         )
-        record(self.run, "norm", self.layer, read.eligible, read.selected, places)
+        record(self.attached, "norm", self.layer, read.eligible, read.selected, positions)
         return self.original(forward_only(read.x, x), *args, **kwargs)
 
 
 class LinearGroup:
     """The linear layers of a site in one decoder layer: one, or several with the same input, looked at together."""
 
-    def __init__(self, run: Run, site: str, layer: int, policy: SitePolicy) -> None:
-        self.run, self.site, self.layer, self.policy = run, site, layer, policy
+    def __init__(self, attached: AttachedPolicy, site: str, layer: int, policy: SitePolicy) -> None:
+        self.attached, self.site, self.layer, self.policy = attached, site, layer, policy
         self.modules: list[nn.Module] = []
         #: What follows the layers, or for a norm of the residual stream the norm and the stream.
-        self.look: LookAhead | None = None
+        self.next_function: LookAhead | None = None
         self.norm: Norm | None = None
         self.residual: Residual | None = None
         self._maps: list[Weights] = []
-        self._waiting: tuple[Tensor, dict[int, Tensor]] | None = None
+        self._copies: list[QuantisedMatrix] = []
+        self._pending: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy takes over: not the views of the weights, which the copy's modules have copies of."""
-        return {**vars(self), "_maps": [], "_waiting": None}
+        return {**vars(self), "_maps": [], "_copies": [], "_pending": None}
 
     @property
     def maps(self) -> list[Weights]:
@@ -152,37 +167,48 @@ class LinearGroup:
 
     def output(self, module: nn.Module, index: int, x: Tensor) -> Tensor:
         """The output of one of the layers. The first that is called computes all."""
-        if self._waiting is not None and self._waiting[0] is x and index in self._waiting[1]:
-            output = self._waiting[1].pop(index)
-            if not self._waiting[1]:
-                self._waiting = None
+        if self._pending is not None and self._pending[0] is x and index in self._pending[1]:
+            output = self._pending[1].pop(index)
+            if not self._pending[1]:
+                self._pending = None
             return output
         check_float32(module, x)
-        places = self.run.places(x.shape[-2])
-        result = linears(
+        positions = self.attached.positions_of_last(x.shape[-2])
+        generator = self.attached.generator(self.policy, self.site, self.layer, last_step(positions))
+        result = self.compute(x.detach(), generator)
+        record(self.attached, self.site, self.layer, result.eligible, result.selected, positions)
+        outputs = dict(enumerate(result.outputs))
+        output = outputs.pop(index)
+        self._pending = (x, outputs) if outputs else None
+        return output
+
+    def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
+        """All layers of the group, under the site's policy."""
+        operand = self.policy.precision.operand
+        if not operand.is_float32 and not self._copies:
+            self._copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in self.maps]
+        return linears(
             x,
             self.maps,
             accumulator=self.policy.accumulate,
             rule=self.policy.rule,
-            look=self._ahead(),
-            generator=self.run.generator(self.policy, self.site, self.layer, last_step(places)),
+            next_function=self.looks_ahead(),
+            generator=generator,
             layer=self.layer,
+            operand=operand,
+            copies=self._copies or None,
         )
-        record(self.run, self.site, self.layer, result.eligible, result.selected, places)
-        outputs = dict(enumerate(result.outputs))
-        output = outputs.pop(index)
-        self._waiting = (x, outputs) if outputs else None
-        return output
 
-    def _ahead(self) -> LookAhead:
-        if self.look is not None:
-            return self.look
+    def looks_ahead(self) -> LookAhead:
+        """What follows the layers; a residual stream is forgotten with the call."""
+        if self.next_function is not None:
+            return self.next_function
         assert self.norm is not None
         size = self.maps[0].matrix.shape[1]
         return Normed(self.norm, None if self.residual is None else self.residual.take(size))
 
 
-class LinearForward(Forward):
+class LinearForward(SimulatedForward):
     """A linear layer of a group."""
 
     def __init__(self, module: nn.Module, group: LinearGroup, index: int) -> None:
@@ -201,15 +227,17 @@ def linear_map(module: nn.Module) -> Weights:
     return Weights(weight if isinstance(module, Conv1D) else weight.T, module.bias)  # type: ignore[arg-type]
 
 
-def last_step(places: Tensor) -> int:
+def last_step(positions: Tensor) -> int:
     """One more than the last position: what sets apart the calls of a layer."""
-    return int(places.max()) + 1 if places.numel() else 0
+    return int(positions.max()) + 1 if positions.numel() else 0
 
 
-def record(run: Run, site: str, layer: int, eligible: int, selected: Tensor, places: Tensor) -> None:
+def record(
+    attached: AttachedPolicy, site: str, layer: int, eligible: int, selected: Tensor, positions: Tensor
+) -> None:
     """Count one call of a site without heads: `selected` is int64 (..., length)."""
     rows = selected.reshape(-1, 1, selected.shape[-1])
-    run.statistics.record(layer, torch.full_like(rows, eligible), rows, places, site)
+    attached.statistics.record(site, layer, rows, torch.full_like(rows, eligible), positions)
 
 
 def check_float32(module: nn.Module, x: Tensor) -> None:

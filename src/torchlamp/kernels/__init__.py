@@ -1,6 +1,8 @@
-"""The kernels: numbers in, numbers out. Each native kernel has a torch twin that gives the same bits.
+"""The kernels: numbers in, numbers out. Each native kernel has a readable reference in torch.
 
-`specification` says what a kernel must know of a format and an accumulator; `products` and `recompute` choose
-between the native kernel and its twin (`twins`); `rounding` and `fma` are what the twins are made of. `lowbit`, with
-`reference_lowbit`, is of another kind: matrices that are stored in few bits, whose products agree to float32 rounding.
+`native` loads the extension, `dispatch` chooses between native kernel and reference, `constants` holds the numbers that
+both share. `specification` says what a kernel must know of a format and an accumulator. `products` and `recompute` have
+`reference`, which gives the same bits and is made of `rounding` and `fma`; fused `attention` has the tile loop of
+`torchlamp.simulation`. Low-bit copies (`reference_lowbit`, `reference_decoding`) agree to float32 rounding; the rooms
+above call their kernels.
 """

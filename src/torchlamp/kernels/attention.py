@@ -1,15 +1,17 @@
 """Attention under a threshold rule in one native call.
 
 The native kernel does for the threshold rules what the torch tile loop of `torchlamp.simulation.attention` does for
-every rule; that loop is its twin. Scores, and therefore what a rule is shown, agree bit for bit; exponentials agree to
-about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry whose
-weight lies that close to the threshold may be decided otherwise.
+every rule; that loop is its reference. Scores, and therefore what a rule is shown, agree bit for bit; exponentials
+agree to about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry
+whose weight lies that close to the threshold may be decided otherwise.
 """
 
+import torch
 from torch import Tensor
 
-from torchlamp.kernels import native
-from torchlamp.kernels.specification import Accumulation
+from torchlamp.kernels.constants import BLOCK_KEYS, RULE_WEIGHTS
+from torchlamp.kernels.dispatch import as_native, native_for
+from torchlamp.kernels.specification import Accumulation, accumulation_numbers
 
 
 def fused_attention(
@@ -28,8 +30,16 @@ def fused_attention(
     softcap: float | None,
     sinks: Tensor | None,
     blocks: bool = False,
+    exact_query: Tensor | None = None,
+    exact_key: Tensor | None = None,
+    shift: Tensor | None = None,
+    row_error: Tensor | None = None,
+    key_error: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Attend with low-precision scores, recomputing in float32 those whose weight exceeds the threshold.
+
+    The score of a query and a key is y = round(scaling * low-precision q . k) + shift. A recomputed one is
+    scaling * (exact q . exact k) + shift in float32. The rule, the softcap and its slope see y, shift included.
 
     Parameters
     ----------
@@ -42,7 +52,7 @@ def fused_attention(
     scaling
         Factor of the scores.
     error_scale
-        For the weight `running`: r = error_scale * sqrt(sum of squares).
+        For the weight `running`: r = error_scale * sqrt(sum of squares), the expected error of the sum.
     mask
         bool (B or 1, 1, Lq, Lk), True = visible, or None.
     causal
@@ -53,6 +63,17 @@ def fused_attention(
         float32 (H,): a logit per head that enters the normaliser but has no value.
     blocks
         Also note which blocks of 16 keys a row sees and touches.
+    exact_query, exact_key
+        float32, of the shapes of `query` and `key`: the operands of recomputed scores, where those of the low pass are
+        coarser copies of them. `query` and `key` themselves if not given.
+    shift
+        float32 (B, H, Lq), added in float32 to every score of a row, after scaling and rounding: what a representative
+        lacks. A softmax alone doesn't see it; a softcap and sinks do.
+    row_error, key_error
+        float32 (B, H, Lq) and (B, Hkv, Lk), together: their product is the expected error of a score that coarser
+        operands make, scaling included. For the weight `running`
+        r = sqrt((error_scale * sqrt(sum of squares))^2 + (row_error * key_error)^2), and row_error * key_error alone
+        where sums are float32 ones.
 
     Returns
     -------
@@ -60,27 +81,45 @@ def fused_attention(
     sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
     visible key, plus 2 if one of them is recomputed. Or None where the native kernel doesn't serve: no extension,
     tensors that aren't float32 on the CPU, a mask for each head, or the weight `relaxed` with sinks.
+
+    Raises
+    ------
+    ValueError
+        Shapes that don't fit together, or one of `row_error` and `key_error` without the other.
     """
-    served = (
-        native.supports(query, key, value, sinks)
-        and (mask is None or (mask.device.type == "cpu" and mask.shape[1] == 1 and not causal))
-        and not (weight == "relaxed" and sinks is not None)
+    served = (mask is None or (mask.shape[1] == 1 and not causal)) and not (
+        weight == "relaxed" and sinks is not None
     )
-    if not served:
+    optional = (exact_query, exact_key, shift, row_error, key_error)
+    native = native_for(query, key, value, mask, sinks, *optional) if served else None
+    if native is None:
         return None
-    return native.attention(
-        query,
-        key,
-        value,
-        accumulation,
-        weight=weight,
-        threshold=threshold,
-        by_length=by_length,
-        scaling=scaling,
-        error_scale=error_scale,
-        mask=None if mask is None else mask[:, 0].expand(query.shape[0], -1, -1),
-        causal=causal,
-        softcap=softcap,
-        sinks=sinks,
-        blocks=blocks,
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    selected = torch.empty(batch, heads, length, dtype=torch.int32)
+    visible = torch.empty(batch, length, 2, dtype=torch.int32)
+    noted = None
+    if blocks:
+        noted = torch.zeros(batch, heads, length, -(-key.shape[2] // BLOCK_KEYS), dtype=torch.uint8)
+    native.extension.attention(
+        native.instruction_set,
+        *map(as_native, (query, key, value)),
+        *(None if t is None else as_native(t) for t in (exact_query, exact_key)),
+        *(None if t is None else as_native(t, "all") for t in (shift, row_error, key_error)),
+        output,
+        selected,
+        visible,
+        noted,
+        None if mask is None else as_native(mask[:, 0].expand(batch, -1, -1)),
+        None if sinks is None else as_native(sinks, "all"),
+        causal,
+        scaling,
+        softcap or 0.0,
+        RULE_WEIGHTS.index(weight),
+        threshold,
+        by_length,
+        error_scale,
+        accumulation_numbers(accumulation),
+        torch.get_num_threads(),
     )
+    return output, selected, visible, noted

@@ -1,28 +1,15 @@
-"""The native extension: is it there, which of its kernels does this machine run, and calls with torch tensors.
+"""The native extension: whether it is there, and which of its kernels this machine runs.
 
-The extension is optional. Where it is missing, or the tensors are not on the CPU, the torch twins run instead.
-The environment variable TORCHLAMP_KERNELS forces a choice: `avx512`, `avx2`, `portable`, or `torch` for the twins.
+The extension is optional; without it the references run, in torch. The environment variable TORCHLAMP_KERNELS forces
+a choice: `avx512`, `avx2`, `portable`, or `torch` for the references. `torchlamp.kernels.dispatch` chooses for a call.
 """
 
 import functools
 import os
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from torchlamp.kernels.specification import Accumulation
-
 #: Instruction sets, best first. `portable` is plain C++.
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-
-#: Keys of a block whose recomputation is counted.
-BLOCK_KEYS = 16
-
-_OVERFLOW = {"inf": 0, "nan": 1, "saturate": 2}
-#: Lengths beyond any sum reach the kernels as the largest that they can take.
-_LONGEST = 2**31 - 1
-_WEIGHT = {"strict": 0, "relaxed": 1, "running": 2, "topz": 3}
 
 
 @functools.cache
@@ -42,7 +29,7 @@ def _load() -> tuple[Any, str | None]:
 def _choose(forced: str) -> tuple[str | None, str | None]:
     """The instruction set to use for a value of TORCHLAMP_KERNELS, or None and the reason."""
     if forced == "torch":
-        return None, "TORCHLAMP_KERNELS=torch asks for the torch twins"
+        return None, "TORCHLAMP_KERNELS=torch asks for the references in torch"
     if forced and forced not in INSTRUCTION_SETS:
         raise ValueError(
             f"TORCHLAMP_KERNELS={forced!r}: allowed are {', '.join(INSTRUCTION_SETS)}, torch, or nothing at all"
@@ -57,7 +44,7 @@ def _choose(forced: str) -> tuple[str | None, str | None]:
 
 
 def instruction_set() -> str | None:
-    """The instruction set of the native kernels that run, or None where the torch twins do."""
+    """The instruction set of the native kernels that run, or None where the references do."""
     return _choose(os.environ.get("TORCHLAMP_KERNELS", ""))[0]
 
 
@@ -86,131 +73,3 @@ def features() -> dict[str, str]:
         name: "in use" if name == used else "available" if module.supports(name) else "not on this processor"
         for name in INSTRUCTION_SETS
     }
-
-
-def supports(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels can take these tensors: all float32 and on the CPU."""
-    return available() and all(
-        t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors
-    )
-
-
-def _how(accumulation: Accumulation) -> tuple[int | bool, ...]:
-    g = accumulation.grid
-    return (
-        g.mantissa_bits,
-        g.min_exponent,
-        g.max_exponent,
-        g.top_codes_lost,
-        _OVERFLOW[g.overflow],
-        g.subnormals,
-        g.signed,
-        g.negative_zero,
-        accumulation.fused,
-        min(accumulation.block, _LONGEST),
-        min(accumulation.promote, _LONGEST),
-    )
-
-
-def products(
-    a: Tensor,
-    b: Tensor,
-    accumulation: Accumulation,
-    scaling: float | None = None,
-    causal: int | None = None,
-    squares: bool = False,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`torchlamp.kernels.products.products` on CPU float32 tensors; same arguments, same result, bit for bit."""
-    module, _ = _load()
-    shape = (a.shape[0], a.shape[1], b.shape[2])
-    result = a.new_empty(shape) if out is None else out
-    sums = a.new_empty(shape) if squares else None
-    module.products(
-        instruction_set(),
-        _plain(a),
-        _plain(b),
-        result,
-        sums,
-        _how(accumulation),
-        scaling,
-        causal,
-        torch.get_num_threads(),
-    )
-    return result, sums
-
-
-def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
-    """`torchlamp.kernels.recompute.recompute` on CPU float32 tensors; same arguments, same result, bit for bit."""
-    module, _ = _load()
-    whole = scores.resolve_neg().contiguous()  # the same tensor where nothing is to be gathered
-    module.recompute(
-        instruction_set(),
-        whole,
-        _plain(a),
-        _plain(b),
-        _bytes(mask),
-        scaling,
-        torch.get_num_threads(),
-    )
-    if whole is not scores:
-        scores.copy_(whole)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    accumulation: Accumulation,
-    *,
-    weight: str,
-    threshold: float,
-    by_length: bool,
-    scaling: float,
-    error_scale: float,
-    mask: Tensor | None,
-    causal: bool,
-    softcap: float | None,
-    sinks: Tensor | None,
-    blocks: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """`torchlamp.kernels.attention.fused_attention` on CPU float32 tensors; see there."""
-    module, _ = _load()
-    batch, heads, length, _ = query.shape
-    output = query.new_empty(batch, length, heads, value.shape[-1])
-    selected = torch.empty(batch, heads, length, dtype=torch.int32)
-    visible = torch.empty(batch, length, 2, dtype=torch.int32)
-    noted = None
-    if blocks:
-        noted = torch.zeros(batch, heads, length, -(-key.shape[2] // BLOCK_KEYS), dtype=torch.uint8)
-    module.attention(
-        instruction_set(),
-        *(t if t.stride(-1) == 1 else t.contiguous() for t in map(_plain, (query, key, value))),
-        output,
-        selected,
-        visible,
-        noted,
-        None if mask is None else _bytes(mask),
-        None if sinks is None else _plain(sinks).contiguous(),
-        causal,
-        scaling,
-        softcap or 0.0,
-        _WEIGHT[weight],
-        threshold,
-        by_length,
-        error_scale,
-        _how(accumulation),
-        torch.get_num_threads(),
-    )
-    return output, selected, visible, noted
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """The tensor as its memory says: without a gradient, and not lazily negated, which a pointer doesn't show."""
-    return tensor.detach().resolve_neg()
-
-
-def _bytes(mask: Tensor) -> Tensor:
-    """A boolean mask as bytes, its last dimension contiguous."""
-    mask = mask if mask.stride(-1) == 1 or mask.shape[-1] <= 1 else mask.contiguous()
-    return mask.view(torch.uint8)

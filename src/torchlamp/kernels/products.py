@@ -1,13 +1,13 @@
-"""Per-step rounded products: the native kernel where it can run, its torch twin elsewhere."""
+"""Per-step rounded products: the native kernel where it serves, its reference elsewhere."""
 
 import torch
 from torch import Tensor
 
-from torchlamp.kernels import native
-from torchlamp.kernels.reference import products_twin
-from torchlamp.kernels.specification import Accumulation
+from torchlamp.kernels.dispatch import NativeKernels, as_native, native_for
+from torchlamp.kernels.reference import products_reference
+from torchlamp.kernels.specification import Accumulation, accumulation_numbers
 
-#: Devices that can't run the twins, which build the fused multiply-add from float64: their tensors go to the
+#: Devices that can't run the references, which build the fused multiply-add from float64: their tensors go to the
 #: CPU and back.
 WITHOUT_FLOAT64 = frozenset({"mps"})
 
@@ -58,11 +58,40 @@ def products(
     if device.type in WITHOUT_FLOAT64:
         a, b = a.cpu(), b.cpu()
     empty = 0 in (a.shape[0], a.shape[1], b.shape[2])
-    if not empty and native.supports(a, b):
-        out, sums = native.products(a, b, accumulation, scaling, causal, squares)
+    native = None if empty else native_for(a, b)
+    if native is None:
+        out, sums = products_reference(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
     else:
-        out, sums = products_twin(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
+        out, sums = products_native(native, a, b, accumulation, scaling, causal, squares)
     return out.to(device), None if sums is None else sums.to(device)
+
+
+def products_native(
+    native: NativeKernels,
+    a: Tensor,
+    b: Tensor,
+    accumulation: Accumulation,
+    scaling: float | None = None,
+    causal: int | None = None,
+    squares: bool = False,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`products` by a native kernel, on CPU float32 tensors; into `out` (G, M, N), contiguous, if given."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    result = a.new_empty(shape) if out is None else out
+    sums = a.new_empty(shape) if squares else None
+    native.extension.products(
+        native.instruction_set,
+        as_native(a, "any"),
+        as_native(b, "any"),
+        result,
+        sums,
+        accumulation_numbers(accumulation),
+        scaling,
+        causal,
+        torch.get_num_threads(),
+    )
+    return result, sums
 
 
 def operands_fit(a: Tensor, b: Tensor) -> bool:

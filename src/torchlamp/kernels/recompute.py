@@ -1,11 +1,11 @@
-"""Recomputing chosen entries of a product in float32, by the native kernel or by its torch twin."""
+"""Recomputing chosen entries of a product in float32, by the native kernel or its reference."""
 
 import torch
 from torch import Tensor
 
-from torchlamp.kernels import native
+from torchlamp.kernels.dispatch import NativeKernels, as_native, native_for
 from torchlamp.kernels.products import WITHOUT_FLOAT64, operands_fit
-from torchlamp.kernels.reference import recompute_twin
+from torchlamp.kernels.reference import recompute_reference
 
 
 def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
@@ -39,10 +39,30 @@ def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float
         on_cpu = scores.cpu()
         recompute(on_cpu, a.cpu(), b.cpu(), mask.cpu(), scaling)
         scores.copy_(on_cpu)
-    elif native.supports(scores, a, b) and mask.device.type == "cpu":
-        native.recompute(scores, a, b, mask, scaling)
+        return
+    native = native_for(scores, a, b, mask)
+    if native is None:
+        recompute_reference(scores, a, b, mask, scaling)
     else:
-        recompute_twin(scores, a, b, mask, scaling)
+        recompute_native(native, scores, a, b, mask, scaling)
+
+
+def recompute_native(
+    native: NativeKernels, scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None
+) -> None:
+    """`recompute` by a native kernel, on CPU tensors."""
+    whole = scores.resolve_neg().contiguous()  # the same tensor where nothing is to be gathered
+    native.extension.recompute(
+        native.instruction_set,
+        whole,
+        as_native(a, "any"),
+        as_native(b, "any"),
+        as_native(mask),
+        scaling,
+        torch.get_num_threads(),
+    )
+    if whole is not scores:
+        scores.copy_(whole)
 
 
 def _check(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The readable torch twins of the native kernels: the definition, and the way without a compiler.
+"""The readable references of the native kernels, in torch: the definition, and the way without a compiler.
 
 The order is always k = 0, 1, 2, ... and every operation is elementwise and exactly rounded, so that results
 depend neither on how rows are gathered into slabs nor on threads, batch size or device.
@@ -19,7 +19,7 @@ _FLOAT32 = Grid()
 
 
 @torch.no_grad()
-def products_twin(
+def products_reference(
     a: Tensor,
     b: Tensor,
     accumulation: Accumulation,
@@ -28,7 +28,7 @@ def products_twin(
     causal: int | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The torch twin of `torchlamp.kernels.products.products`, which documents the arguments."""
+    """The reference of `torchlamp.kernels.products.products`, which documents the arguments."""
     groups, rows, depth = a.shape
     shared, _, columns = b.shape
     shape = (groups, rows, columns)
@@ -61,8 +61,10 @@ def products_twin(
 
 
 @torch.no_grad()
-def recompute_twin(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None) -> None:
-    """The torch twin of `torchlamp.kernels.recompute.recompute`, which documents the arguments."""
+def recompute_reference(
+    scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float | None = None
+) -> None:
+    """The reference of `torchlamp.kernels.recompute.recompute`, which documents the arguments."""
     repeats = a.shape[0] // max(1, b.shape[0])
     marked = mask.nonzero()
     slab = max(1, _slab_entries(a) // max(1, a.shape[2]))

@@ -1,4 +1,4 @@
-"""The readable twin of the decoding kernel: attention of new queries over low-bit copies with look-ahead.
+"""The readable reference of the decoding kernel: attention of new queries over low-bit copies with look-ahead.
 
 `scores.hpp`, `values.hpp` and `attend.hpp` in `native/lowbit` are the kernel.
 """
@@ -6,11 +6,9 @@
 import torch
 from torch import Tensor
 
+from torchlamp.kernels.constants import SKIP, SURPRISE, VANISHED
+from torchlamp.kernels.look_ahead import softmax_gain
 from torchlamp.kernels.reference_lowbit import quantise_vector
-
-#: As in native/lowbit/values.hpp: how far a recomputed logit may lie above the largest low-bit one, and what must be
-#: left of the sum of exponentials.
-_SURPRISE, _VANISHED = 8.0, 0.125
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -105,9 +103,7 @@ def attend(
 
     z = probabilities(low)
     r = abs(scaling) * moved.norm(dim=-1, keepdim=True) * by_head(errors)[:, :, None] / size**0.5
-    # The first-order weight says nothing of errors beyond a nat: see docs/decoding.md.
-    far = 2 * r * (z.clamp(min=2.0**-126) * torch.exp((4 * r).clamp(max=87))).clamp(max=1)
-    weight = torch.where(r > 1, far, 2 * z * (1 - z) * slope * r)
+    weight = softmax_gain(z, r, slope) * r
     # Written so that a NaN is recomputed.
     again = ~(weight <= scores_threshold) & visible
     if scores_threshold == torch.inf:
@@ -121,7 +117,8 @@ def attend(
     large = large.any(2)
     chosen = by_head(large)
     # Values that aren't finite are always chosen; their low-bit copies, NaN, get the weight 0.
-    low_part = torch.where(chosen, 0, z) @ by_head(low_values.nan_to_num(0.0))
+    tiny = known <= SKIP / visible.sum(-1, keepdim=True)
+    low_part = torch.where(chosen | tiny, 0, z) @ by_head(low_values.nan_to_num(0.0))
     output = torch.where(chosen, z, 0) @ by_head(full_values) + low_part
     # Probabilities that low-bit scores misled by more than this decided nothing well: such rows are done in full.
     ends = [low.masked_fill(~visible, -torch.inf), *([] if sink is None else [sink])]
@@ -129,7 +126,7 @@ def attend(
     before, after = (
         torch.exp(torch.cat([y, *ends[1:]], -1) - top).sum(-1, keepdim=True) for y in (ends[0], better)
     )
-    misled = ((better - top) > _SURPRISE).any(-1, keepdim=True) | (after < _VANISHED * before)
+    misled = ((better - top) > SURPRISE).any(-1, keepdim=True) | (after < VANISHED * before)
     again = torch.where(misled, visible, again)
     in_full = probabilities(full) @ by_head(full_values)
     output = torch.where(misled, in_full, output)

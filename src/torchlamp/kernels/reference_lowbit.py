@@ -1,4 +1,4 @@
-"""The torch twins of the low-bit kernels: how a matrix becomes codes and scales, and what they are worth.
+"""The references of the low-bit kernels: how a matrix becomes codes and scales, and what they are worth.
 
 A row is cut into groups of 32 columns. A group's scale s is its largest magnitude over the largest code, rounded up to
 a bfloat16 number; a code is round(x / s), ties to even, so that |x - s c| <= s / 2 but for the rounding of the
@@ -14,11 +14,8 @@ both plus 8); scales lie as in blocks. Rows that fill up the last block are byte
 import torch
 from torch import Tensor
 
-#: Rows of a block, and columns that share a scale.
-ROWS, GROUP = 16, 32
-#: The largest code of each number of bits.
-LARGEST_CODE = {4: 7, 8: 127, 12: 2047}
-_LARGEST_SHORT = 32767
+from torchlamp.kernels.constants import GROUP, LARGEST_CODE, LARGEST_SHORT, ROWS
+
 _BF16_NAN, _BF16_INFINITY = 0x7FC0, 0x7F80
 #: Rows of a matrix that are widened to float64 at a time.
 _SLAB_ROWS = 4096
@@ -101,7 +98,7 @@ def join_pairs(integers: Tensor, patterns: Tensor, bits: int) -> tuple[Tensor, T
 
 @torch.no_grad()
 def split_pairs(codes: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """What `join_pairs` was given."""
+    """The integers and patterns that `join_pairs` made these codes and scales of."""
     if bits == 4:
         both = codes.to(torch.int32)
         integers = torch.stack([both & 15, both >> 4], dim=1) - 8
@@ -135,12 +132,12 @@ def quantise_vector(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     groups = _groups(x)
     magnitude = groups.abs().amax(-1) if groups.numel() else groups.new_zeros(groups.shape[:2])
-    scales = magnitude / torch.full_like(magnitude, _LARGEST_SHORT)
+    scales = magnitude / torch.full_like(magnitude, LARGEST_SHORT)
     # Rounded up, which matters among subnormal numbers only: there rounding down would leave much beyond the last code.
-    below = scales.double() * _LARGEST_SHORT < magnitude.double()
+    below = scales.double() * LARGEST_SHORT < magnitude.double()
     scales = torch.where(below, torch.nextafter(scales, torch.full_like(scales, torch.inf)), scales)
     finite = scales.isfinite()
-    codes = (groups / scales[..., None]).round().clamp(-_LARGEST_SHORT, _LARGEST_SHORT)
+    codes = (groups / scales[..., None]).round().clamp(-LARGEST_SHORT, LARGEST_SHORT)
     codes = torch.where((finite & (scales > 0))[..., None], codes, 0.0)
     return codes.to(torch.int16).flatten(1), torch.where(finite, scales, torch.nan)
 

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from torchlamp.kernels.constants import OVERFLOWS
+
 Overflow = Literal["inf", "nan", "saturate"]
 
 
@@ -83,3 +85,25 @@ class Accumulation:
                 f"block={self.block}, promote={self.promote}: block must be >= 1, promote >= 0, "
                 "and only one of them used"
             )
+
+
+#: Lengths beyond any sum reach the native kernels as the largest that they can take.
+_LONGEST = 2**31 - 1
+
+
+def accumulation_numbers(accumulation: Accumulation) -> tuple[int | bool, ...]:
+    """An accumulation as the native kernels are told it."""
+    g = accumulation.grid
+    return (
+        g.mantissa_bits,
+        g.min_exponent,
+        g.max_exponent,
+        g.top_codes_lost,
+        OVERFLOWS.index(g.overflow),
+        g.subnormals,
+        g.signed,
+        g.negative_zero,
+        accumulation.fused,
+        min(accumulation.block, _LONGEST),
+        min(accumulation.promote, _LONGEST),
+    )

@@ -1,55 +1,49 @@
-"""What runs at which site: an accumulator and a rule each, in one spelling for Python, CLI and JSON."""
+"""What runs at which site: a precision and a rule each, in one spelling for Python, CLI, YAML and JSON."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.formats import Format
+from torchlamp.policy.fit import check_precision, check_rule, check_site
+from torchlamp.policy.precision import Precision
+from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
+from torchlamp.site_names import SITES
 
-#: The sites of a transformer, in the order of its forward pass; this is also the order they are printed in.
-SITES = ("scores", "values", "qkv", "attention_out", "mlp_up", "mlp_down", "norm", "lm_head")
-
+_NOTHING = Nothing()
 # A rule's parameters may hold commas, so only a comma that starts the next `site=` separates two sites.
-_SITE_SEPARATOR = re.compile(r",(?=\s*[\w-]+\s*=)")
-#: What a site can show to a rule (`Rule.looks_through`) beside what every site shows, "any".
-SHOWS: dict[str, tuple[str, ...]] = {
-    "scores": ("softmax", "attention"),
-    "values": ("elementwise",),
-    "qkv": ("elementwise",),
-    "attention_out": ("elementwise",),
-    "mlp_up": ("elementwise",),
-    "mlp_down": ("elementwise",),
-    "norm": (),
-    "lm_head": ("softmax",),
-}
-_NEEDS = {
-    "softmax": "a softmax",
-    "attention": "a softmax over keys with values and places",
-    "elementwise": "a function of single sums with condition numbers",
-}
-_SPELLING = "write accumulator+rule, for example 'ps4+strict:0.1'"
+_SITE_SEPARATOR = re.compile(r",(?=\s*[\w-]*\s*=)")
+_SPELLING = (
+    "write [site=][operand@]accumulator[.transform...][+rule], for example 'ps4+strict:0.1' or 'qkv=int8'"
+)
 
 
 @dataclass(frozen=True)
 class SitePolicy:
-    """The accumulator that a site's sums are formed in, and the rule that picks what is recomputed.
+    """How a site's sums are formed, and the rule that picks what is recomputed or read in full precision.
 
-    Printed and parsed as ``accumulator+rule``, for example ``ps4+strict:0.1``.
+    Printed and parsed as ``[operand@]accumulator[.transform...][+rule]``, for example ``ps4+strict:0.1``,
+    ``int8.center.hadamard+running:0.001`` or ``mxfp4@ps13/promote128``. An accumulator or a format in the place of the
+    precision has float32 operands.
     """
 
-    accumulate: Accumulator
-    rule: Rule
+    precision: Precision
+    rule: Rule = _NOTHING
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", Precision.parse(self.precision))
+        object.__setattr__(self, "rule", Rule.parse(self.rule))
 
     @classmethod
     def parse(cls, text: "str | SitePolicy") -> "SitePolicy":
-        """Read ``accumulator+rule``; a `SitePolicy` is returned as it is.
+        """Read a site's policy; a `SitePolicy` is returned as it is, and without a rule nothing is recomputed.
 
         Raises
         ------
         ValueError
-            Either part is missing or unknown.
+            A part is missing or unknown.
         TypeError
             Anything but a string or a SitePolicy.
         """
@@ -57,23 +51,32 @@ class SitePolicy:
             return text
         if not isinstance(text, str):
             raise TypeError(f"a site's policy is a string, not {type(text).__name__} {text!r}: {_SPELLING}")
-        accumulate, plus, rule = text.partition("+")
-        if not plus or not accumulate.strip() or not rule.strip():
-            raise ValueError(f"policy {text!r} needs an accumulator and a rule: {_SPELLING}")
-        return cls(Accumulator.parse(accumulate.strip()), Rule.parse(rule.strip()))
+        precision, plus, rule = (part.strip() for part in text.partition("+"))
+        if not precision or (plus and not rule):
+            lacks = "rule behind its '+'" if precision else "accumulator or operand"
+            raise ValueError(f"policy {text!r} lacks the {lacks}: {_SPELLING}")
+        return cls(Precision.parse(precision), Rule.parse(rule if plus else "none"))
+
+    @property
+    def accumulate(self) -> Accumulator:
+        """The accumulator; for a stored operand that of float32 sums."""
+        return self.precision.sums
 
     def __str__(self) -> str:
-        return f"{self.accumulate}+{self.rule}"
+        # `none` is written behind an accumulator and not behind a stored operand, as the keys of older results are.
+        if self.precision.is_stored and isinstance(self.rule, Nothing):
+            return str(self.precision)
+        return f"{self.precision}+{self.rule}"
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class Policy:
-    """Accumulator and rule per site; sites that aren't named run in float32.
+    """Precision and rule per site; sites that aren't named run in float32.
 
     Parameters
     ----------
-    accumulate : str or Accumulator
-        The accumulator of the site `scores`, for example ``"ps4"``.
+    accumulate : str, Accumulator, Format or Precision
+        The precision of the site `scores`, for example ``"ps4"`` or ``"ps4.center.sort"``.
     rule : str or Rule
         The rule of the site `scores`, for example ``"strict:0.1"``; nothing is recomputed by default.
     sites : mapping of str to (str or SitePolicy)
@@ -82,8 +85,8 @@ class Policy:
     Raises
     ------
     ValueError
-        An unknown site, format or rule, a rule that can't see what it needs at its site, or both spellings at once,
-        or neither.
+        An unknown site, format or rule, a rule that can't see what it needs at its site, an operand or transform that
+        doesn't fit there, or both spellings at once, or neither.
     TypeError
         A part that is neither a spelling nor the object itself.
     """
@@ -92,7 +95,7 @@ class Policy:
 
     def __init__(
         self,
-        accumulate: str | Accumulator | None = None,
+        accumulate: str | Accumulator | Format | Precision | None = None,
         rule: str | Rule = "none",
         *,
         sites: Mapping[str, str | SitePolicy] | None = None,
@@ -101,7 +104,7 @@ class Policy:
             raise ValueError("a policy needs accumulate (and rule), or sites: for example accumulate='ps4'")
         if sites is None:
             assert accumulate is not None
-            sites = {"scores": SitePolicy(Accumulator.parse(accumulate), Rule.parse(rule))}
+            sites = {"scores": SitePolicy(Precision.parse(accumulate), Rule.parse(rule))}
         elif str(rule) != "none":
             raise ValueError(f"rule {str(rule)!r} is given beside sites: name it within the site it is for")
         if not isinstance(sites, Mapping):
@@ -109,20 +112,21 @@ class Policy:
         if not sites:
             raise ValueError(f"a policy needs at least one site: {_SPELLING}")
         for site in sites:
-            _check_site(site)
+            check_site(site)
         entries = tuple((site, SitePolicy.parse(sites[site])) for site in SITES if site in sites)
         for site, policy in entries:
-            _check_rule(site, policy.rule)
+            check_precision(site, policy.precision)
+            check_rule(site, policy.precision, policy.rule)
         object.__setattr__(self, "entries", entries)
 
     @classmethod
     def parse(cls, text: "str | Policy") -> "Policy":
-        """Read ``ps4+strict:0.1`` (the site `scores`) or ``scores=ps4+strict:0.1, mlp_up=ps7+none``.
+        """Read ``ps4+strict:0.1`` (the site `scores`) or ``scores=ps4+strict:0.1, mlp_up=int8``.
 
         Raises
         ------
         ValueError
-            An unknown or repeated site, a missing ``+``, an unknown format or rule.
+            An unknown or repeated site, an unknown operand, accumulator, transform or rule.
         TypeError
             Anything but a string or a Policy.
         """
@@ -131,20 +135,15 @@ class Policy:
         if not isinstance(text, str):
             given = type(text).__name__
             raise TypeError(f"a policy is a string or a Policy, not {given} {text!r}: {_SPELLING}")
-        if "=" not in text:
-            return cls(sites={"scores": SitePolicy.parse(text)})
         sites: dict[str, SitePolicy] = {}
         for part in _SITE_SEPARATOR.split(text):
             site, equals, policy = (piece.strip() for piece in part.partition("="))
             if not equals:
-                raise ValueError(
-                    f"{part.strip()!r} in policy {text!r} names no site: write site=accumulator+rule"
-                )
-            _check_site(site)
+                site, policy = "scores", site
+            check_site(site)
             if not policy:
-                raise ValueError(
-                    f"site {site!r} in policy {text!r} needs an accumulator and a rule: {_SPELLING}"
-                )
+                where = f"site {site!r} in policy {text!r}" if equals else f"policy {text!r}"
+                raise ValueError(f"{where} needs an accumulator or an operand: {_SPELLING}")
             if site in sites:
                 raise ValueError(f"site {site!r} appears twice in policy {text!r}: give each site once")
             sites[site] = SitePolicy.parse(policy)
@@ -155,6 +154,19 @@ class Policy:
         """The policy of each named site, as a new dictionary in the order of the forward pass."""
         return dict(self.entries)
 
+    @property
+    def has_stored(self) -> bool:
+        """Whether a site has a stored operand, which only decoding kernels can really read."""
+        return any(policy.precision.is_stored for _, policy in self.entries)
+
+    def without(self, *names: str) -> "Policy":
+        """The same policy with some sites left in full precision. ValueError if none is left."""
+        return Policy(sites={site: policy for site, policy in self.entries if site not in names})
+
+    def unguarded(self) -> "Policy":
+        """The same precisions without any look-ahead: every rule is `none`."""
+        return Policy(sites={site: SitePolicy(policy.precision) for site, policy in self.entries})
+
     def __str__(self) -> str:
         if len(self.entries) == 1 and self.entries[0][0] == "scores":
             return str(self.entries[0][1])
@@ -162,22 +174,3 @@ class Policy:
 
     def __repr__(self) -> str:
         return f"Policy.parse({str(self)!r})"
-
-
-def _check_site(site: str) -> None:
-    if site in SITES:
-        return
-    near = difflib.get_close_matches(site.replace("-", "_"), SITES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown site {site!r}: the sites are {', '.join(SITES)}{hint}")
-
-
-def _check_rule(site: str, rule: Rule) -> None:
-    """Refuse a rule that needs what its site doesn't show."""
-    needed = rule.looks_through
-    if needed == "any" or needed in SHOWS[site]:
-        return
-    fitting = [s for s in SITES if needed in SHOWS[s]]
-    raise ValueError(
-        f"rule '{rule}' can't run at the site {site}: it looks through {_NEEDS[needed]}; it fits {', '.join(fitting)}"
-    )

@@ -20,9 +20,6 @@ SIZES = {"smollm2-135m": (64, 576, 1536), "gemma3-270m": (256, 640, 2048)}
 #: Taken for other models; the report says so.
 OTHER_SIZES = (64, 768, 3072)
 
-#: Values of the column "role": a rule that hardware can run, a random control, a rule that knows the true errors.
-RULE, CONTROL, ORACLE = "rule", "control", "oracle"
-
 #: Columns that say which experiment a point belongs to, and those that with them name the point.
 GROUP = ["model", "text", "tokens"]
 POINT = [*GROUP, "site", "layers", "accumulate", "policy"]
@@ -123,21 +120,19 @@ def _layers(point: dict[str, Any]) -> str:
 def _row(result: Result) -> dict[str, Any]:
     policy = Policy.parse(result.policy)
     parts = list(policy.sites.values())
-    accumulators = {str(part.accumulate): part.accumulate for part in parts}
+    precisions = {str(part.precision): part.precision for part in parts}
+    one = next(iter(precisions.values())) if len(precisions) == 1 else None
     rules = {str(part.rule): part.rule for part in parts}
     rule = next(iter(rules.values()))
     value = getattr(rule, "value", None)
     return {
         "site": " + ".join(policy.sites),
-        "accumulate": " / ".join(accumulators),
-        "mu": next(iter(accumulators.values())).format.grid.mantissa_bits
-        if len(accumulators) == 1
-        else math.nan,
+        "accumulate": " / ".join(precisions),
+        "mu": math.nan if one is None or one.is_stored else one.sums.format.grid.mantissa_bits,
         "policy": result.policy,
         "rule": " / ".join(dict.fromkeys(rule_label(part.rule) for part in parts)),
         "threshold": float(value) if value is not None and len(rules) == 1 else math.nan,
-        "realisable": all(part.rule.realisable for part in parts),
-        "role": _role(list(rules.values())),
+        "realisable": all(part.rule.role != "oracle" for part in parts),
         "windows": result.windows,
         "window_length": result.window_length,
         "seed": result.seed,
@@ -167,13 +162,6 @@ def rule_label(rule: Rule) -> str:
     """The rule's name, which is that of its curve; a control that copies a rule's counts carries its name."""
     followed = getattr(rule, "rule", None)
     return f"{rule.name} {followed.name}" if isinstance(followed, Rule) else rule.name
-
-
-def _role(rules: list[Rule]) -> str:
-    """The column "role" of a point with these rules."""
-    if not all(rule.realisable for rule in rules):
-        return ORACLE
-    return CONTROL if any(rule.needs_generator for rule in rules) else RULE
 
 
 def _costs(result: Result, policy: Policy) -> dict[str, Any]:

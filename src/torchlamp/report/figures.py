@@ -103,8 +103,7 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
             for rule in rules:
                 curve = with_curves[(with_curves["accumulate"] == name) & (with_curves["rule"] == rule)]
                 if len(curve):
-                    label = legend_label(rule, bool(curve["realisable"].all()))
-                    _line(panel, curve.sort_values(axis), axis, metric, rule_styles[rule], label)
+                    _line(panel, curve.sort_values(axis), axis, metric, rule_styles[rule], legend_label(rule))
             _uniform(panel, data[data["rule"] == "none"], axis, metric)
             panel.set_title(name)
         _log_ticks(panels[0].xaxis, with_curves[axis], percent=axis == "rate")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from torchlamp.report.data import CONTROL, GROUP, ORACLE, ReportData
-from torchlamp.report.style import order
+from torchlamp.report.data import GROUP, ReportData
+from torchlamp.report.style import order, rule_role
 from torchlamp.report.tables import equal_rate
 from torchlamp.results.result import POSITION_BIN
 
@@ -115,7 +115,7 @@ def mu_data(points: pd.DataFrame, at_rates: pd.DataFrame) -> pd.DataFrame:
 def typical_points(points: pd.DataFrame) -> pd.DataFrame:
     """Of each realisable rule that is no control, the point nearest to `TYPICAL_RATE` at each accumulator."""
     chosen = selecting(points)
-    chosen = chosen[~chosen["role"].isin([CONTROL, ORACLE])]
+    chosen = chosen[~chosen["rule"].map(rule_role).isin(["control", "oracle"])]
     distance = (chosen["rate"] / TYPICAL_RATE).map(lambda ratio: abs(math.log(ratio)))
     nearest = distance.groupby([chosen["accumulate"], chosen["rule"]]).idxmin()
     typical = chosen.loc[nearest].sort_values(["mu", "accumulate"])

@@ -100,8 +100,7 @@ def report_page(data: ReportData, folders: Sequence[str]) -> str:
 def page_data(data: ReportData) -> dict[str, Any]:
     """Everything that the page's script draws, ready for JSON: the tables of the files, and their styles."""
     points = data.points
-    realisable = points.groupby("rule")["realisable"].all().to_dict() | {"none": True, "all": True}
-    labels = sorted(realisable, key=order)
+    labels = sorted({*points["rule"], "none", "all"}, key=order)
     return {
         "points": _records(summary(points).to_dict("records")),
         "rates": _records(equal_rate(points).to_dict("records")),
@@ -109,8 +108,7 @@ def page_data(data: ReportData) -> dict[str, Any]:
         "rules": labels,
         "accumulators": accumulators(points),
         "styles": {
-            label: style.to_dict() | {"label": legend_label(label, realisable[label])}
-            for label, style in styles(labels).items()
+            label: style.to_dict() | {"label": legend_label(label)} for label, style in styles(labels).items()
         },
         "metrics": METRICS,
         "axes": AXES,

@@ -10,6 +10,8 @@ import colorsys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torchlamp.rules import RULES, Role
+
 
 @dataclass(frozen=True)
 class Style:
@@ -30,7 +32,7 @@ class Style:
 
 
 #: Name of a rule (the first word of its label) -> its style.
-_RULES: dict[str, Style] = {
+STYLES: dict[str, Style] = {
     "strict": Style("#0072b2", "#56a8e0"),
     "running": Style("#d55e00", "#f0883e", "s", "square"),
     "running-residual": Style("#c23b4e", "#f08a94", "X", "x"),
@@ -47,9 +49,6 @@ _RULES: dict[str, Style] = {
     "condition": Style("#009e73", "#3cc79a", "D", "diamond"),
     "sink-recent": Style("#7a4f9a", "#b898dd", "h", "hexagon"),
     "heads": Style("#8f4a2e", "#d79a7d", "1", "y-down-open"),
-}
-#: The same of controls and oracles, and of the ends of every curve: they come after all rules.
-_CONTROLS: dict[str, Style] = {
     "random": Style("#767676", "#9a9a9a", "x", "x-thin-open", "--", "dash"),
     "random-like": Style("#767676", "#9a9a9a", "+", "cross-thin-open", "--", "dash"),
     "oracle": Style("#222222", "#e8e8e8", "*", "star-open", ":", "dot"),
@@ -57,7 +56,6 @@ _CONTROLS: dict[str, Style] = {
     "none": Style("#767676", "#9a9a9a", "d", "diamond-tall", "-", "solid"),
     "all": Style("#444444", "#c0c0c0", "P", "cross"),
 }
-STYLES = _RULES | _CONTROLS
 
 #: Rules that came later take these, in the order in which they are met.
 _MORE = (
@@ -84,17 +82,24 @@ def _name(label: str) -> str:
     return label.split(" ")[0]
 
 
-def order(label: str) -> tuple[int, str]:
-    """Sort key of rules' labels: the order of `STYLES`, with rules that came later before the controls."""
-    names = [*_RULES, "", *_CONTROLS]
+def rule_role(label: str) -> Role | None:
+    """The role of the rule whose name a label starts with; None for what isn't a rule of this installation."""
+    kind = RULES.get(_name(label))
+    return None if kind is None else kind.role
+
+
+def order(label: str) -> tuple[int, int, str]:
+    """Rules in the order of `STYLES`, those that came later before the controls."""
+    names = list(STYLES)
     name = _name(label)
-    return names.index(name if name in STYLES else ""), label
+    last = rule_role(label) in ("control", "oracle")
+    return (int(last), names.index(name) if name in names else len(names), label)
 
 
-def legend_label(label: str, realisable: bool = True) -> str:
+def legend_label(label: str) -> str:
     """A rule's label in a legend."""
     words = {"none": "none (uniform precision)", "all": "all recomputed"}.get(label, label)
-    return words if realisable else f"{words} (not realisable)"
+    return f"{words} (not realisable)" if rule_role(label) == "oracle" else words
 
 
 #: Lines that tell policies of one rule apart, in their order.

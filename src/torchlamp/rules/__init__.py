@@ -12,7 +12,7 @@ from torchlamp.rules.oracle import Oracle, OracleResidual
 from torchlamp.rules.random import Random, RandomLike
 from torchlamp.rules.registry import RULES, register, rule_class, rule_names
 from torchlamp.rules.relaxed import REFERENCE_LENGTH, Relaxed, RelaxedLength
-from torchlamp.rules.rule import NumberRule, Rule
+from torchlamp.rules.rule import NumberRule, Role, Rule
 from torchlamp.rules.running import Running
 from torchlamp.rules.sink_recent import SinkRecent
 from torchlamp.rules.strict import Strict
@@ -45,6 +45,7 @@ __all__ = [
     "RandomLike",
     "Relaxed",
     "RelaxedLength",
+    "Role",
     "Rule",
     "Running",
     "RunningBudget",

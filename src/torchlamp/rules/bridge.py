@@ -32,8 +32,8 @@ class Bridge(WeightRule):
     name = "bridge"
     examples = ("bridge:0.01", "bridge:0.0001")
     operations = 9.0
-    needs_bridge = True
+    further_work = frozenset({"norms"})
 
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the estimate."""
-        return tile.gain * self._error(tile)
+        return tile.gain * tile.bridge_error

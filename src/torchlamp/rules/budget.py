@@ -27,6 +27,7 @@ class Budget(NumberRule):
 
     budget: float
     name = "budget"
+    role = "published"
     examples = ("budget:0.02", "budget:0.001")
     allowed = (0.0, 1.0)
     operations = 4.0
@@ -51,18 +52,10 @@ class RunningBudget(NumberRule):
     examples = ("running-budget:0.1", "running-budget:0.001")
     looks_through = "any"
     operations = 7.0
-    needs_error = True
+    byproducts = frozenset({"squares"})
 
     def select(self, tile: Tile) -> Tensor:
-        """Entries beyond the budget of their row.
-
-        Raises
-        ------
-        ValueError
-            If the tile has no `error`.
-        """
-        if tile.error is None:
-            raise ValueError(f"rule '{self}' needs the running error: give the tile `error`")
+        """Entries beyond the budget of their row."""
         return beyond(tile, tile.gain * tile.error, self.budget)
 
 

@@ -1,14 +1,13 @@
-"""Rules for linear layers: the condition number of the inner product times that of the function behind it."""
+"""Rules for linear layers: the condition number of the inner product times that of the function after it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import ClassVar
 
 from torch import Tensor
 
-from torchlamp.rules.element_tile import ElementTile
-from torchlamp.rules.rule import NumberRule
+from torchlamp.rules.rule import NumberRule, Role
 from torchlamp.rules.threshold import exceeds
 from torchlamp.rules.tile import Tile
 
@@ -18,7 +17,7 @@ class Condition(NumberRule):
     """`condition:T`: recompute j iff kappa_f(y_j) kappa(w_j, x) > T.
 
     kappa(w_j, x) = (|w_j|^T |x| + |b_j|) / |y_j| is the condition number of the inner product that y_j is, and
-    kappa_f(y_j) = |y_j f'(y_j) / f(y_j)| that of the elementwise function behind it. Their product times K u bounds
+    kappa_f(y_j) = |y_j f'(y_j) / f(y_j)| that of the elementwise function after it. Their product times K u bounds
     the relative error of f(y_j) for K summands and unit roundoff u, so this is the optimum of "leave as many entries
     low as possible while every component of f(y) has a relative error of at most T K u": it decouples. For a GLU
     phi(a) * b the gate's entry has kappa_phi(a_j) kappa(w_j, x), the other's kappa(v_j, x). Where f doesn't react to
@@ -33,25 +32,14 @@ class Condition(NumberRule):
 
     threshold: float
     name = "condition"
+    role: ClassVar[Role] = "published"
     examples = ("condition:4", "condition:30")
     looks_through = "elementwise"
     operations = 4.0
-    needs_condition = True
 
-    def select(self, tile: Tile | ElementTile) -> Tensor:
-        """Entries whose condition number exceeds T.
-
-        Raises
-        ------
-        ValueError
-            If the tile has no `condition`.
-        """
-        condition = getattr(tile, "condition", None)
-        if condition is None:
-            raise ValueError(
-                f"rule '{self}' needs condition numbers: give it an ElementTile with `condition`"
-            )
-        return exceeds(cast(Any, tile), condition, self.threshold)
+    def select(self, tile: Tile) -> Tensor:
+        """Entries whose condition number exceeds T."""
+        return exceeds(tile, tile.condition, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,11 @@ class ConditionCheap(Condition):
     name = "condition-cheap"
     examples = ("condition-cheap:6", "condition-cheap:50")
     operations = 3.0
-    numerator = "cheap"
+    role = "ours"
+
+    def select(self, tile: Tile) -> Tensor:
+        """Entries whose bound of the condition number exceeds T."""
+        return exceeds(tile, tile.cheap_condition, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -92,20 +84,10 @@ class Output(NumberRule):
     examples = ("output:0.1", "output:0.01")
     looks_through = "elementwise"
     operations = 2.0
-    needs_condition = True
 
-    def select(self, tile: Tile | ElementTile) -> Tensor:
-        """Entries whose bound on the relative change of the output exceeds T.
-
-        Raises
-        ------
-        ValueError
-            If the tile has no `numerator`.
-        """
-        numerator = getattr(tile, "numerator", None)
-        if numerator is None:
-            raise ValueError(f"rule '{self}' needs numerators: give it an ElementTile with `numerator`")
-        return exceeds(cast(Any, tile), tile.gain * numerator, self.threshold)
+    def select(self, tile: Tile) -> Tensor:
+        """Entries whose bound on the relative change of the output exceeds T."""
+        return exceeds(tile, tile.gain * tile.numerator, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -118,4 +100,7 @@ class OutputCheap(Output):
     name = "output-cheap"
     examples = ("output-cheap:0.1", "output-cheap:0.01")
     operations = 3.0
-    numerator = "cheap"
+
+    def select(self, tile: Tile) -> Tensor:
+        """Entries whose cheap bound on the relative change of the output exceeds T."""
+        return exceeds(tile, tile.gain * tile.cheap_numerator, self.threshold)

@@ -31,6 +31,7 @@ class Heads(Rule):
 
     heads: frozenset[tuple[int, int]]
     name = "heads"
+    role = "static"
     examples = ("heads:0.0", "heads:0.1/3.0")
     looks_through = "attention"
 

@@ -34,6 +34,7 @@ class Mass(NumberRule):
 
     mass: float
     name = "mass"
+    role = "published"
     examples = ("mass:0.9", "mass:0.5", "mass:1")
     allowed = (0.0, 1.0)
     operations = 10.0

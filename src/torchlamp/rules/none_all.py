@@ -18,6 +18,7 @@ class Nothing(Rule):
     """`none`: recompute nothing, whatever the values are; the plain low-precision baseline. No parameter."""
 
     name = "none"
+    role = "control"
     examples = ("none",)
     looks_through = "any"
 
@@ -35,6 +36,7 @@ class Everything(Rule):
     """`all`: recompute every visible entry; float32 scores by the long way. No parameter."""
 
     name = "all"
+    role = "control"
     examples = ("all",)
     looks_through = "any"
 

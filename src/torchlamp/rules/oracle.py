@@ -26,12 +26,11 @@ class Oracle(WeightRule):
     examples = ("oracle:0.01", "oracle:0.0001")
     looks_through = "any"
     operations = 6.0
-    needs_exact = True
-    realisable = False
+    role = "oracle"
 
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the true error."""
-        return tile.gain * (tile.scores - self._exact(tile)).abs()
+        return tile.gain * (tile.scores - tile.exact).abs()
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,10 @@ class OracleResidual(WeightRule):
     examples = ("oracle-residual:0.001",)
     looks_through = "attention"
     operations = 12.0
-    needs_exact = True
-    needs_distance = "residual"
-    realisable = False
+    role = "oracle"
+    reads_residual_stream = True
+    further_work = frozenset({"distances"})
 
     def weight(self, tile: Tile) -> Tensor:
         """Change of the residual stream if y_j alone became exact."""
-        return move(tile, self._exact(tile) - tile.scores) * self._distance(tile)
+        return move(tile, tile.exact - tile.scores) * tile.distance

@@ -23,6 +23,7 @@ class Random(NumberRule):
 
     rate: float
     name = "random"
+    role = "control"
     examples = ("random:0.01", "random:0.5")
     looks_through = "any"
     allowed = (0.0, 1.0)
@@ -62,6 +63,7 @@ class RandomLike(Rule):
 
     rule: Rule
     name = "random-like"
+    role = "control"
     examples = ("random-like:strict:0.1", "random-like:running:0.001", "random-like:all")
     needs_generator = True
 
@@ -70,17 +72,8 @@ class RandomLike(Rule):
             raise TypeError(f"rule random-like: expected a Rule to imitate, got {self.rule!r}")
         if isinstance(self.rule, RandomLike):
             raise ValueError(f"rule '{self}': random-like can't imitate random-like; write '{self.rule}'")
-        needs = (
-            "looks_through",
-            "needs_error",
-            "needs_bridge",
-            "needs_exact",
-            "needs_distance",
-            "needs_condition",
-            "numerator",
-            "realisable",
-        )
-        for name in needs:
+        # What a site must know of the imitated rule before it runs.
+        for name in ("looks_through", "byproducts", "reads_residual_stream"):
             object.__setattr__(self, name, getattr(self.rule, name))
 
     def select(self, tile: Tile) -> Tensor:

@@ -35,6 +35,7 @@ class Relaxed(NumberRule):
 
     threshold: float
     name = "relaxed"
+    role = "published"
     examples = ("relaxed:0.03", "relaxed:0.3")
     allowed = (0.0, 1.0)
     operations = 5.0
@@ -65,6 +66,7 @@ class RelaxedLength(NumberRule):
 
     threshold: float
     name = "relaxed-length"
+    role = "published"
     examples = ("relaxed-length:0.03", "relaxed-length:0.3")
     allowed = (0.0, 1.0)
     operations = 5.0

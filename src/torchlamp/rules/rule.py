@@ -16,6 +16,8 @@ from torchlamp.rules.tile import Tile
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
+Role = Literal["published", "ours", "control", "oracle", "static"]
+
 
 class Rule(ABC):
     """Which entries of a tile to recompute: a pure function of the tile.
@@ -30,24 +32,20 @@ class Rule(ABC):
     examples: ClassVar[tuple[str, ...]]
     #: What the rule must see: any tile (its `gain`, scores, error), a softmax, an attention (a softmax over keys that
     #: have values and places), or an elementwise function.
-    looks_through: ClassVar[Literal["any", "softmax", "attention", "elementwise"]] = "softmax"
+    looks_through: Literal["any", "softmax", "attention", "elementwise"] = "softmax"
     #: Elementary operations per eligible entry that the look-ahead adds to the low pass and to f itself.
     operations: ClassVar[float] = 0.0
-    #: Whether `select` reads `tile.error`.
-    needs_error: bool = False
-    #: Whether `select` reads `tile.exact`, which no hardware could know: an oracle.
-    needs_exact: bool = False
-    #: Whether `select` reads `tile.error` and means the estimate made of norms, see `Bridge`.
-    needs_bridge: bool = False
-    #: What `select` reads `tile.distance` as: how far a key's value is from the row's output, relative to that
-    #: output or to the residual stream; None: not at all.
-    needs_distance: ClassVar[Literal["output", "residual"] | None] = None
-    #: False for an oracle.
-    realisable: ClassVar[bool] = True
-    #: Whether `select` reads `tile.condition`.
-    needs_condition: bool = False
-    #: Which numerator the condition numbers of `tile.condition` are to have: |w|^T|x|, or its bound ||w|| ||x||.
-    numerator: ClassVar[Literal["exact", "cheap"]] = "exact"
+    #: Work of the look-ahead that isn't counted by entries, for the cost model: weighted sums of the values and their
+    #: distances, norms of both operands.
+    further_work: ClassVar[frozenset[Literal["distances", "norms"]]] = frozenset()
+    #: Where the rule comes from: published; this project's own; a control without look-ahead; an oracle, which knows
+    #: the true error as no hardware could; a static choice, made without looking at the scores.
+    role: ClassVar[Role] = "ours"
+    #: What must be known of the low pass before it runs; all else the tile computes when asked. "squares": sums of the
+    #: squared partial sums, which `tile.error` is made of.
+    byproducts: frozenset[Literal["squares"]] = frozenset()
+    #: Whether the rule looks as far as the residual stream, which must be kept for `tile.distance`.
+    reads_residual_stream: bool = False
     #: Whether `select` draws from `tile.generator`.
     needs_generator: bool = False
 

@@ -38,11 +38,11 @@ class Running(WeightRule):
     examples = ("running:0.001", "running:0.0001")
     looks_through = "any"
     operations = 6.0
-    needs_error = True
+    byproducts = frozenset({"squares"})
 
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the expected rounding error."""
-        return tile.gain * self._error(tile)
+        return tile.gain * tile.error
 
     def threshold_form(self) -> ThresholdForm:
         """Weight "running"."""

@@ -31,6 +31,7 @@ class SinkRecent(Rule):
 
     keys: tuple[int, int]
     name = "sink-recent"
+    role = "static"
     examples = ("sink-recent:1,2", "sink-recent:4,16", "sink-recent:0,1")
     looks_through = "attention"
 

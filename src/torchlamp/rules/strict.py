@@ -29,6 +29,7 @@ class Strict(WeightRule):
 
     threshold: float
     name = "strict"
+    role = "published"
     examples = ("strict:0.1", "strict:0.005", "strict:50")
     looks_through = "any"
     operations = 5.0

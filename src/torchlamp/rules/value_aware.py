@@ -30,12 +30,12 @@ class RunningOutput(WeightRule):
     examples = ("running-output:0.01", "running-output:0.001")
     looks_through = "attention"
     operations = 8.0
-    needs_error = True
-    needs_distance = "output"
+    byproducts = frozenset({"squares"})
+    further_work = frozenset({"distances"})
 
     def weight(self, tile: Tile) -> Tensor:
         """Change of the output per unit of error, times the expected rounding error."""
-        weight = tile.probabilities * self._distance(tile) * self._error(tile)
+        weight = tile.probabilities * tile.output_distance * tile.error
         return weight if tile.slope is None else weight * tile.slope
 
 
@@ -59,12 +59,13 @@ class RunningResidual(WeightRule):
     examples = ("running-residual:0.001", "running-residual:0.0001")
     looks_through = "attention"
     operations = 17.0
-    needs_error = True
-    needs_distance = "residual"
+    byproducts = frozenset({"squares"})
+    reads_residual_stream = True
+    further_work = frozenset({"distances"})
 
     def weight(self, tile: Tile) -> Tensor:
         """Change of the residual stream by an error of the expected size."""
-        return response(tile, self._error(tile)) * self._distance(tile)
+        return response(tile, tile.error) * tile.distance
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,12 @@ class BridgeResidual(RunningResidual):
     name = "bridge-residual"
     examples = ("bridge-residual:0.001", "bridge-residual:0.0001")
     operations = 20.0
-    needs_error = False
-    needs_bridge = True
+    byproducts = frozenset()
+    further_work = frozenset({"distances", "norms"})
+
+    def weight(self, tile: Tile) -> Tensor:
+        """Change of the residual stream by an error of the size that norms tell."""
+        return response(tile, tile.bridge_error) * tile.distance
 
 
 def response(tile: Tile, error: Tensor) -> Tensor:

@@ -27,21 +27,6 @@ class WeightRule(NumberRule):
         Raises
         ------
         ValueError
-            If the tile lacks what the weight is made of.
+            If the tile has no answer to what the weight asks for.
         """
         return exceeds(tile, self.weight(tile), self.value)
-
-    def _error(self, tile: Tile) -> Tensor:
-        what = "the error estimate made of norms" if self.needs_bridge else "the running error"
-        return self._need(tile.error, f"{what}: give the tile `error`")
-
-    def _exact(self, tile: Tile) -> Tensor:
-        return self._need(tile.exact, "the exact scores: give the tile `exact`")
-
-    def _distance(self, tile: Tile) -> Tensor:
-        return self._need(tile.distance, "how far the values are from the output: give the tile `distance`")
-
-    def _need(self, tensor: Tensor | None, what: str) -> Tensor:
-        if tensor is None:
-            raise ValueError(f"rule '{self}' needs {what}")
-        return tensor

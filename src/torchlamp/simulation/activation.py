@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.rules.element_tile import ElementTile
-from torchlamp.simulation.linear import TINY, LookAhead, Low
+from torchlamp.simulation.linear import TINY, LookAhead, LowPass
 
 #: An elementwise function with a gradient: `torch.relu`, `torch.nn.functional.silu`, an activation module.
 Activation = Callable[[Tensor], Tensor]
@@ -56,7 +56,7 @@ class _Activated:
     phi: Activation
     next_norms: Tensor | None
 
-    def __call__(self, low: Low) -> ElementTile:
+    def __call__(self, low: LowPass) -> ElementTile:
         h, slope = self.phi(low.y), derivative(self.phi, low.y).abs_()
         return low.element_tile(_gain(slope, h, self.next_norms), _sensitivity(slope, h))
 
@@ -66,7 +66,7 @@ class _Gated:
     phi: Activation
     next_norms: Tensor | None
 
-    def __call__(self, low: Low) -> ElementTile:
+    def __call__(self, low: LowPass) -> ElementTile:
         a, b = low.y.chunk(2, dim=-1)
         value, slope = self.phi(a), derivative(self.phi, a).abs_()
         h = value * b

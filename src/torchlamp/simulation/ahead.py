@@ -1,4 +1,4 @@
-"""What lies behind the softmax: how far an error in a score moves the head's output, or the residual stream.
+"""What follows the softmax: how far an error in a score moves the head's output, or the residual stream.
 
 To first order do = z_j (v_j - o) dy_j, so what counts of a key is the distance of its value from the output
 (docs/method.md 4.9).
@@ -6,6 +6,7 @@ To first order do = z_j (v_j - o) dy_j, so what counts of a key is the distance 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ahead:
-    """The linear map behind the heads' outputs, and what its result is measured against.
+    """The linear map after the heads' outputs, and what its result is measured against.
 
     Attributes
     ----------
@@ -102,6 +103,29 @@ class Distances:
         distance = torch.minimum(distance, torch.addcmul(others, 1 - probabilities, norms))
         scale = own.sqrt() if self._ahead is None else self._ahead.scale(outputs, sample, rows).view(1, -1, 1)
         return distance / (scale.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+class SampleDistances:
+    """The `Distances` of one sample, made when they are first asked for.
+
+    Parameters
+    ----------
+    value, heads, ahead
+        As for `Distances`.
+    """
+
+    def __init__(self, value: Tensor, heads: int, ahead: Ahead | None) -> None:
+        self._value, self._heads, self._ahead = value, heads, ahead
+
+    @cached_property
+    def output(self) -> Distances:
+        """Relative to the head's output."""
+        return Distances(self._value, self._heads, None)
+
+    @cached_property
+    def ahead(self) -> Distances:
+        """Through `ahead`, relative to its scale."""
+        return Distances(self._value, self._heads, self._ahead)
 
 
 def bridge_error(query: Tensor, keys: Tensor, scores: Tensor, scaling: float, unit_roundoff: float) -> Tensor:

@@ -7,22 +7,33 @@ error estimate is derived in docs/method.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.kernels.attention import fused_attention
-from torchlamp.kernels.native import BLOCK_KEYS
+from torchlamp.kernels.constants import BLOCK_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
-from torchlamp.simulation.ahead import Ahead, Distances, bridge_error
+from torchlamp.simulation.ahead import Ahead, SampleDistances, bridge_error
 from torchlamp.simulation.blocks import mark_blocks
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
+from torchlamp.simulation.stored_attention import (
+    KeyStorage,
+    Softmax,
+    StoredKeys,
+    StoredValues,
+    Weighed,
+    apply,
+    stored_sums,
+    weigh,
+)
 from torchlamp.simulation.values import Values, weighted_sums
 from torchlamp.simulation.visibility import Visibility, Window, window
 
@@ -63,8 +74,8 @@ class AttentionResult:
 class Observation:
     """What an observer sees of a tile, after the selection and before the recomputation.
 
-    The tensors of `tile`, `chosen` and `exact` are (1, heads, rows, keys); the tile's scores change after the call,
-    so an observer copies what it keeps.
+    The tensors of `tile` and `chosen` are (1, heads, rows, keys). The tile's scores change after the call: an observer
+    copies what it keeps and asks the tile before it returns.
     """
 
     sample: int
@@ -74,25 +85,40 @@ class Observation:
     tile: Tile
     #: bool: the entries that will be recomputed.
     chosen: Tensor
-    #: The visible scores in float32, as the recomputation gives them.
-    exact: Tensor
+
+    @property
+    def exact(self) -> Tensor:
+        """The visible scores in float32, as the recomputation gives them; (1, heads, rows, keys)."""
+        return self.tile.exact
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What all tiles of a call share."""
+class AttentionCall:
+    """How an attention runs: all that is given beside query, key and value, see `attention`."""
 
     accumulator: Accumulator
     rule: Rule
+    #: Factor of the scores, commonly 1 / sqrt(size).
     scaling: float
-    seen: Visibility
-    softcap: float | None
-    sinks: Tensor | None
-    generator: torch.Generator | None
+    #: Mask, causality and bias.
+    seen: Visibility = field(default_factory=Visibility)
+    #: c > 0: logits are c tanh(score / c). None: no softcap.
+    softcap: float | None = None
+    #: float32 (heads,): a logit per head that enters the normaliser but has no value.
+    sinks: Tensor | None = None
+    #: On the CPU; needed by random rules. Every sample starts from the state it has now.
+    generator: torch.Generator | None = None
+    #: Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     observe: Callable[[Observation], None] | None = None
-    values: Values | None = None
+    #: How the values are summed, or read; None: in float32.
+    values: Values | StoredValues | None = None
+    #: How the keys are stored; the accumulator isn't used then. None: as they are.
+    keys: KeyStorage | None = None
+    #: What follows the heads' outputs; rules that look as far as the residual stream need it.
     ahead: Ahead | None = None
+    #: Number of the layer, for rules that choose by it.
     layer: int = 0
+    #: Whether to mark which blocks of 16 keys are seen and touched.
     blocks: bool = False
 
     @property
@@ -112,15 +138,37 @@ def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     bias: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    observe: Callable[[Observation], None] | None = None,
-    values: Values | None = None,
-    ahead: Ahead | None = None,
-    layer: int = 0,
-    blocks: bool = False,
+    **others: Any,
 ) -> AttentionResult:
+    """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
+
+    The same as `attend`, with the call's parts by name.
+
+    Parameters
+    ----------
+    query, key, value : Tensor
+        As for `attend`.
+    accumulator, rule, scaling
+        As in `AttentionCall`: how scores are summed, which are recomputed, and their factor.
+    mask : Tensor or None
+        bool (batch or 1, heads or 1, queries, keys), True = visible.
+    causal : bool
+        Query i sees keys 0..i only.
+    bias : Tensor or None
+        float32, shape as `mask`, added to the logits after softcap.
+    **others
+        Any other field of `AttentionCall`: softcap, sinks, generator, observe, values, ahead, layer, blocks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `attend`.
+    """
+    seen = Visibility(mask, causal, bias)
+    return attend(query, key, value, AttentionCall(accumulator, rule, scaling, seen, **others))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> AttentionResult:
     """Attend with scores accumulated in low precision and the selected ones recomputed in float32.
 
     The scores of a tile of query rows are accumulated, multiplied by `scaling` in float32 and rounded again;
@@ -139,32 +187,8 @@ def attention(
     key, value : Tensor
         float32 (batch, key heads, keys, size) and (batch, key heads, keys, value size); heads must be a
         multiple of key heads, query head h uses key head h // (heads / key heads).
-    accumulator, rule : Accumulator, Rule
-        How scores are summed, and which are recomputed.
-    scaling : float
-        Factor of the scores, commonly 1 / sqrt(size).
-    mask : Tensor or None
-        bool (batch or 1, heads or 1, queries, keys), True = visible.
-    causal : bool
-        Query i sees keys 0..i only.
-    bias : Tensor or None
-        float32, shape as `mask`, added to the logits after softcap.
-    softcap : float or None
-        c > 0: logits are c tanh(score / c).
-    sinks : Tensor or None
-        float32 (heads,): a logit per head that enters the normaliser but has no value.
-    generator : torch.Generator or None
-        On the CPU; needed by random rules. Every sample starts from the state it has now.
-    observe : callable, optional
-        Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
-    values : Values, optional
-        How the values are summed; in float32 if not given.
-    ahead : Ahead, optional
-        What lies behind the heads' outputs; rules that look as far as the residual stream need it.
-    layer : int
-        Number of the layer, for rules that choose by it.
-    blocks : bool
-        Also mark which blocks of 16 keys are seen and touched.
+    call : AttentionCall
+        How.
 
     Raises
     ------
@@ -174,23 +198,16 @@ def attention(
         Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
         stream without `ahead`.
     """
-    _check(query, key, value, softcap, sinks, rule, generator)
-    if rule.needs_distance == "residual" and ahead is None:
-        raise ValueError(
-            f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
-        )
-    seen = Visibility(mask, causal, bias)
-    seen.check((*query.shape[:3], key.shape[2]))
-    call = _Call(
-        accumulator, rule, scaling, seen, softcap, sinks, generator, observe, values, ahead, layer, blocks
-    )
+    _check(query, key, value, call)
+    call.seen.check((*query.shape[:3], key.shape[2]))
     return _fused(call, query, key, value) or _tiled(call, query, key, value)
 
 
-def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
+def _fused(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
-    if form is None or call.seen.bias is not None or call.observe is not None or call.values is not None:
+    plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
+    if form is None or not plain:
         return None
     result = fused_attention(
         query,
@@ -216,7 +233,7 @@ def _fused(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
 
 
-def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
+def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
     """The readable form, for every rule, mask and device: a loop over tiles of query rows."""
     batch, heads, queries, _ = query.shape
     generator, sinks = call.generator, call.sinks
@@ -224,7 +241,10 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     eligible = torch.zeros(batch, heads, queries, dtype=torch.int64, device=query.device)
     selected = torch.zeros_like(eligible)
     last_key = torch.full((batch, queries), -1, dtype=torch.int64, device=query.device)
-    values_selected = None if call.values is None else torch.zeros_like(selected)
+    values_selected = None
+    if call.values is not None:
+        counted_heads = key.shape[1] if isinstance(call.values, StoredValues) else heads
+        values_selected = selected.new_zeros(batch, counted_heads, queries)
     marks = None
     if call.blocks:
         counted = (batch, heads, queries, -(-key.shape[2] // BLOCK_KEYS))
@@ -235,28 +255,30 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     for sample in range(batch):
         for own, start in zip(generators, starts, strict=True):
             own.set_state(start)
-        distances = None
-        if call.rule.needs_distance is not None:
-            distances = Distances(
-                value[sample], heads, None if call.rule.needs_distance == "output" else call.ahead
-            )
+        sources = _Sources(
+            key[sample],
+            value[sample],
+            SampleDistances(value[sample], heads, call.ahead),
+            None if call.keys is None else call.keys.store(key[sample], sample),
+            None if call.values is None else call.values.stored(value[sample]),
+        )
         for first in range(0, queries, TILE_ROWS):
             rows = range(first, min(first + TILE_ROWS, queries))
             at = slice(rows.start, rows.stop)
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
-                tile = (query[sample, :, at], key[sample], value[sample])
-                probabilities, visible, chosen = _tile(call, *tile, sample, rows, seen, distances)
-                shown = tile[2][:, seen.first : seen.last]
-                if call.values is None or values_selected is None:
-                    out = _apply(probabilities, shown)
-                else:
-                    out, values_selected[sample, :, at] = weighted_sums(probabilities, shown, call.values)
-                eligible[sample, :, at] = visible.sum(dim=-1)
-                selected[sample, :, at] = chosen.sum(dim=-1)
+                weigh_tile = _tile if sources.keys is None else _stored_tile
+                weighed = weigh_tile(call, query[sample, :, at], sources, sample, rows, seen)
+                out, counts = _values(call.values, weighed, sources, seen)
+                if values_selected is not None and counts is not None:
+                    values_selected[sample, :, at] = counts
+                eligible[sample, :, at] = weighed.visible.sum(dim=-1)
+                selected[sample, :, at] = weighed.chosen.sum(dim=-1)
                 if marks is not None:
-                    marks[sample, :, at] = mark_blocks(visible, chosen, seen.first, key.shape[2])
-                last_key[sample, at] = _last_visible(visible, seen.first)
+                    marks[sample, :, at] = mark_blocks(
+                        weighed.visible, weighed.chosen, seen.first, key.shape[2]
+                    )
+                last_key[sample, at] = _last_visible(weighed.visible, seen.first)
             else:
                 out = query.new_zeros(heads, len(rows), value.shape[-1])
             if seen.visible is not None or seen.last == seen.first:
@@ -265,18 +287,72 @@ def _tiled(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> AttentionR
     return AttentionResult(output, eligible, selected, last_key, values_selected, marks)
 
 
+@dataclass(frozen=True)
+class _Sources:
+    """What all tiles of one sample read: keys and values (key heads, keys, size), and how they are stored."""
+
+    key: Tensor
+    value: Tensor
+    distances: SampleDistances
+    keys: StoredKeys | None
+    #: The numbers that the stored values stand for.
+    low_value: Tensor | None
+
+
+def _values(
+    how: Values | StoredValues | None, weighed: Weighed, sources: _Sources, seen: Window
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of the values of a tile, and what of them was recomputed or read in full."""
+    shown = sources.value[:, seen.first : seen.last]
+    if how is None or sources.low_value is None:
+        return apply(weighed.probabilities, shown), None
+    if isinstance(how, StoredValues):
+        return stored_sums(weighed, shown, sources.low_value[:, seen.first : seen.last], how)
+    return weighted_sums(weighed.probabilities, shown, how, sources.low_value, seen.first)
+
+
+def _stored_tile(
+    call: AttentionCall, query: Tensor, sources: _Sources, sample: int, rows: range, seen: Window
+) -> Weighed:
+    """The same as `_tile`, from stored keys."""
+    assert sources.keys is not None
+    shown = slice(seen.first, seen.last)
+    scores, error = sources.keys.scores(query, seen.first, seen.last, call.scaling)
+
+    def distances(probabilities: Tensor, ahead: bool) -> Tensor:
+        outputs = apply(probabilities, sources.value[:, shown])
+        given = (probabilities, outputs, seen.first, seen.last, sample, rows)
+        return (sources.distances.ahead if ahead else sources.distances.output).of(*given)
+
+    def observe(tile: Tile, chosen: Tensor) -> None:
+        if call.observe is not None:
+            call.observe(Observation(sample, rows, seen.first, tile, chosen))
+
+    visible = seen.visible
+    if visible is None:
+        visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
+    return weigh(
+        scores,
+        error,
+        query,
+        sources.key[:, shown].transpose(1, 2),
+        visible,
+        Softmax(call.softcap, _bias(call.seen.bias, sample, rows, seen), call.sinks),
+        rule=call.rule,
+        scaling=call.scaling,
+        generator=call.generator,
+        layer=call.layer,
+        distances=distances,
+        observe=observe,
+    )
+
+
 def _tile(
-    call: _Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sample: int,
-    rows: range,
-    seen: Window,
-    distances: Distances | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, visible and selected of one tile, each (heads, rows, keys); visible can have 1 head."""
-    keys = key[:, seen.first : seen.last].transpose(1, 2)
+    call: AttentionCall, query: Tensor, sources: _Sources, sample: int, rows: range, seen: Window
+) -> Weighed:
+    """Probabilities, visible and selected of one tile."""
+    value, distances = sources.value, sources.distances
+    keys = sources.key[:, seen.first : seen.last].transpose(1, 2)
     causal = rows.start - seen.first if call.seen.causal else None
     scores, squares = products(
         query,
@@ -284,7 +360,7 @@ def _tile(
         call.accumulator.accumulation,
         scaling=call.scaling,
         causal=causal,
-        squares=call.rule.needs_error,
+        squares="squares" in call.rule.byproducts,
     )
     visible = seen.visible
     if visible is None:
@@ -294,45 +370,39 @@ def _tile(
 
     logits, slope = capped_logits(scores, call.softcap, bias)
     probabilities = visible_softmax(logits, hidden, call.sinks)
-    error = exact = distance = None
-    if squares is not None:
-        error = squares.sqrt_().mul_(call.error_scale)
-    elif call.rule.needs_bridge:
-        error = bridge_error(query, keys, scores, call.scaling, call.accumulator.format.unit_roundoff)
-    if call.rule.needs_exact or call.observe is not None:
-        exact, _ = products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)
-    if distances is not None:
-        outputs = _apply(probabilities, value[:, seen.first : seen.last])
-        distance = distances.of(probabilities, outputs, seen.first, seen.last, sample, rows)
+
+    def exact() -> Tensor:
+        return products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)[0][None]
+
+    def distance(ahead: bool) -> Tensor:
+        outputs = apply(probabilities, value[:, seen.first : seen.last])
+        given = (probabilities, outputs, seen.first, seen.last, sample, rows)
+        return (distances.ahead if ahead else distances.output).of(*given)[None]
+
+    unit = call.accumulator.format.unit_roundoff
     tile = Tile(
         scores=scores[None],
         logits=logits[None],
         probabilities=probabilities[None],
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
-        error=None if error is None else error[None],
+        error=None if squares is None else (lambda: squares.sqrt().mul_(call.error_scale)[None]),
+        bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
         generator=call.generator,
-        exact=None if exact is None else exact[None],
-        distance=None if distance is None else distance[None],
+        exact=exact,
+        distance=None if call.ahead is None else lambda: distance(True),
+        output_distance=lambda: distance(False),
         layer=call.layer,
     )
     chosen = call.rule.select(tile)[0]
-    if call.observe is not None and exact is not None:
-        call.observe(Observation(sample, rows, seen.first, tile, chosen[None], exact[None]))
+    if call.observe is not None:
+        call.observe(Observation(sample, rows, seen.first, tile, chosen[None]))
     if bool(chosen.any()):
-        del tile, logits, slope, error, probabilities, exact, distance
+        del tile, logits, slope, probabilities, squares
         recompute(scores, query, keys, chosen, call.scaling)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
-    return probabilities, visible, chosen
-
-
-def _apply(probabilities: Tensor, value: Tensor) -> Tensor:
-    """Weighted sums of the values: the queries of a group are stacked, so that values aren't repeated."""
-    heads, rows, keys = probabilities.shape
-    groups = value.shape[0]
-    stacked = probabilities.reshape(groups, heads // groups * rows, keys)
-    return torch.matmul(stacked, value).reshape(heads, rows, value.shape[-1])
+    return Weighed(probabilities, visible, chosen)
 
 
 def _bias(bias: Tensor | None, sample: int, rows: range, seen: Window) -> Tensor | None:
@@ -357,15 +427,24 @@ def _fill_blind_rows(out: Tensor, blind: Tensor, value: Tensor, sinks: Tensor | 
     out[blind] = mean[:, None, :].expand_as(out)[blind]
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    softcap: float | None,
-    sinks: Tensor | None,
-    rule: Rule,
-    generator: torch.Generator | None,
-) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
+    _check_operands(query, key, value)
+    rule, softcap, sinks = call.rule, call.softcap, call.sinks
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}: it must be positive, or None")
+    if sinks is not None and sinks.dtype != torch.float32:
+        raise TypeError(f"sinks is {sinks.dtype}: attention simulates from float32, convert it first")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
+    if rule.needs_generator and call.generator is None:
+        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
+    if rule.reads_residual_stream and call.ahead is None:
+        raise ValueError(
+            f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
+        )
+
+
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} is {tensor.dtype}: attention simulates from float32, convert it first")
@@ -383,11 +462,3 @@ def _check(
         raise ValueError(
             f"query, key, value of shapes {shapes} don't fit: batch, heads, keys and size must agree"
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap}: it must be positive, or None")
-    if sinks is not None and sinks.dtype != torch.float32:
-        raise TypeError(f"sinks is {sinks.dtype}: attention simulates from float32, convert it first")
-    if sinks is not None and sinks.shape != (query.shape[1],):
-        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
-    if rule.needs_generator and generator is None:
-        raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")

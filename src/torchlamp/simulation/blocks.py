@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from torchlamp.kernels.native import BLOCK_KEYS
-
-#: Bits of a mark, the same as the native kernel's.
-VISIBLE, TOUCHED = 1, 2
+from torchlamp.kernels.constants import BLOCK_KEYS
+from torchlamp.kernels.constants import BLOCK_TOUCHED as TOUCHED
+from torchlamp.kernels.constants import BLOCK_VISIBLE as VISIBLE
 
 
 def mark_blocks(visible: Tensor, chosen: Tensor, first_key: int, keys: int) -> Tensor:

@@ -5,36 +5,41 @@ How to call it, for a layer relu(x W^T + b) of a network without transformers:
     from torchlamp.simulation.activation import activated
     from torchlamp.simulation.linear import linear
 
-    result = linear(x, weight, bias, accumulator="ps4", rule="condition:4", look=activated(torch.relu))
+    result = linear(x, weight, bias, accumulator="ps4", rule="condition:4", next_function=activated(torch.relu))
     hidden = torch.relu(result.output)           # result.selected / result.eligible: entries per row
 
-and `activated(torch.relu, next_weight.norm(dim=0))` for rules that weigh by what the next layer does. Without `look`
-the output itself is what counts: its relative l2 error per row, and the condition number of the inner product.
+and `activated(torch.relu, next_weight.norm(dim=0))` for rules that weigh by what the next layer does. Without
+`next_function` the output itself is what counts: its relative l2 error per row, and the condition number of the inner
+product.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.rounding import round_to_grid
 from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.answers import Answer
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Everything, Nothing
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
+from torchlamp.simulation.stored import QuantisedMatrix, expected_errors
 
 #: Entries of a chunk of rows: a vocabulary of 262144 is worked on 64 rows at a time.
 CHUNK_ENTRIES = 2**24
 #: Share of recomputed entries from which a full float32 pass is faster than one inner product after the other.
 _DENSE = 0.05
 _FLOAT32 = Accumulation(Grid())
+_AS_THEY_ARE = Operand()
 #: Keeps a division by the norm of a zero row from giving NaN: 0 / tiny is 0.
 TINY = torch.finfo(torch.float32).tiny
 
@@ -56,22 +61,26 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Low:
+class LowPass:
     """A chunk of rows after the low pass: what a look-ahead function makes a tile of.
 
-    All tensors are float32 (rows, outputs); the outputs of several maps stand side by side.
+    All tensors are float32 (rows, outputs); the outputs of several maps stand side by side. What is an `Answer` is
+    computed when a rule asks the tile for it.
     """
 
     #: The sums, with the bias.
     y: Tensor
     #: Which rows of the call's (batch * length) rows these are.
     rows: slice
-    #: Expected rounding error of y; None unless the rule needs it.
-    error: Tensor | None = None
-    #: y in float32; None unless the rule needs it.
-    exact: Tensor | None = None
-    #: |w_j|^T |x| + |b_j| or its cheap bound; None unless the rule needs it.
-    numerator: Tensor | None = None
+    #: Expected error of y, from the squared partial sums.
+    error: Answer = None
+    #: Expected rounding error of y, from norms, see `Bridge`.
+    bridge_error: Answer = None
+    #: y in float32.
+    exact: Answer = None
+    #: |w_j|^T |x| + |b_j|, and its bound ||w_j|| ||x|| + |b_j|.
+    numerator: Answer = None
+    cheap_numerator: Answer = None
     generator: torch.Generator | None = None
     layer: int = 0
 
@@ -86,24 +95,36 @@ class Low:
             |f'(y_j) / f(y_j)|, relative error of f's component per unit of absolute error in y_j, 0 where f doesn't
             react; None for the identity, 1 / |y_j|.
         """
-        condition = None
-        if self.numerator is not None:
-            condition = self.numerator / self.y.abs() if sensitivity is None else self.numerator * sensitivity
+
+        def condition(numerator: Answer) -> Answer:
+            if numerator is None:
+                return None
+            return lambda: _amplified(numerator, self.y, sensitivity)
+
         return ElementTile(
             scores=self.y,
             visible=torch.ones(1, 1, dtype=torch.bool, device=self.y.device).expand(self.y.shape),
             gain=gain.expand(self.y.shape),
-            condition=condition,
+            condition=condition(self.numerator),
+            cheap_condition=condition(self.cheap_numerator),
             numerator=self.numerator,
+            cheap_numerator=self.cheap_numerator,
             error=self.error,
+            bridge_error=self.bridge_error,
             exact=self.exact,
             generator=self.generator,
             layer=self.layer,
         )
 
 
+def _amplified(numerator: Tensor | Callable[[], Tensor], y: Tensor, sensitivity: Tensor | None) -> Tensor:
+    """Numerator times sensitivity, or over |y| for the identity."""
+    known = numerator if isinstance(numerator, Tensor) else numerator()
+    return known / y.abs() if sensitivity is None else known * sensitivity
+
+
 #: Looks ahead from a chunk through what follows.
-LookAhead = Callable[[Low], ElementTile | Tile]
+LookAhead = Callable[[LowPass], Tile]
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,7 @@ class LinearResult:
         return output
 
 
-def relative(low: Low) -> ElementTile:
+def relative(low: LowPass) -> ElementTile:
     """Look ahead to the output itself: the relative l2 error of a row, and relative errors of its components."""
     return low.element_tile(1 / low.y.norm(dim=-1, keepdim=True).clamp_min(TINY))
 
@@ -142,7 +163,7 @@ class HeadVectors:
 
     size: int
 
-    def __call__(self, low: Low) -> ElementTile:
+    def __call__(self, low: LowPass) -> ElementTile:
         """The tile of a chunk of rows."""
         heads = low.y.view(*low.y.shape[:-1], -1, self.size)
         gain = 1 / heads.norm(dim=-1, keepdim=True).clamp_min(TINY)
@@ -156,7 +177,7 @@ def linear(
     *,
     accumulator: str | Accumulator,
     rule: str | Rule,
-    look: LookAhead = relative,
+    next_function: LookAhead = relative,
     generator: torch.Generator | None = None,
 ) -> LinearResult:
     """The layer x W^T + b with sums in low precision, the selected ones recomputed in float32.
@@ -169,7 +190,7 @@ def linear(
         float32 (outputs, inputs) as in `torch.nn.Linear`, and (outputs,) or None.
     accumulator, rule
         How sums are formed, and which are recomputed; spellings or objects.
-    look : callable
+    next_function : callable
         What follows the layer: `relative` (nothing), `activated(...)`, `Normed`, `Vocabulary`, `HeadVectors`.
     generator : torch.Generator or None
         On the CPU; needed by random rules.
@@ -179,14 +200,14 @@ def linear(
     TypeError
         Anything but float32.
     ValueError
-        Shapes that don't fit; a rule that needs what `look` doesn't give.
+        Shapes that don't fit; a rule that needs what `next_function` doesn't give.
     """
     return linears(
         x,
         [Weights(weight.T, bias)],
         accumulator=Accumulator.parse(accumulator),
         rule=Rule.parse(rule),
-        look=look,
+        next_function=next_function,
         generator=generator,
     )
 
@@ -198,9 +219,11 @@ def linears(
     *,
     accumulator: Accumulator,
     rule: Rule,
-    look: LookAhead,
+    next_function: LookAhead,
     generator: torch.Generator | None = None,
     layer: int = 0,
+    operand: Operand = _AS_THEY_ARE,
+    copies: Sequence[QuantisedMatrix] | None = None,
 ) -> LinearResult:
     """Several linear maps of one input whose outputs one function combines (gate and up of a GLU), see `linear`.
 
@@ -208,7 +231,12 @@ def linears(
     result rounded once more. Recomputed entries are float32 FMAs in the same order, plus the bias in float32. Rows
     don't influence each other, except that random rules draw once for all samples (the first dimension of an x of
     three dimensions or more).
+
+    With an operand, inputs and weights are quantised to it before they are multiplied, and recomputed entries have
+    full-precision operands; `copies` are the weights' (`QuantisedMatrix.store`), made anew where they aren't given.
     """
+    if copies is None and not operand.is_float32:
+        copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in maps]
     _check(x, maps)
     if rule.needs_generator and generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
@@ -226,8 +254,12 @@ def linears(
             generator.set_state(start)
         for first in range(sample * length, (sample + 1) * length, chunk):
             rows = slice(first, min(first + chunk, (sample + 1) * length))
-            pieces = [_Sums(flat[rows], m, accumulator, rule) for m in maps]
-            selected[rows] = _look_ahead(pieces, rows, rule, look, generator, layer)
+            low = None if operand.is_float32 else quantise(flat[rows], operand)
+            kept = [None] * len(maps) if copies is None else copies
+            pieces = [
+                _Sums(flat[rows], m, accumulator, rule, low, copy) for m, copy in zip(maps, kept, strict=True)
+            ]
+            selected[rows] = _look_ahead(pieces, rows, rule, next_function, generator, layer)
             for output, piece in zip(outputs, pieces, strict=True):
                 output[rows] = piece.y
     shaped = tuple(o.reshape(*x.shape[:-1], o.shape[1]) for o in outputs)
@@ -238,7 +270,7 @@ def _look_ahead(
     pieces: list["_Sums"],
     rows: slice,
     rule: Rule,
-    look: LookAhead,
+    next_function: LookAhead,
     generator: torch.Generator | None,
     layer: int,
 ) -> Tensor:
@@ -249,20 +281,18 @@ def _look_ahead(
         chosen = torch.ones(1, 1, dtype=torch.bool, device=pieces[0].y.device)
         chosen = chosen.expand(pieces[0].y.shape[0], sum(p.y.shape[1] for p in pieces))
     else:
-        low = Low(
+        low = LowPass(
             y=_beside([p.y for p in pieces]),
             rows=rows,
-            error=_beside([p.error for p in pieces]) if _wants_error(rule) else None,
-            exact=_beside([p.exact for p in pieces]) if needs(rule, "needs_exact") else None,
-            numerator=(
-                _beside([p.numerator(innermost(rule).numerator) for p in pieces])
-                if needs(rule, "needs_condition")
-                else None
-            ),
+            error=(lambda: _beside([p.error for p in pieces])) if "squares" in rule.byproducts else None,
+            bridge_error=lambda: _beside([p.bridge_error for p in pieces]),
+            exact=lambda: _beside([p.exact for p in pieces]),
+            numerator=lambda: _beside([p.numerator for p in pieces]),
+            cheap_numerator=lambda: _beside([p.cheap_numerator for p in pieces]),
             generator=generator,
             layer=layer,
         )
-        chosen = select(rule, look(low))
+        chosen = rule.select(next_function(low))
     counts = chosen.sum(dim=-1)
     if bool(counts.any()):
         for piece, mask in zip(
@@ -272,20 +302,25 @@ def _look_ahead(
     return counts
 
 
-def select(rule: Rule, tile: ElementTile | Tile) -> Tensor:
-    """What a rule recomputes of either kind of tile: bool, the shape of its scores."""
-    return rule.select(cast(Any, tile))
-
-
 class _Sums:
     """The sums of some rows with one map, and what is known about them."""
 
-    def __init__(self, x: Tensor, weights: Weights, accumulator: Accumulator, rule: Rule) -> None:
-        self.x, self.weights = x, weights
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Weights,
+        accumulator: Accumulator,
+        rule: Rule,
+        low: Tensor | None = None,
+        copy: QuantisedMatrix | None = None,
+    ) -> None:
+        self.x, self.weights, self._low, self._copy = x, weights, low, copy
         self._unit_roundoff = accumulator.format.unit_roundoff
         form = accumulator.accumulation
-        squares = needs(rule, "needs_error")
-        sums, running = products(x[None], weights.matrix.detach()[None], form, squares=squares)
+        squares = "squares" in rule.byproducts
+        entering = x if low is None else low
+        matrix = weights.matrix.detach() if copy is None else copy.values.T
+        sums, running = products(entering[None], matrix[None], form, squares=squares)
         self.y, self._squares = sums[0], None if running is None else running[0]
         if weights.bias is not None:
             self.y = round_to_grid(self.y + weights.bias.detach(), form.result)
@@ -295,12 +330,23 @@ class _Sums:
 
     @property
     def error(self) -> Tensor:
-        """Expected rounding error, (u / 2) sqrt(sum of the squared partial sums), or what `Bridge` expects of it."""
-        squares = self._squares
-        if squares is None:
-            spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
-            squares = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
-        return squares.sqrt().mul_(self._unit_roundoff / 2)
+        """Expected error: (u / 2) sqrt(sum of the squared partial sums), and that of quantised operands."""
+        assert self._squares is not None, "the low pass ran without the by-product 'squares'"
+        rounding = self._squares.sqrt().mul_(self._unit_roundoff / 2)
+        if self._low is None or self._copy is None:
+            return rounding
+        of_weights = expected_errors(self.x, self._copy.errors)
+        left: Tensor = torch.linalg.vector_norm(self.x - self._low, dim=-1, keepdim=True)
+        of_input = self.weights.norms * (left / self.x.shape[-1] ** 0.5)
+        squares: Tensor = rounding.square() + of_weights.square() + of_input.square()
+        return squares.sqrt_()
+
+    @property
+    def bridge_error(self) -> Tensor:
+        """Expected rounding error, from the sums and the norms of their operands, see `Bridge`."""
+        spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
+        squares: Tensor = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
+        return squares.sqrt() * (self._unit_roundoff / 2)
 
     @cached_property
     def exact(self) -> Tensor:
@@ -308,13 +354,20 @@ class _Sums:
         sums, _ = products(self.x[None], self.weights.matrix.detach()[None], _FLOAT32)
         return sums[0] if self.weights.bias is None else sums[0] + self.weights.bias.detach()
 
-    def numerator(self, kind: str) -> Tensor:
-        """|w_j|^T |x| + |b_j|, or with kind "cheap" ||w_j|| ||x|| + |b_j|."""
-        if kind == "cheap":
-            lengths: Tensor = torch.linalg.vector_norm(self.x, dim=-1, keepdim=True)
-            sums = lengths * self.weights.norms
-        else:
-            sums = products(self.x.abs()[None], self.weights.matrix.detach().abs()[None], _FLOAT32)[0][0]
+    @cached_property
+    def numerator(self) -> Tensor:
+        """|w_j|^T |x| + |b_j|."""
+        sums, _ = products(self.x.abs()[None], self.weights.matrix.detach().abs()[None], _FLOAT32)
+        return self._with_bias(sums[0])
+
+    @cached_property
+    def cheap_numerator(self) -> Tensor:
+        """||w_j|| ||x|| + |b_j|."""
+        lengths: Tensor = torch.linalg.vector_norm(self.x, dim=-1, keepdim=True)
+        bounds: Tensor = lengths * self.weights.norms
+        return self._with_bias(bounds)
+
+    def _with_bias(self, sums: Tensor) -> Tensor:
         return sums if self.weights.bias is None else sums + self.weights.bias.detach().abs()
 
     def recompute(self, mask: Tensor) -> None:
@@ -331,21 +384,6 @@ class _Sums:
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-
-
-def innermost(rule: Rule) -> Rule:
-    """The rule that a random baseline imitates, or the rule itself."""
-    inner = getattr(rule, "rule", rule)
-    return inner if inner is rule else innermost(inner)
-
-
-def needs(rule: Rule, what: str) -> bool:
-    """Whether a rule, or the one that it imitates, has a flag such as "needs_error"."""
-    return bool(getattr(rule, what)) or bool(getattr(innermost(rule), what))
-
-
-def _wants_error(rule: Rule) -> bool:
-    return needs(rule, "needs_error") or needs(rule, "needs_bridge")
 
 
 def _check(x: Tensor, maps: Sequence[Weights]) -> None:

@@ -15,7 +15,7 @@ from torchlamp.kernels.rounding import round_to_grid
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.linear import TINY, Low, select
+from torchlamp.simulation.linear import TINY, LowPass
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Normed:
     #: float32 (batch * length, size) or None.
     residual: Tensor | None = None
 
-    def __call__(self, low: Low) -> ElementTile:
+    def __call__(self, low: LowPass) -> ElementTile:
         """The tile of a chunk of rows."""
         x = low.y if self.residual is None else low.y + self.residual[low.rows]
         return low.element_tile(self.norm.gain(x), 1 / x.abs())
@@ -147,10 +147,11 @@ def norm_input(
         scores=rounded,
         visible=torch.ones_like(x, dtype=torch.bool),
         gain=norm.gain(rounded),
-        error=rounded.abs() * (form.unit_roundoff / 2),
+        error=lambda: rounded.abs() * (form.unit_roundoff / 2),
+        bridge_error=lambda: rounded.abs() * (form.unit_roundoff / 2),
         exact=x,
         generator=generator,
         layer=layer,
     )
-    chosen = select(chooser, tile)
+    chosen = chooser.select(tile)
     return NormInput(torch.where(chosen, x, rounded), x.shape[-1], chosen.sum(dim=-1))

@@ -1,12 +1,13 @@
 """Counts of what a rule selected, per site, layer, head and position: the one place where a run keeps state."""
 
+import zlib
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torchlamp.policy.policy import SITES
 from torchlamp.simulation.blocks import count_blocks
+from torchlamp.site_names import SITES
 
 
 @dataclass
@@ -59,44 +60,62 @@ class Statistics:
     in one head, and counts when it has at least one eligible entry, so padding and hidden cache slots never enter a
     rate. At `values` a row is one query in one head and its entries are the numbers of its output. At the other sites
     a row is one token and its entries are the sums of the layer; rows of padding tokens, which run as all others do,
-    count there. The LM head belongs to no layer. Memory grows with sites x layers x (heads + positions), not with the
-    number of calls.
+    count there. The LM head belongs to no layer.
+
+    Decoding with low-bit copies counts sums alone, as plain integers without rows, heads and positions: scores and
+    values of (query head, key), neurons of an MLP, tokens of the vocabulary.
+
+    Memory grows with sites x layers x (heads + positions), not with the number of calls.
     """
 
     #: Seed of the random baselines.
     seed: int = 0
     #: Whether touched blocks are to be counted, too.
     blocks: bool = False
-    _heads: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    _by_head: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    #: Eligible and selected entries that were counted as plain integers and aren't in `_by_head` yet.
+    _sums: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)
     _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
     _blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64), repr=False)
 
     def record(
-        self, layer: int, eligible: Tensor, selected: Tensor, positions: Tensor, site: str = "scores"
+        self,
+        site: str,
+        layer: int,
+        selected: int | Tensor,
+        eligible: int | Tensor,
+        positions: Tensor | None = None,
     ) -> None:
         """Add one call of a site.
 
         Parameters
         ----------
-        layer : int
-            0 for the first layer, -1 for what belongs to no layer; layers in between that never ran count nothing.
-        eligible, selected : Tensor
-            int64 (batch, heads, queries): visible keys, and recomputed scores, of each row. Sites without heads have
-            one.
-        positions : Tensor
-            Integers (batch or 1, queries): position of each query in its own sequence; negative ones count as
-            0.
         site : str
             Where.
+        layer : int
+            0 for the first layer, -1 for what belongs to no layer; layers in between that never ran count nothing.
+        selected, eligible : int or Tensor
+            Sums over the call, which cost next to nothing to add; or int64 (batch, heads, queries): recomputed scores,
+            and visible keys, of each row. Sites without heads have one.
+        positions : Tensor or None
+            With tensors, integers (batch or 1, queries): position of each query in its own sequence; negative ones
+            count as 0. None: positions aren't counted.
         """
+        if not isinstance(selected, Tensor) or not isinstance(eligible, Tensor):
+            sums = self._sums.setdefault((site, layer), [0, 0])
+            sums[0] += int(eligible)
+            sums[1] += int(selected)
+            return
         eligible, selected = eligible.cpu(), selected.cpu()
         heads, at = eligible.shape[1], (site, layer)
-        by_head = self._heads.setdefault(at, Counts.zeros(heads))
-        by_position = self._positions.setdefault(at, Counts.zeros(0))
+        by_head = self._by_head.setdefault(at, Counts.zeros(heads))
         parts = torch.stack([eligible, selected, (eligible > 0).long(), (selected > 0).long()])
         by_head.make_room(heads)
         by_head.table[:, :heads] += parts.sum(dim=(1, 3))
 
+        if positions is None:
+            return
+        by_position = self._positions.setdefault(at, Counts.zeros(0))
         by_query = parts.sum(dim=2)
         counted = by_query[2] > 0
         places = positions.cpu().expand(counted.shape)[counted].clamp_min(0)
@@ -109,20 +128,31 @@ class Statistics:
         self._blocks += count_blocks(marks).cpu()
 
     def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
-        """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site.
+        """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site's
+        name.
 
         Seeding every call anew keeps random selections independent of how sequences are grouped into batches.
         """
         # Large odd factors keep neighbouring seeds, layers, steps and sites far apart.
         mixed = self.seed * 0x9E3779B97F4A7C15 + layer * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB
-        mixed += SITES.index(site) * 0xD6E8FEB86659FD93
+        mixed += zlib.crc32(site.encode()) * 0xD6E8FEB86659FD93
         return torch.Generator().manual_seed(mixed % 2**63)
 
     def reset(self) -> None:
         """Forget all counts; the seed stays."""
-        self._heads.clear()
+        self._by_head.clear()
+        self._sums.clear()
         self._positions.clear()
         self._blocks.zero_()
+
+    @property
+    def _heads(self) -> dict[tuple[str, int], Counts]:
+        """All counts by head; plain sums join the first column."""
+        for at, sums in self._sums.items():
+            counts = self._by_head.setdefault(at, Counts.zeros(1))
+            counts.table[:2, 0] += torch.tensor(sums)
+        self._sums.clear()
+        return self._by_head
 
     @property
     def eligible(self) -> int:
@@ -133,6 +163,16 @@ class Statistics:
     def selected(self) -> int:
         """Number of entries recomputed in float32."""
         return sum(int(c.selected.sum()) for c in self._heads.values())
+
+    @property
+    def eligible_by_site(self) -> dict[str, int]:
+        """Eligible entries of each site that ran."""
+        return {site: int(self.site_counts(site).eligible) for site in self.sites}
+
+    @property
+    def selected_by_site(self) -> dict[str, int]:
+        """Recomputed entries of each site that ran."""
+        return {site: int(self.site_counts(site).selected) for site in self.sites}
 
     @property
     def rows(self) -> int:
@@ -156,9 +196,19 @@ class Statistics:
         return [site for site in SITES if site in ran]
 
     @property
-    def by_site(self) -> dict[str, float]:
-        """Recompute rate of each site that ran."""
+    def rates(self) -> dict[str, float]:
+        """Recompute rate of each site that ran; 0 where nothing was eligible."""
         return {site: _rate(self.site_counts(site)) for site in self.sites}
+
+    @property
+    def by_site(self) -> dict[str, float]:
+        """The same as `rates`."""
+        return self.rates
+
+    @property
+    def recompute_rates(self) -> dict[str, float]:
+        """The same as `rates`."""
+        return self.rates
 
     @property
     def by_layer(self) -> list[float]:
@@ -192,7 +242,7 @@ class Statistics:
         if not self.blocks or not int(self._blocks[0, 0]):
             return {}
         rows, tiles = (rate(int(touched), int(eligible)) for eligible, touched in self._blocks)
-        return {"entry": self.by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+        return {"entry": self.rates["scores"], "row_block_16": rows, "tile_16x16": tiles}
 
     @property
     def block_counts(self) -> Tensor:
@@ -235,6 +285,8 @@ class Statistics:
         ]
 
     def __str__(self) -> str:
+        if self.sites and not self.rows:
+            return ", ".join(f"{site} {share:.2%}" for site, share in self.rates.items())
         things = "scores" if self.sites in ([], ["scores"]) else f"entries at {', '.join(self.sites)}"
         return (
             f"recompute rate {self.recompute_rate:.3%} ({self.selected:,} of {self.eligible:,} {things}), "

@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.linear import TINY, innermost, needs, select
+from torchlamp.simulation.linear import TINY
 
 _FLOAT32 = Accumulation(Grid())
+_AS_THEY_ARE = Operand()
 #: Smaller probabilities count as 0: 7000 keys together lose less than 1e-10 of the mass, and no product comes near the
 #: subnormal numbers, where the native kernel would take a path that is hundreds of times slower.
 SMALLEST_PROBABILITY = 2.0**-46
@@ -36,13 +39,21 @@ class Values:
     #: For random rules, on the CPU; every sample starts from the state it has at the call.
     generator: torch.Generator | None = None
     layer: int = 0
+    #: How probabilities and values enter the sums; groups run along the keys, from the first key of the sample on.
+    operand: Operand = _AS_THEY_ARE
+
+    def stored(self, value: Tensor) -> Tensor:
+        """The values float32 (key heads, keys, value size) of one sample as they enter the sums."""
+        return quantise(value, self.operand, dim=1)
 
 
-def weighted_sums(probabilities: Tensor, value: Tensor, how: Values) -> tuple[Tensor, Tensor]:
+def weighted_sums(
+    probabilities: Tensor, value: Tensor, how: Values, low: Tensor | None = None, first: int = 0
+) -> tuple[Tensor, Tensor]:
     """Probabilities times values for a tile of one sample.
 
     Sums run over the keys in their order; a hidden key has probability 0 and leaves the sum as it is. Probabilities
-    below `SMALLEST_PROBABILITY` count as 0.
+    below `SMALLEST_PROBABILITY` count as 0. Recomputed sums have full-precision operands.
 
     Parameters
     ----------
@@ -51,7 +62,11 @@ def weighted_sums(probabilities: Tensor, value: Tensor, how: Values) -> tuple[Te
     value
         float32 (groups, keys, value size), heads a multiple of groups.
     how
-        Accumulator and rule.
+        Accumulator, operand and rule.
+    low
+        `how.stored` of all values of the sample; None: `value` is all of them, and the tile starts at the first key.
+    first
+        Number of the tile's first key in the sample.
 
     Returns
     -------
@@ -63,39 +78,77 @@ def weighted_sums(probabilities: Tensor, value: Tensor, how: Values) -> tuple[Te
     kept = probabilities.masked_fill(probabilities < SMALLEST_PROBABILITY, 0.0)
     stacked = kept.reshape(groups, heads // groups * rows, keys)
     rule = how.rule
-    sums, squares = products(stacked, value, how.accumulator.accumulation, squares=needs(rule, "needs_error"))
+    entering = (stacked, value)
+    if not how.operand.is_float32:
+        low = how.stored(value) if low is None else low
+        # Groups start at the sample's first key, whatever the tile.
+        padded = torch.nn.functional.pad(stacked, (first, 0))
+        entering = (quantise(padded, how.operand)[..., first:], low[:, first : first + keys])
+    sums, squares = products(*entering, how.accumulator.accumulation, squares="squares" in rule.byproducts)
     counts = torch.zeros(heads, rows, dtype=torch.int64, device=value.device)
     shape = (heads, rows, size)
     if not isinstance(rule, Nothing):
-        y = sums.view(shape)
-        error = exact = numerator = condition = None
-        if squares is not None:
-            error = squares.sqrt_().mul_(how.accumulator.format.unit_roundoff / 2).view(1, *shape)
-        if needs(rule, "needs_exact"):
-            exact = products(stacked, value, _FLOAT32)[0].view(1, *shape)
-        if needs(rule, "needs_condition"):
-            if innermost(rule).numerator == "cheap":
-                bound = stacked.norm(dim=-1, keepdim=True) * value.norm(dim=1, keepdim=True)
-            else:
-                bound = products(stacked, value.abs(), _FLOAT32)[0]
-            numerator = bound.view(1, *shape)
-            condition = numerator / y.abs()
-        tile = ElementTile(
-            scores=y[None],
-            visible=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=value.device).expand(1, *shape),
-            gain=_gain(y, how.next_norms)[None],
-            condition=condition,
-            numerator=numerator,
-            error=error,
-            exact=exact,
-            generator=how.generator,
-            layer=how.layer,
-        )
-        chosen = select(rule, tile)[0]
+        chosen = rule.select(_tile(stacked, value, entering, sums.view(shape), squares, how))[0]
         counts = chosen.sum(dim=-1)
         if bool(counts.any()):
             recompute(sums, stacked, value, chosen.reshape(sums.shape))
     return sums.view(shape), counts
+
+
+def _tile(
+    stacked: Tensor,
+    value: Tensor,
+    entering: tuple[Tensor, Tensor],
+    y: Tensor,
+    squares: Tensor | None,
+    how: Values,
+) -> ElementTile:
+    """The tile of the sums y (heads, rows, value size); it computes the rest when a rule asks.
+
+    Parameters
+    ----------
+    stacked, value
+        The operands, (groups, heads / groups * rows, keys) and (groups, keys, value size).
+    entering
+        The same as they entered the sums.
+    y
+        The sums, (heads, rows, value size).
+    squares
+        Sums of the squared partial sums, the shape of the product; None where the rule needs none.
+    how
+        Accumulator and rule.
+    """
+    shape = (1, *y.shape)
+
+    def error(known: Tensor) -> Tensor:
+        rounding = known.sqrt().mul_(how.accumulator.format.unit_roundoff / 2)
+        if how.operand.is_float32:
+            return rounding.view(shape)
+        # What quantisation takes from each term, its signs taken as random.
+        of_value = stacked.square() @ (value - entering[1]).square()
+        of_weights = (stacked - entering[0]).square() @ value.square()
+        return (rounding.square() + of_value + of_weights).sqrt().view(shape)
+
+    def numerator() -> Tensor:
+        return products(stacked, value.abs(), _FLOAT32)[0].view(shape)
+
+    def cheap_numerator() -> Tensor:
+        bounds: Tensor = stacked.norm(dim=-1, keepdim=True) * value.norm(dim=1, keepdim=True)
+        return bounds.view(shape)
+
+    return ElementTile(
+        scores=y[None],
+        visible=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=value.device).expand(shape),
+        gain=_gain(y, how.next_norms)[None],
+        condition=lambda: numerator() / y.abs(),
+        cheap_condition=lambda: cheap_numerator() / y.abs(),
+        numerator=numerator,
+        cheap_numerator=cheap_numerator,
+        error=None if squares is None else lambda: error(squares),
+        exact=lambda: products(stacked, value, _FLOAT32)[0].view(shape),
+        generator=how.generator,
+        layer=how.layer,
+    )
 
 
 def _gain(y: Tensor, next_norms: Tensor | None) -> Tensor:

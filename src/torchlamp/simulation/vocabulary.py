@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from torchlamp.rules.tile import Tile
-from torchlamp.simulation.linear import Low
+from torchlamp.simulation.linear import LowPass
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
 
 
@@ -19,7 +19,7 @@ class Vocabulary:
 
     softcap: float | None = None
 
-    def __call__(self, low: Low) -> Tile:
+    def __call__(self, low: LowPass) -> Tile:
         """The tile of a chunk of rows."""
         logits, slope = capped_logits(low.y, self.softcap, None)
         return Tile(
@@ -29,6 +29,7 @@ class Vocabulary:
             visible=torch.ones(1, 1, dtype=torch.bool, device=low.y.device).expand(low.y.shape),
             slope=slope,
             error=low.error,
+            bridge_error=low.bridge_error,
             generator=low.generator,
             exact=low.exact,
             layer=low.layer,

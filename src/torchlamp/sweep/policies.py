@@ -3,8 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.policy.policy import Policy
+from torchlamp.policy.precision import Precision
 from torchlamp.rules.registry import rule_class
 from torchlamp.rules.rule import NumberRule, Rule
 from torchlamp.sweep.points import HOLE
@@ -57,7 +57,7 @@ def _frame(accumulator: Node, sites: Node | None) -> list[str | None]:
     """The beginning of each site's policy: 'ps4+', or 'mlp_up=ps4+' and 'mlp_down=ps4+'."""
     spelling = accumulator.string("accumulate")
     try:
-        spelling = str(Accumulator.parse(spelling))
+        spelling = str(Precision.parse(spelling))
     except ValueError as error:
         raise accumulator.error(str(error)) from error
     if sites is None:

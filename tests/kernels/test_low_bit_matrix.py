@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lowbit_oracle import quantise, shorts
 
 from operands import NATIVE, draw, same_bits
-from torchlamp.decoding.matrix import LowBitMatrix
 from torchlamp.kernels import native, reference_lowbit
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 
 #: The fixtures only choose an implementation, once for all examples.
 over_shapes = settings(
@@ -83,7 +83,7 @@ def test_every_instruction_set_gives_the_same_bits(rows, columns, vectors, bits,
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "wide", "special", "extreme"])
-def test_vectors_are_rounded_to_the_twins_integers(instruction_set, kind):
+def test_vectors_are_rounded_to_the_references_integers(instruction_set, kind):
     # One code of 7 in each row of the matrix, its scale 1: products show every integer times its scale.
     x = draw(kind, 50, 32)
     codes, own = reference_lowbit.quantise_vector(x)

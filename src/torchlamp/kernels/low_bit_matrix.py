@@ -1,4 +1,4 @@
-"""Low-bit copies of matrices, packed and multiplied by the native kernel where it runs and by its torch twin elsewhere.
+"""Low-bit copies of matrices, packed and multiplied by the native kernel where it runs, in torch elsewhere.
 
 They are made of plain tensors, so that they can be copied, pickled and shared between threads. The layout, and the
 formulas that both kinds of kernels follow, are in `torchlamp.kernels.reference_lowbit`; `docs/decoding.md` says
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamp.kernels import native, reference_lowbit
-from torchlamp.kernels.reference_lowbit import ROWS, block_count, code_bytes, group_count
+from torchlamp.kernels import reference_lowbit
+from torchlamp.kernels.constants import ROWS
+from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
+from torchlamp.kernels.reference_lowbit import block_count, code_bytes, group_count
 
 #: Bits that a code can have.
 BITS = (4, 8, 12)
@@ -34,8 +36,8 @@ class LowBitMatrix:
     bits: int
     rows: int
     columns: int
-    #: The native object over the tensors above, and the instruction set that it was made for.
-    _native: tuple[str, Any] | None = field(default=None, init=False, repr=False)
+    #: Over the tensors above.
+    _native: NativeObject = field(default_factory=NativeObject, init=False, repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -60,11 +62,12 @@ class LowBitMatrix:
             raise ValueError(f"bits={bits}: LowBitMatrix takes 4, 8 or 12")
         _check(weight, "a weight", "(rows, columns)")
         rows, columns = weight.shape
-        if native.available():
-            matrix = cls(*_empty_blocks(rows, columns, bits), bits, rows, columns)
-            matrix.kernel().pack(_last_contiguous(weight), torch.get_num_threads())
-            return matrix
-        return cls(*reference_lowbit.pack_blocks(_plain(weight), bits), bits, rows, columns)
+        native = native_for(weight)
+        if native is None:
+            return cls(*reference_lowbit.pack_blocks(as_native(weight, "any"), bits), bits, rows, columns)
+        matrix = cls(*_empty_blocks(rows, columns, bits), bits, rows, columns)
+        matrix.kernel(native).pack(as_native(weight), torch.get_num_threads())
+        return matrix
 
     @torch.no_grad()
     def products(self, x: Tensor) -> Tensor:
@@ -89,10 +92,11 @@ class LowBitMatrix:
             When `x` isn't float32.
         """
         x = check_vectors(x, self.columns)
-        if not native.available():
+        native = native_for(x)
+        if native is None:
             return reference_lowbit.products(self.codes, self.scales, self.bits, self.rows, x)
         out = torch.empty(len(x), self.rows)
-        self.kernel().products(x, out, torch.get_num_threads())
+        self.kernel(native).products(x, out, torch.get_num_threads())
         return out
 
     @property
@@ -109,20 +113,19 @@ class LowBitMatrix:
         """What the copy stands for: float32 (rows, columns), NaN in groups of 32 that aren't finite."""
         return reference_lowbit.unpack_blocks(self.codes, self.scales, self.bits, self.rows, self.columns)
 
-    def kernel(self) -> Any:
-        """The native object, made anew after a copy and when another instruction set is asked for."""
-        isa = native.instruction_set()
-        assert isa is not None
-        made = self._native  # read once: other threads may replace it
-        if made is None or made[0] != isa:
-            tensors = (self.codes, self.scales, self.block_errors)
-            kernel = native.extension().BlockMatrix(isa, *tensors, self.bits, self.rows, self.columns)
-            self._native = made = (isa, kernel)
-        return made[1]
+    def kernel(self, native: NativeKernels) -> Any:
+        """The native object over the copy."""
+        return self._native.get(native, self._make)
+
+    def _make(self, native: NativeKernels) -> Any:
+        tensors = (self.codes, self.scales, self.block_errors)
+        return native.extension.BlockMatrix(
+            native.instruction_set, *tensors, self.bits, self.rows, self.columns
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the native object, and with scales in a dtype that torch can pickle.
-        return {**self.__dict__, "_native": None, "scales": self.scales.view(torch.int16)}
+        return {**self.__dict__, "_native": NativeObject(), "scales": self.scales.view(torch.int16)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
@@ -139,7 +142,7 @@ def check_vectors(x: Tensor, columns: int) -> Tensor:
             f"vectors of shape {tuple(x.shape)} don't fit a matrix of {columns} columns: "
             f"they must be (vectors, {columns})"
         )
-    return _plain(x).contiguous()
+    return as_native(x, "all")
 
 
 def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,14 +162,3 @@ def _check(x: Tensor, what: str, shape: str) -> None:
         raise ValueError(f"{what} must be on the CPU, got {x.device}: move with .cpu()")
     if x.dim() != 2:
         raise ValueError(f"{what} must have shape {shape}, got {tuple(x.shape)}")
-
-
-def _plain(x: Tensor) -> Tensor:
-    """The tensor as its memory says: without a gradient, and not lazily negated, which a pointer doesn't show."""
-    return x.detach().resolve_neg()
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension."""
-    x = _plain(x)
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()

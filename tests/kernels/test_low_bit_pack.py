@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from lowbit_oracle import KINDS, LARGEST, blocks, pairs, quantise, shorts
 
 from operands import draw
-from torchlamp.decoding.matrix import LowBitMatrix
 from torchlamp.kernels import native, reference_lowbit
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 
 #: The fixtures only choose an implementation, once for all examples.
 over_shapes = settings(
@@ -34,7 +34,7 @@ def same_errors(got, want):
 
 @over_shapes
 @given(sizes, sizes, st.sampled_from([4, 8, 12]), kinds, seeds)
-def test_blocks_equal_the_twin_byte_for_byte(instruction_set, rows, columns, bits, kind, seed):
+def test_blocks_equal_the_reference_byte_for_byte(instruction_set, rows, columns, bits, kind, seed):
     x = matrix(kind, rows, columns, seed)
     copy = LowBitMatrix.pack(x, bits)
     codes, scales, errors = reference_lowbit.pack_blocks(x, bits)

@@ -1,0 +1,152 @@
+"""The values that stored numbers stand for: `quantise`, one readable formula for each kind of scale."""
+
+import torch
+from torch import Tensor
+
+from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.operands import Block, Operand
+from torchlamp.kernels.rounding import round_to_grid
+from torchlamp.kernels.specification import Grid
+
+#: Numbers that are widened to float64 at a time.
+_SLAB_NUMBERS = 2**23
+_BF16_NAN, _BF16_INFINITY = 0x7FC0, 0x7F80
+_E8M0_RANGE = 127
+
+
+@torch.no_grad()
+def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
+    """The values that the stored numbers of a tensor stand for.
+
+        >>> torchlamp.quantise(torch.tensor([1.0, 0.3, -0.02]), "int4/32")
+        tensor([ 1.0000,  0.2871,  0.0000])
+
+    Groups and rows run along `dim`, the dimension that a product sums over. A group with an infinity or NaN becomes
+    NaN as a whole where it has a scale.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32, any shape, strides and device.
+    operand : str or Operand
+        For example ``"int8/32"`` or ``"mxfp4"``.
+    dim : int
+        The dimension of groups and rows.
+
+    Returns
+    -------
+    float32, the shape of `x`; `x` itself where nothing changes.
+
+    Raises
+    ------
+    ValueError
+        An unknown operand, or a dimension that isn't there.
+    TypeError
+        Anything but a float32 tensor.
+    """
+    parsed = Operand.parse(operand)
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"quantise takes a float32 tensor, got {given}: convert with .float()")
+    if not -max(x.ndim, 1) <= dim < max(x.ndim, 1):
+        raise ValueError(f"dim={dim}: the tensor of shape {tuple(x.shape)} has no such dimension")
+    block = parsed.block
+    if block is None or x.numel() == 0:
+        return x
+    if block.scale == "none":
+        rounded = round_to_grid(x.detach(), Format.parse(str(block.element)).grid)
+        return rounded.clone() if rounded is x else rounded
+    rows = (x.detach() if x.ndim else x.detach()[None]).movedim(dim, -1)
+    flat = rows.reshape(-1, rows.shape[-1])
+    if block.length < 0:
+        return _groups(flat.reshape(1, 1, -1), block, None).reshape(rows.shape).movedim(-1, dim).view(x.shape)
+    length = block.length or flat.shape[1]
+    padding = -flat.shape[1] % length
+    second = _tensor_scale(flat, block)
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    count = max(1, _SLAB_NUMBERS // max(1, flat.shape[1]))
+    for first in range(0, len(flat), count):
+        part = flat[first : first + count]
+        groups = torch.nn.functional.pad(part, (0, padding)).view(len(part), -1, length)
+        out[first : first + count] = _groups(groups, block, second).flatten(1)[:, : flat.shape[1]]
+    return out.view(rows.shape).movedim(-1, dim).reshape(x.shape)
+
+
+def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
+    """Stored values of (rows, groups, length)."""
+    magnitude = groups.abs().amax(-1, keepdim=True)
+    if block.scale == "e8m0":
+        return _microscaled(groups, magnitude, _element(block))
+    if block.scale == "e4m3fn":
+        assert second is not None
+        return _two_level(groups, magnitude, second, _element(block))
+    if isinstance(block.element, int):
+        return _integers(groups, magnitude, 2 ** (block.element - 1) - 1, block.scale == "bf16-up")
+    grid = _element(block)
+    scale = magnitude / torch.full_like(magnitude, grid.max_value)
+    return _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
+
+
+def _integers(groups: Tensor, magnitude: Tensor, largest: int, narrow_scale: bool) -> Tensor:
+    """S round(x / s), s the largest magnitude over the largest code; as `reference_lowbit.pack_blocks` stores it."""
+    scale = magnitude / torch.full_like(magnitude, largest)
+    if narrow_scale:
+        # Rounded up to bfloat16, so that no code exceeds the largest.
+        pattern = (scale.view(torch.int32).long() + 0xFFFF) >> 16
+        pattern = torch.where(scale.isfinite() & (pattern < _BF16_INFINITY), pattern, _BF16_NAN)
+        scale = (pattern << 16).to(torch.int32).view(torch.float32)
+    codes = (groups / scale).round().clamp(-largest, largest)
+    return _nonzero(codes * scale, scale)
+
+
+def _microscaled(groups: Tensor, magnitude: Tensor, grid: Grid) -> Tensor:
+    """OCP MX: the scale is 2^(floor(log2(largest magnitude)) - the element's largest exponent), elements saturate."""
+    exponent = torch.frexp(magnitude.double()).exponent - 1 - grid.max_exponent
+    exponent = torch.where(magnitude > 0, exponent, -_E8M0_RANGE).clamp(-_E8M0_RANGE, _E8M0_RANGE)
+    scale = torch.ldexp(torch.ones_like(magnitude, dtype=torch.float64), exponent)
+    values = (_round(groups.double() / scale, grid).double() * scale).float()
+    return torch.where(magnitude.isfinite(), values, torch.nan)
+
+
+def _two_level(groups: Tensor, magnitude: Tensor, second: Tensor, grid: Grid) -> Tensor:
+    """NVFP4: an e4m3fn scale for each group times a float32 scale of the tensor."""
+    scales = Format.parse("e4m3fn-sat").grid
+    wanted = magnitude.double() / grid.max_value / second.double()
+    scale = round_to_grid(torch.where(second > 0, wanted, 0.0).float(), scales) * second
+    values = _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
+    return torch.where(magnitude.isfinite(), values, torch.nan)
+
+
+def _tensor_scale(flat: Tensor, block: Block) -> Tensor | None:
+    """NVFP4's second scale, which takes the largest number of the tensor to the largest scale times element."""
+    if block.scale != "e4m3fn":
+        return None
+    top = _element(block).max_value * Format.parse("e4m3fn").max
+    finite = torch.where(flat.isfinite(), flat, 0.0)
+    return finite.abs().amax() / top
+
+
+def _element(block: Block) -> Grid:
+    """The element's grid; what is beyond its largest number saturates."""
+    return Format.parse(f"{block.element}-sat").grid
+
+
+def _round(quotient: Tensor, grid: Grid) -> Tensor:
+    """Quotients, float64, to the element's grid: float32.
+
+    Rounding to float32 first would round twice; what float32 cuts off is therefore kept as its last bit (round to
+    odd), which no later rounding to so few bits can mistake for a tie.
+    """
+    near = quotient.float()
+    away = near.double().abs() > quotient.abs()
+    toward_zero = torch.where(away, torch.nextafter(near, torch.zeros_like(near)), near)
+    inexact = (toward_zero.double() != quotient) & quotient.isfinite() & toward_zero.isfinite()
+    odd = torch.where(inexact, (toward_zero.view(torch.int32) | 1).view(torch.float32), toward_zero)
+    return round_to_grid(odd, grid)
+
+
+def _nonzero(values: Tensor, scale: Tensor) -> Tensor:
+    """Values, 0 where the scale is 0 and NaN where it isn't finite."""
+    return torch.where(scale > 0, values, torch.where(scale == 0, 0.0, torch.nan)).where(
+        scale < torch.inf, torch.nan
+    )

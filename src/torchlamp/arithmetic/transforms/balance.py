@@ -1,0 +1,45 @@
+"""`balance`: the basis in which both operands have the same, diagonal second moments."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlamp.arithmetic.transforms.moments import Moments
+from torchlamp.arithmetic.transforms.transform import Change, Mapped, Side, Transform
+
+#: Share of the mean eigenvalue that is added to each, so that M and its inverse stay well-conditioned.
+REGULARISATION = 1e-4
+
+
+@dataclass(frozen=True)
+class Balance(Transform):
+    """q.k = (M^-T q).(M k) with M that makes E q q^T and E k k^T equal and diagonal, energies ascending.
+
+    This is the balanced realisation of linear systems: with E k k^T = L L^T and L^T E q q^T L = U S^2 U^T,
+    M = S^(1/2) U^T L^-1. Energy concentrates in few terms, and these come last. Source: derived, docs/transforms.md 3.
+    """
+
+    name = "balance"
+    summary = "a basis in which both operands have equal and diagonal second moments, ascending"
+    needs_products = True
+
+    def fit(self, left: Moments, right: Moments, side: Side) -> Change:
+        """The map from the regularised second moments, in float64."""
+        factor = torch.linalg.cholesky(_regular(right.second))
+        energies, basis = torch.linalg.eigh(factor.mT @ _regular(left.second) @ factor)
+        roots = energies.clamp_min(torch.finfo(torch.float64).tiny).pow(0.25)
+        inverse = (factor @ basis) / roots[:, None, :]
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        below = torch.linalg.solve_triangular(factor, identity, upper=False)
+        return Mapped(inverse, roots[:, :, None] * (basis.mT @ below))
+
+
+def _regular(second: Tensor) -> Tensor:
+    """Second moments (Gb, K, K) with a share of their mean eigenvalue on the diagonal; the identity for none."""
+    mean = second.diagonal(dim1=1, dim2=2).mean(-1)
+    usable = mean.isfinite() & (mean > 0)
+    added = torch.where(usable, REGULARISATION * mean, 1.0)[:, None]
+    return torch.where(usable[:, None, None], second, 0.0) + torch.diag_embed(
+        added.expand(-1, second.shape[-1])
+    )

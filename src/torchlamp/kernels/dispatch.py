@@ -1,0 +1,70 @@
+"""Which implementation serves a call, native kernel or readable reference, and tensors as a native kernel takes them.
+
+Every room asks here, and nowhere else: `native_for(...)` gives the native kernels that serve the tensors of a call,
+or None, and then the reference runs.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchlamp.kernels import native
+
+
+class NativeKernels(NamedTuple):
+    """The native kernels of one instruction set: `extension.products(instruction_set, ...)`."""
+
+    instruction_set: str
+    extension: Any
+
+
+def native_for(*tensors: Tensor | None) -> NativeKernels | None:
+    """The native kernels that serve a call on these tensors, or None where the reference must.
+
+    Native kernels take float32 numbers and bool masks on the CPU. None among the tensors stands for an optional one
+    that isn't there; without any tensor the answer is for this machine.
+    """
+    instruction_set = native.instruction_set()
+    if instruction_set is None or not all(t is None or _fits(t) for t in tensors):
+        return None
+    return NativeKernels(instruction_set, native.extension())
+
+
+def _fits(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bool)
+
+
+def as_native(tensor: Tensor, contiguous: Literal["any", "last", "all"] = "last") -> Tensor:
+    """A tensor as a native kernel reads it from its memory.
+
+    The result has no gradient and isn't lazily negated, which a pointer doesn't show. Its strides are as they are
+    ("any"), the last dimension is contiguous ("last"), or all of it is ("all"). bool becomes uint8. Nothing is copied
+    where nothing must be.
+    """
+    plain = tensor.detach().resolve_neg()
+    if contiguous == "all" or (contiguous == "last" and plain.shape[-1] > 1 and plain.stride(-1) != 1):
+        plain = plain.contiguous()
+    return plain.view(torch.uint8) if plain.dtype == torch.bool else plain
+
+
+class NativeObject:
+    """A native object over some tensors: made at first use, and anew for another instruction set.
+
+    A copy of its owner must not share it: `__getstate__` gives the copy a new one.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[str, Any] | None = None
+
+    def get(self, kernels: NativeKernels, make: Callable[[NativeKernels], Any]) -> Any:
+        """The object for these kernels; `make` gives it where there is none yet."""
+        made = self._made  # read once: other threads may replace it
+        if made is None or made[0] != kernels.instruction_set:
+            self._made = made = (kernels.instruction_set, make(kernels))
+        return made[1]
+
+    def forget(self) -> None:
+        """Make the object anew at its next use: the tensors that it was made over have been replaced."""
+        self._made = None
