@@ -17,7 +17,7 @@ _NOTHING = Counts.zeros(0).table
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """One policy (None: the float32 reference) and what its finished windows gave."""
 
     role: Role
@@ -101,7 +101,7 @@ class Run:
         return total
 
 
-def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[Run]:
+def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[EvaluationRun]:
     """The runs of an evaluation beside the reference; the first one is the tested policy.
 
     Plain is the same operands and accumulators without transforms and with rule none; random-like recomputes as many
@@ -116,7 +116,7 @@ def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) 
     compared : sequence of Policy
         Others to run on the same windows.
     """
-    runs = [Run("tested", policy)]
+    runs = [EvaluationRun("tested", policy)]
     if baselines:
         _add(runs, "plain", _plain(policy))
     for other in compared:
@@ -127,10 +127,10 @@ def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) 
     return runs
 
 
-def _add(runs: list[Run], role: Role, policy: Policy) -> None:
+def _add(runs: list[EvaluationRun], role: Role, policy: Policy) -> None:
     """Add a run unless the policy runs already."""
     if all(policy != run.policy for run in runs):
-        runs.append(Run(role, policy))
+        runs.append(EvaluationRun(role, policy))
 
 
 def _plain(policy: Policy) -> Policy:
