@@ -1,7 +1,7 @@
 """The runs of an evaluation: the tested policy, its baselines, and what each of them collects."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,9 +104,8 @@ class Run:
 def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[Run]:
     """The runs of an evaluation beside the reference; the first one is the tested policy.
 
-    Plain is the same accumulators with rule none; random-like recomputes as many entries per row as the
-    tested rules do, at random. Neither is run where it would recompute everything or nothing. A policy that is there
-    already isn't run again.
+    Plain is the same operands and accumulators without transforms and with rule none; random-like recomputes as many
+    entries per row as the tested rules do, at random. A policy that is there already isn't run again.
 
     Parameters
     ----------
@@ -135,8 +134,9 @@ def _add(runs: list[Run], role: Role, policy: Policy) -> None:
 
 
 def _plain(policy: Policy) -> Policy:
-    """The same precisions, nothing recomputed."""
-    return policy.unguarded()
+    """The same operands and accumulators without transforms, nothing recomputed: what ordinary hardware does."""
+    precisions = {site: replace(part.precision, transforms=()) for site, part in policy.sites.items()}
+    return Policy(sites={site: SitePolicy(precision) for site, precision in precisions.items()})
 
 
 def _random_like(rule: Rule) -> Rule:
