@@ -10,7 +10,14 @@ import torchlamp
 from torchlamp.kernels import native
 
 KERNELS = ["torch", native.instruction_set()] if native.available() else ["torch"]
-EXACT = ("ps23+none", "ps4+all")
+#: `+all` recomputes in the transformed representative, whose float32 products are the model's to rounding.
+EXACT = (
+    "ps23+none",
+    "ps4+all",
+    "ps4.center.sort+all",
+    "int8@ps7.center.balance+all",
+    "int4.center.hadamard+all",
+)
 CASES = ("one", "short", "longer than a tile", "batch", "left", "right")
 
 

@@ -31,6 +31,20 @@ def test_float32_accumulators_and_full_recomputation_are_the_model(family, site,
     assert torch.equal(family(ids).logits, before)
 
 
+@pytest.mark.parametrize("site", ["scores", "qkv", "attention_out", "mlp_up", "mlp_down", "lm_head"])
+@pytest.mark.parametrize("changes", ["center.sort", "smooth.balance", "center.hadamard"])
+def test_transforms_are_exact_where_everything_is_recomputed(family, site, changes, tokens):
+    ids = tokens(2, 9)
+    before = family(ids).logits
+    sizes = {"scores": 8, "mlp_down": 48}
+    if "hadamard" in changes and sizes.get(site, 32) & (sizes.get(site, 32) - 1):
+        changes = changes.replace("hadamard", "sort")
+    for precision in ("ps3", "int4@ps5", "fp32"):
+        rule = "none" if precision == "fp32" else "all"
+        with lookahead(family, f"{site}={precision}.{changes}+{rule}"):
+            torch.testing.assert_close(family(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
 class Watch:
     """What goes into some modules and comes out of them."""
 

@@ -7,8 +7,9 @@ import torch
 
 from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels import native
+from torchlamp.policy.precision import Precision
 from torchlamp.rules import Rule
-from torchlamp.simulation.attention import AttentionCall, Visibility, _fused, _tiled, attention
+from torchlamp.simulation.attention import AttentionCall, Visibility, _fused, _operands, _tiled, attention
 
 INSTRUCTION_SETS = [name for name, state in native.features().items() if state in ("in use", "available")]
 RULES = ("none", "all", "strict:0.05", "relaxed:0.1", "relaxed-length:0.02", "running:0.002", "topz:0.1")
@@ -29,11 +30,15 @@ def draw(batch=2, heads=4, key_heads=2, queries=37, keys=37, size=24, value_size
     return query, key, torch.randn(batch, key_heads, keys, value_size, generator=g)
 
 
-def both(tensors, rule, accumulate="ps4", mask=None, causal=True, softcap=None, sinks=None):
-    call = AttentionCall(
-        Accumulator.parse(accumulate), Rule.parse(rule), 0.2, Visibility(mask, causal), softcap, sinks, None
-    )
-    return _fused(call, *tensors), _tiled(call, *tensors)
+def fused_form(call, query, key, value):
+    return _fused(call, _operands(call, query, key), value)
+
+
+def both(tensors, rule, accumulate="ps4", mask=None, causal=True, softcap=None, sinks=None, **others):
+    accumulator, seen = Accumulator.parse(accumulate), Visibility(mask, causal)
+    call = AttentionCall(accumulator, Rule.parse(rule), 0.2, seen, softcap, sinks, **others)
+    operands = _operands(call, *tensors[:2])
+    return _fused(call, operands, tensors[2]), _tiled(call, operands, tensors[2])
 
 
 def assert_same(fused, tiled, allowed=0.01):
@@ -66,6 +71,27 @@ def test_masks_softcap_and_sinks(instruction_set, rule, softcap, with_sinks):
     fused, tiled = both(tensors, rule, mask=mask, causal=False, softcap=softcap, sinks=sinks)
     if with_sinks and rule.startswith("relaxed"):
         assert fused is None  # left to the tile loop
+    else:
+        assert_same(fused, tiled)
+
+
+@pytest.mark.parametrize("rule", ["none", "all", "strict:0.05", "running:0.002"])
+@pytest.mark.parametrize(
+    "precision", ["ps4.center.sort", "ps4.center.balance", "int8@ps7.center", "mxfp8@fp32"]
+)
+@pytest.mark.parametrize("surroundings", ["plain", "softcap", "sinks"])
+def test_transformed_and_quantised_operands(instruction_set, rule, precision, surroundings):
+    query, key, value = draw(queries=45, keys=45)
+    key = key + torch.linspace(-3, 9, 24)
+    parsed = Precision.parse(precision)
+    others = {"operand": parsed.operand, "transforms": parsed.transforms}
+    if surroundings == "softcap":
+        others["softcap"] = 4.0
+    elif surroundings == "sinks":
+        others["sinks"] = torch.tensor([0.5, -1.0, 3.0, 0.0])
+    fused, tiled = both((query, key, value), rule, str(parsed.sums), **others)
+    if rule.startswith("running") and not parsed.operand.is_float32:
+        assert fused is None  # the error of two quantised operands is the tile loop's
     else:
         assert_same(fused, tiled)
 
@@ -122,14 +148,14 @@ def test_results_do_not_depend_on_threads_or_batch(instruction_set):
             None,
             None,
         )
-        results.append(_fused(call, query, key, value))
+        results.append(fused_form(call, query, key, value))
     torch.set_num_threads(before)
     for one, other in itertools.pairwise(results):
         assert torch.equal(one.output, other.output)
         assert torch.equal(one.selected, other.selected)
     for sample in range(3):
         piece = slice(sample, sample + 1)
-        alone = _fused(call, query[piece], key[piece], value[piece])
+        alone = fused_form(call, query[piece], key[piece], value[piece])
         assert torch.equal(alone.output, results[0].output[piece])
 
 
@@ -137,12 +163,12 @@ def test_a_mask_for_each_head_and_a_bias_are_left_to_the_tile_loop(instruction_s
     tensors = draw()
     mask = torch.ones(1, 4, 37, 37, dtype=torch.bool)
     call = AttentionCall(Accumulator.parse("ps4"), Rule.parse("all"), 0.2, Visibility(mask), None, None, None)
-    assert _fused(call, *tensors) is None
+    assert fused_form(call, *tensors) is None
     bias = torch.zeros(1, 1, 37, 37)
     call = AttentionCall(
         Accumulator.parse("ps4"), Rule.parse("all"), 0.2, Visibility(None, True, bias), None, None, None
     )
-    assert _fused(call, *tensors) is None
+    assert fused_form(call, *tensors) is None
     assert attention(
         *tensors, accumulator=call.accumulator, rule=call.rule, scaling=0.2, bias=bias
     ).output.shape

@@ -5,6 +5,9 @@ from hypothesis import strategies as st
 
 import torchlamp
 from torchlamp.arithmetic import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import Transform
+from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.rules import RULES, Rule
 from torchlamp.simulation import linear as module
 from torchlamp.simulation.linear import HeadVectors, Weights, linear, linears, relative
@@ -222,3 +225,54 @@ class TestRefused:
         x, weight, b = layer()
         with pytest.raises(ValueError, match=r"'random:0.5' draws random numbers: pass a generator"):
             linear(x, weight, b, accumulator="ps4", rule="random:0.5")
+
+
+class TestTransforms:
+    def draw(self, rows=40, inputs=32, outputs=24):
+        g = torch.Generator().manual_seed(5)
+        x = torch.randn(2, rows, inputs, generator=g) + torch.linspace(-3, 6, inputs)
+        return x, torch.randn(outputs, inputs, generator=g), torch.randn(outputs, generator=g)
+
+    def run(self, x, weight, bias, accumulator, rule, names, operand="float32", **others):
+        return module.linears(
+            x,
+            [module.Weights(weight.T, bias)],
+            accumulator=Accumulator.parse(accumulator),
+            rule=Rule.parse(rule),
+            next_function=module.relative,
+            operand=Operand.parse(operand),
+            transforms=[Transform.parse(name) for name in names],
+            **others,
+        )
+
+    @pytest.mark.parametrize("names", [("center",), ("center", "sort"), ("balance",), ("smooth", "hadamard")])
+    @pytest.mark.parametrize("operand", ["float32", "int8"])
+    def test_all_is_the_float32_layer(self, names, operand):
+        x, weight, bias = self.draw()
+        found = self.run(x, weight, bias, "ps3", "all", names, operand).output
+        torch.testing.assert_close(found, x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+    def test_the_mean_goes_round_the_narrow_sum(self):
+        x, weight, bias = self.draw()
+        exact = x @ weight.T + bias
+        error = {names: float((self.run(x, weight, bias, "ps5", "none", names).output - exact).norm()) for names in
+                 ((), ("center",), ("center", "sort"))}  # fmt: skip
+        assert error[("center",)] < error[()] / 2
+        assert error[("center", "sort")] < error[("center",)]
+
+    def test_neither_chunks_nor_neighbours_matter(self, monkeypatch):
+        x, weight, bias = self.draw()
+        whole = self.run(x, weight, bias, "ps4", "running:0.01", ["center", "sort"])
+        alone = self.run(x[1:], weight, bias, "ps4", "running:0.01", ["center", "sort"])
+        assert torch.equal(whole.output[1], alone.output[0])
+        monkeypatch.setattr(module, "CHUNK_ENTRIES", 24 * 7)
+        pieces = self.run(x, weight, bias, "ps4", "running:0.01", ["center", "sort"])
+        assert torch.equal(pieces.output, whole.output)
+        assert torch.equal(pieces.selected, whole.selected)
+
+    def test_calibrated_statistics_of_the_inputs(self):
+        x, weight, bias = self.draw()
+        own = Moments.of(x[:1])
+        dynamic = self.run(x[:1], weight, bias, "ps4", "none", ["center", "sort"]).output
+        calibrated = self.run(x, weight, bias, "ps4", "none", ["center", "sort"], moments=own).output
+        assert torch.equal(calibrated[0], dynamic[0])

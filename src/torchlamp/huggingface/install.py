@@ -24,8 +24,6 @@ from torchlamp.simulation.vocabulary import Vocabulary
 #: Sites that run in the attention function; all others in replaced forwards.
 IN_ATTENTION = ("scores", "values")
 _RESIDUAL = ("attention_out", "mlp_down")
-#: Transforms that stored keys take.
-_OF_STORED_KEYS = ("center", "hadamard")
 
 
 def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
@@ -70,17 +68,11 @@ def _check_simulated(policies: dict[str, SitePolicy]) -> None:
     """Refuse what the simulation would otherwise pass over in silence."""
     for site, policy in policies.items():
         precision = policy.precision
-        stored_keys = site == "scores" and precision.is_stored
-        for transform in precision.transforms:
-            if not (stored_keys and str(transform) in _OF_STORED_KEYS):
-                raise ValueError(
-                    f"'{precision}' at site {site}: the simulation doesn't run {transform} there; it runs "
-                    f"{' and '.join(_OF_STORED_KEYS)} at scores with a stored operand"
-                )
-        if site == "scores" and not (precision.is_stored or precision.operand.is_float32):
+        if precision.is_stored and precision.transforms and site != "scores":
+            first = precision.transforms[0]
             raise ValueError(
-                f"'{precision}' at site scores: the simulation runs accumulators with float32 operands there, for "
-                f"example '{precision.sums}', and stored operands, for example '{precision.operand}'"
+                f"transform '{first}' at site {site} with the stored operand '{precision.operand}': stored weights are "
+                f"read as they are; name an accumulator, for example '{precision.operand}@fp32.{first}'"
             )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlamp.arithmetic.operands import Operand
 from torchlamp.huggingface.attached_policy import AttachedPolicy, LayerContext, context_of
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.policy.policy import SitePolicy
@@ -146,9 +147,12 @@ def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> At
         else:
             norms = attached.value_norms.get(layer)
             summed = Values(values.accumulate, values.rule, norms, generator, layer, operand)
+    named = not policy.precision.is_stored
     return AttentionCall(
         accumulator=policy.accumulate,
         rule=policy.rule,
+        operand=policy.precision.operand if named else Operand(),
+        transforms=policy.precision.transforms if named else (),
         scaling=scaling,
         generator=attached.generator(scores, "scores", layer, step),
         values=summed,
@@ -166,7 +170,7 @@ def _keys(attached: AttachedPolicy, layer: int, key: Tensor, queries: int) -> Ke
         return None
     precision = policy.precision
     mean = attached.key_mean(layer, key, queries) if precision.has("center") else None
-    return KeyStorage(precision.operand, mean, precision.has("hadamard"))
+    return KeyStorage(precision.operand, precision.transforms, mean)
 
 
 def _record(

@@ -184,8 +184,8 @@ class LinearGroup:
 
     def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
         """All layers of the group, under the site's policy."""
-        operand = self.policy.precision.operand
-        if not operand.is_float32 and not self._copies:
+        operand, transforms = self.policy.precision.operand, self.policy.precision.transforms
+        if not operand.is_float32 and not transforms and not self._copies:
             self._copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in self.maps]
         return linears(
             x,
@@ -197,6 +197,7 @@ class LinearGroup:
             layer=self.layer,
             operand=operand,
             copies=self._copies or None,
+            transforms=transforms,
         )
 
     def looks_ahead(self) -> LookAhead:

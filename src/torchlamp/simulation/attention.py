@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import Transform
 from torchlamp.kernels.attention import fused_attention
 from torchlamp.kernels.constants import BLOCK_KEYS
 from torchlamp.kernels.products import products
@@ -23,6 +25,7 @@ from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import Ahead, SampleDistances, bridge_error
 from torchlamp.simulation.blocks import mark_blocks
+from torchlamp.simulation.score_operands import ScoreMoments, ScoreOperands, score_operands
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
 from torchlamp.simulation.stored_attention import (
     KeyStorage,
@@ -38,6 +41,7 @@ from torchlamp.simulation.values import Values, weighted_sums
 from torchlamp.simulation.visibility import Visibility, Window, window
 
 _FLOAT32 = Accumulation(Grid())
+_AS_THEY_ARE = Operand()
 
 #: Query rows of a tile: enough to keep matrix products busy, few enough that memory grows with keys only.
 TILE_ROWS = 64
@@ -112,6 +116,12 @@ class AttentionCall:
     observe: Callable[[Observation], None] | None = None
     #: How the values are summed, or read; None: in float32.
     values: Values | StoredValues | None = None
+    #: How queries and keys are stored in the low pass.
+    operand: Operand = _AS_THEY_ARE
+    #: Exact changes of queries and keys before they are stored or summed, in the order they are applied.
+    transforms: tuple[Transform, ...] = ()
+    #: Calibrated statistics that the transforms are fitted to; None: those of the call's own queries and keys.
+    moments: ScoreMoments | None = None
     #: How the keys are stored; the accumulator isn't used then. None: as they are.
     keys: KeyStorage | None = None
     #: What follows the heads' outputs; rules that look as far as the residual stream need it.
@@ -200,18 +210,33 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
     """
     _check(query, key, value, call)
     call.seen.check((*query.shape[:3], key.shape[2]))
-    return _fused(call, query, key, value) or _tiled(call, query, key, value)
+    operands = _operands(call, query, key)
+    return _fused(call, operands, value) or _tiled(call, operands, value)
 
 
-def _fused(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult | None:
+def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:
+    """What the scores of a call are formed of."""
+    return score_operands(
+        query,
+        key,
+        operand=call.operand,
+        transforms=call.transforms,
+        scaling=call.scaling,
+        wants_shift=call.softcap is not None or call.sinks is not None,
+        moments=call.moments,
+    )
+
+
+def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult | None:
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
-    if form is None or not plain:
+    # The expected error of two coarser operands is no product of one number a row and one a key.
+    if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None
     result = fused_attention(
-        query,
-        key,
+        operands.query,
+        operands.key,
         value,
         call.accumulator.accumulation,
         weight=form.weight,
@@ -224,6 +249,9 @@ def _fused(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
         softcap=call.softcap,
         sinks=call.sinks,
         blocks=call.blocks,
+        exact_query=operands.exact_query if operands.is_quantised else None,
+        exact_key=operands.exact_key if operands.is_quantised else None,
+        shift=operands.shift,
     )
     if result is None:
         return None
@@ -233,8 +261,9 @@ def _fused(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
     return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
 
 
-def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> AttentionResult:
+def _tiled(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult:
     """The readable form, for every rule, mask and device: a loop over tiles of query rows."""
+    query, key = operands.query, operands.key
     batch, heads, queries, _ = query.shape
     generator, sinks = call.generator, call.sinks
     output = query.new_empty(batch, queries, heads, value.shape[-1])
@@ -256,10 +285,10 @@ def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
         for own, start in zip(generators, starts, strict=True):
             own.set_state(start)
         sources = _Sources(
-            key[sample],
+            operands,
             value[sample],
             SampleDistances(value[sample], heads, call.ahead),
-            None if call.keys is None else call.keys.store(key[sample], sample),
+            None if call.keys is None else call.keys.store(query[sample], key[sample], sample),
             None if call.values is None else call.values.stored(value[sample]),
         )
         for first in range(0, queries, TILE_ROWS):
@@ -268,7 +297,7 @@ def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
                 weigh_tile = _tile if sources.keys is None else _stored_tile
-                weighed = weigh_tile(call, query[sample, :, at], sources, sample, rows, seen)
+                weighed = weigh_tile(call, sources, sample, rows, seen)
                 out, counts = _values(call.values, weighed, sources, seen)
                 if values_selected is not None and counts is not None:
                     values_selected[sample, :, at] = counts
@@ -289,9 +318,9 @@ def _tiled(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> At
 
 @dataclass(frozen=True)
 class _Sources:
-    """What all tiles of one sample read: keys and values (key heads, keys, size), and how they are stored."""
+    """What all tiles of one sample read: scores' operands, values (key heads, keys, size), and how they are stored."""
 
-    key: Tensor
+    operands: ScoreOperands
     value: Tensor
     distances: SampleDistances
     keys: StoredKeys | None
@@ -311,11 +340,10 @@ def _values(
     return weighted_sums(weighed.probabilities, shown, how, sources.low_value, seen.first)
 
 
-def _stored_tile(
-    call: AttentionCall, query: Tensor, sources: _Sources, sample: int, rows: range, seen: Window
-) -> Weighed:
+def _stored_tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen: Window) -> Weighed:
     """The same as `_tile`, from stored keys."""
     assert sources.keys is not None
+    query = sources.operands.query[sample, :, rows.start : rows.stop]
     shown = slice(seen.first, seen.last)
     scores, error = sources.keys.scores(query, seen.first, seen.last, call.scaling)
 
@@ -335,7 +363,7 @@ def _stored_tile(
         scores,
         error,
         query,
-        sources.key[:, shown].transpose(1, 2),
+        sources.operands.key[sample, :, shown].transpose(1, 2),
         visible,
         Softmax(call.softcap, _bias(call.seen.bias, sample, rows, seen), call.sinks),
         rule=call.rule,
@@ -347,12 +375,14 @@ def _stored_tile(
     )
 
 
-def _tile(
-    call: AttentionCall, query: Tensor, sources: _Sources, sample: int, rows: range, seen: Window
-) -> Weighed:
+def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen: Window) -> Weighed:
     """Probabilities, visible and selected of one tile."""
-    value, distances = sources.value, sources.distances
-    keys = sources.key[:, seen.first : seen.last].transpose(1, 2)
+    value, distances, operands = sources.value, sources.distances, sources.operands
+    at, shown = slice(rows.start, rows.stop), slice(seen.first, seen.last)
+    query, keys = operands.query[sample, :, at], operands.key[sample, :, shown].transpose(1, 2)
+    exact_query = operands.exact_query[sample, :, at]
+    exact_keys = operands.exact_key[sample, :, shown].transpose(1, 2)
+    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
     causal = rows.start - seen.first if call.seen.causal else None
     scores, squares = products(
         query,
@@ -362,6 +392,8 @@ def _tile(
         causal=causal,
         squares="squares" in call.rule.byproducts,
     )
+    if shift is not None:
+        scores += shift
     visible = seen.visible
     if visible is None:
         visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
@@ -372,7 +404,14 @@ def _tile(
     probabilities = visible_softmax(logits, hidden, call.sinks)
 
     def exact() -> Tensor:
-        return products(query, keys, _FLOAT32, scaling=call.scaling, causal=causal)[0][None]
+        sums, _ = products(exact_query, exact_keys, _FLOAT32, scaling=call.scaling, causal=causal)
+        return (sums if shift is None else sums + shift)[None]
+
+    def error() -> Tensor:
+        assert squares is not None
+        rounding = squares.sqrt().mul_(call.error_scale)
+        coarse = operands.quantisation_error(sample, at, shown, call.scaling)
+        return (rounding if coarse is None else torch.hypot(rounding, coarse))[None]
 
     def distance(ahead: bool) -> Tensor:
         outputs = apply(probabilities, value[:, seen.first : seen.last])
@@ -386,7 +425,7 @@ def _tile(
         probabilities=probabilities[None],
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
-        error=None if squares is None else (lambda: squares.sqrt().mul_(call.error_scale)[None]),
+        error=None if squares is None else error,
         bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
         generator=call.generator,
         exact=exact,
@@ -399,7 +438,9 @@ def _tile(
         call.observe(Observation(sample, rows, seen.first, tile, chosen[None]))
     if bool(chosen.any()):
         del tile, logits, slope, probabilities, squares
-        recompute(scores, query, keys, chosen, call.scaling)
+        recompute(scores, exact_query, exact_keys, chosen, call.scaling)
+        if shift is not None:
+            scores = torch.where(chosen, scores + shift, scores)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
     return Weighed(probabilities, visible, chosen)

@@ -14,7 +14,7 @@ product.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
+from torchlamp.arithmetic.transforms import Transform
+from torchlamp.arithmetic.transforms.chain import change_operands, fit, moments_of
+from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.rounding import round_to_grid
@@ -52,6 +55,8 @@ class Weights:
     matrix: Tensor
     #: float32 (outputs,) or None.
     bias: Tensor | None = None
+    #: Whether the sum with the bias is rounded to the accumulator's format; otherwise it stays float32.
+    narrow_bias: bool = True
 
     @cached_property
     def norms(self) -> Tensor:
@@ -224,6 +229,8 @@ def linears(
     layer: int = 0,
     operand: Operand = _AS_THEY_ARE,
     copies: Sequence[QuantisedMatrix] | None = None,
+    transforms: Sequence[Transform] = (),
+    moments: Moments | None = None,
 ) -> LinearResult:
     """Several linear maps of one input whose outputs one function combines (gate and up of a GLU), see `linear`.
 
@@ -234,8 +241,14 @@ def linears(
 
     With an operand, inputs and weights are quantised to it before they are multiplied, and recomputed entries have
     full-precision operands; `copies` are the weights' (`QuantisedMatrix.store`), made anew where they aren't given.
+
+    With transforms, inputs and weights are changed before that, for each sample anew: fitted to the statistics of its
+    inputs, or to calibrated ones (`moments`, (1, inputs)). The product of the inputs' mean that `center` takes off is
+    added in float32 like a bias, and the result isn't rounded to the accumulator's format again.
     """
-    if copies is None and not operand.is_float32:
+    if transforms:
+        copies = None
+    elif copies is None and not operand.is_float32:
         copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in maps]
     _check(x, maps)
     if rule.needs_generator and generator is None:
@@ -244,21 +257,22 @@ def linears(
     outputs = [flat.new_empty(flat.shape[0], m.matrix.shape[1]) for m in maps]
     selected = torch.zeros(flat.shape[0], dtype=torch.int64, device=x.device)
     width = sum(m.matrix.shape[1] for m in maps)
-    # Every sample sees the same draws, so that the result of one doesn't depend on its neighbours.
-    samples = x.shape[0] if rule.needs_generator and x.ndim > 2 else 1
+    # Every sample sees the same draws and its own statistics, so that its result doesn't depend on its neighbours.
+    samples = x.shape[0] if (rule.needs_generator or transforms) and x.ndim > 2 else 1
     length = flat.shape[0] // max(1, samples)
     chunk = max(1, CHUNK_ENTRIES // max(1, width))
     start = generator.get_state() if generator is not None else None
     for sample in range(samples):
         if generator is not None and start is not None:
             generator.set_state(start)
-        for first in range(sample * length, (sample + 1) * length, chunk):
-            rows = slice(first, min(first + chunk, (sample + 1) * length))
-            low = None if operand.is_float32 else quantise(flat[rows], operand)
-            kept = [None] * len(maps) if copies is None else copies
-            pieces = [
-                _Sums(flat[rows], m, accumulator, rule, low, copy) for m, copy in zip(maps, kept, strict=True)
-            ]
+        own = flat[sample * length : (sample + 1) * length]
+        sides = [_side(own, m, operand, transforms, moments) for m in maps]
+        if copies is not None:
+            sides = [replace(side, copy=copy) for side, copy in zip(sides, copies, strict=True)]
+        for first in range(0, length, chunk):
+            some = slice(first, min(first + chunk, length))
+            rows = slice(sample * length + some.start, sample * length + some.stop)
+            pieces = [_Sums(side.rows(some), side, accumulator, rule, operand) for side in sides]
             selected[rows] = _look_ahead(pieces, rows, rule, next_function, generator, layer)
             for output, piece in zip(outputs, pieces, strict=True):
                 output[rows] = piece.y
@@ -302,28 +316,57 @@ def _look_ahead(
     return counts
 
 
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """One map and its input, both transformed; the copy of the weights if they are quantised."""
+
+    #: float32 (rows, inputs).
+    x: Tensor
+    weights: Weights
+    copy: QuantisedMatrix | None = None
+
+    def rows(self, some: slice) -> Tensor:
+        """Some rows of the input."""
+        return self.x[some]
+
+
+def _side(
+    x: Tensor, weights: Weights, operand: Operand, transforms: Sequence[Transform], moments: Moments | None
+) -> _Side:
+    """A map and the input of one sample, changed by transforms; a new copy of changed weights."""
+    if not transforms or 0 in x.shape:
+        return _Side(x, weights)
+    a, b = x[None], weights.matrix.detach()[None]
+    left, right = moments_of(a, b, transforms)
+    changed = change_operands(fit(transforms, left if moments is None else moments, right, "left"), a, b)
+    bias, narrow = weights.bias, weights.narrow_bias
+    if changed.column_shift is not None:
+        added = changed.column_shift[0, 0]
+        bias, narrow = added if bias is None else added + bias.detach(), False
+    moved = Weights(changed.right[0], bias, narrow)
+    copy = None if operand.is_float32 else QuantisedMatrix.store(moved.matrix.T, operand)
+    return _Side(changed.left[0], moved, copy)
+
+
 class _Sums:
     """The sums of some rows with one map, and what is known about them."""
 
     def __init__(
-        self,
-        x: Tensor,
-        weights: Weights,
-        accumulator: Accumulator,
-        rule: Rule,
-        low: Tensor | None = None,
-        copy: QuantisedMatrix | None = None,
+        self, x: Tensor, side: _Side, accumulator: Accumulator, rule: Rule, operand: Operand
     ) -> None:
-        self.x, self.weights, self._low, self._copy = x, weights, low, copy
+        self.x, self.weights, self._copy = x, side.weights, side.copy
+        self._low = None if side.copy is None else quantise(x, operand)
         self._unit_roundoff = accumulator.format.unit_roundoff
-        form = accumulator.accumulation
+        form, bias = accumulator.accumulation, self.weights.bias
         squares = "squares" in rule.byproducts
-        entering = x if low is None else low
-        matrix = weights.matrix.detach() if copy is None else copy.values.T
+        entering = x if self._low is None else self._low
+        matrix = self.weights.matrix.detach() if side.copy is None else side.copy.values.T
         sums, running = products(entering[None], matrix[None], form, squares=squares)
         self.y, self._squares = sums[0], None if running is None else running[0]
-        if weights.bias is not None:
-            self.y = round_to_grid(self.y + weights.bias.detach(), form.result)
+        if bias is not None:
+            self.y = self.y + bias.detach()
+        if bias is not None and self.weights.narrow_bias:
+            self.y = round_to_grid(self.y, form.result)
             # The rounding after the bias is one more step; a promoted sum takes it in float32.
             if self._squares is not None and not form.promote:
                 self._squares = self._squares.addcmul_(self.y, self.y)

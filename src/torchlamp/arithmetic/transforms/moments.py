@@ -59,6 +59,13 @@ class Moments:
         assert self.products is not None
         return self.products / self.count.clamp_min(1)[:, None, None]
 
+    def repeated(self, times: int) -> "Moments":
+        """The same statistics so many times, one after the other along the first dimension."""
+        products = None if self.products is None else self.products.repeat(times, 1, 1)
+        return Moments(
+            self.count.repeat(times), self.total.repeat(times, 1), self.squares.repeat(times, 1), products
+        )
+
     def centred(self, mean: Tensor) -> "Moments":
         """The statistics of x - mean, mean (Gb, K)."""
         count = self.count[:, None]

@@ -1,0 +1,115 @@
+"""The operands of attention scores: transformed, then stored; what recomputation reads; what a row's scores lack."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
+from torchlamp.arithmetic.transforms import Transform
+from torchlamp.arithmetic.transforms.chain import change_operands, fit, moments_of
+from torchlamp.arithmetic.transforms.moments import Moments
+
+#: Statistics of a layer's queries and keys, (key heads, size) each, calibrated on a text.
+ScoreMoments = tuple[Moments, Moments]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreOperands:
+    """What the scores of an attention call are formed of.
+
+    Attributes
+    ----------
+    query, key : Tensor
+        float32 (batch, heads, queries, size) and (batch, key heads, keys, size): the operands of the low pass.
+    exact_query, exact_key : Tensor
+        The same representative in full, which recomputed scores are formed of; the same tensors where nothing is
+        quantised.
+    shift : Tensor or None
+        float32 (batch, heads, queries): what all scores of a row lack. A softmax alone doesn't see it.
+    """
+
+    query: Tensor
+    key: Tensor
+    exact_query: Tensor
+    exact_key: Tensor
+    shift: Tensor | None = None
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the low pass has coarser operands than the recomputation."""
+        return self.query is not self.exact_query or self.key is not self.exact_key
+
+    def quantisation_error(self, sample: int, rows: slice, keys: slice, scaling: float) -> Tensor | None:
+        """Expected error of scores that coarser operands make, float32 (heads, rows, keys); None: there is none.
+
+        q'.k' - q.k is q.dk + dq.k to first order. With the residuals' directions taken as random it has the variance
+        (|q|^2 |dk|^2 + |dq|^2 |k|^2) / size, times the scaling squared.
+        """
+        if not self.is_quantised:
+            return None
+        query, key = self.exact_query[sample, :, rows], self.exact_key[sample, :, keys]
+        group = query.shape[0] // key.shape[0]
+        left = (query - self.query[sample, :, rows]).square().sum(-1, keepdim=True)
+        right = (key - self.key[sample, :, keys]).square().sum(-1).repeat_interleave(group, 0)[:, None]
+        lengths = key.square().sum(-1).repeat_interleave(group, 0)[:, None]
+        squares: Tensor = query.square().sum(-1, keepdim=True) * right + left * lengths
+        return squares.mul_(scaling * scaling / query.shape[-1]).sqrt_()
+
+
+@torch.no_grad()
+def score_operands(
+    query: Tensor,
+    key: Tensor,
+    *,
+    operand: Operand,
+    transforms: Sequence[Transform],
+    scaling: float,
+    wants_shift: bool,
+    moments: ScoreMoments | None = None,
+) -> ScoreOperands:
+    """The operands of scores, transformed and then quantised.
+
+    Each sample and key head has a representative of its own, fitted to the call's own queries and keys unless
+    calibrated statistics are given.
+
+    Parameters
+    ----------
+    query, key : Tensor
+        float32 (batch, heads, queries, size) and (batch, key heads, keys, size).
+    operand : Operand
+        How both are stored in the low pass.
+    transforms : sequence of Transform
+        In the order they are applied.
+    scaling : float
+        Factor of the scores, and so of their shift.
+    wants_shift : bool
+        Whether what follows sees a shift of a row: a softcap or sinks.
+    moments : pair of Moments, optional
+        Calibrated statistics of queries and keys.
+
+    Raises
+    ------
+    ValueError
+        A head size that a transform can't change.
+    """
+    shift = None
+    exact_query, exact_key = query, key
+    if transforms and 0 not in (*query.shape, *key.shape):
+        left, right = query.flatten(0, 1), key.flatten(0, 1).mT
+        known = moments_of(left, right, transforms) if moments is None else _repeated(moments, len(key))
+        changed = change_operands(fit(transforms, *known), left, right)
+        exact_query, exact_key = changed.left.view(query.shape), changed.right.mT.reshape(key.shape)
+        if changed.row_shift is not None and wants_shift:
+            shift = (changed.row_shift[..., 0] * scaling).view(query.shape[:3])
+    low_query, low_key = exact_query, exact_key
+    if not operand.is_float32:
+        low_query, low_key = quantise(exact_query, operand), quantise(exact_key, operand)
+    return ScoreOperands(low_query, low_key, exact_query, exact_key, shift)
+
+
+def _repeated(moments: ScoreMoments, batch: int) -> ScoreMoments:
+    """The same statistics for each sample of a batch."""
+    return moments[0].repeated(batch), moments[1].repeated(batch)
