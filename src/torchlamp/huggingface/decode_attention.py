@@ -94,7 +94,7 @@ def _count_all(layer: LookaheadLayer, query: Tensor, key: Tensor, mask: Tensor |
     batch, heads, queries, _ = query.shape
     seen = sees(mask).expand(batch, heads, queries, -1)
     scores = int(seen.sum())
-    values = int(seen.unflatten(1, (key.shape[1], -1)).any(2).sum())
+    values = int(seen.reshape(batch, key.shape[1], -1, *seen.shape[2:]).any(2).sum())
     layer.statistics.record("scores", layer.number, scores, scores)
     layer.statistics.record("values", layer.number, values, values)
 
