@@ -110,6 +110,16 @@ def test_baselines_that_would_say_nothing_are_left_out(policy, roles):
     assert [run.role for run in plan_runs(Policy.parse(policy), False)] == ["tested"]
 
 
+def test_plain_has_no_transforms_and_the_control_keeps_them():
+    runs = plan_runs(Policy.parse("ps4.center.sort+strict:0.1"), True, [Policy.parse("ps4+strict:0.1")])
+    assert [(run.role, str(run.policy)) for run in runs] == [
+        ("tested", "ps4.center.sort+strict:0.1"),
+        ("plain", "ps4+none"),
+        ("compared", "ps4+strict:0.1"),
+        ("random-like", "ps4.center.sort+random-like:strict:0.1"),
+    ]
+
+
 def test_figures_by_window_head_and_position(tiny, windows):
     result = evaluate(tiny[0], windows, POLICY, baselines=False)
     assert len(result.kl_by_window) == len(result.flip_by_window) == 3

@@ -115,7 +115,7 @@ def test_watched_layers_run_one_by_one(build, tokens, name):
         cache = prepared.cache()
         model(x[:, :9], past_key_values=cache)
         states = model(x[:, 9:10], past_key_values=cache, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(states[1], second[1], rtol=0, atol=0)
+        torch.testing.assert_close(states[1], second[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")

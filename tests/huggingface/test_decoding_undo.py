@@ -53,9 +53,9 @@ def test_other_tools_replacements_stay(build, tokens):
     replaced = head.forward
     with prepare(model, GUARDED):
         generated(model, tokens(1, 5))
-        assert calls == ["cache"]
-        model(tokens(1, 5))  # what isn't decoding runs what was there
-        assert calls == ["cache", "head"]
+        assert calls == ["cache"] + ["head"] * 12  # a forward that somebody has replaced goes on running
+        model(tokens(1, 5))
+        assert len(calls) == 14
     assert head.forward is replaced
     assert model._prepare_cache_for_generation is theirs
 

@@ -225,3 +225,20 @@ def test_the_native_object_refuses_results_of_another_size(instruction_set):
     ]:
         with pytest.raises(ValueError, match="must be contiguous"):
             kernel.products(x, y, 1)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 12])
+def test_parts_of_a_matrix_are_what_packing_them_makes(implementation, bits):
+    generator = torch.Generator().manual_seed(3)
+    weight, x = torch.randn(16 + 48 + 21, 70, generator=generator), torch.randn(3, 70, generator=generator)
+    matrix = LowBitMatrix.pack(weight, bits)
+    parts = matrix.split([16, 48, 21])
+    for part, rows in zip(parts, weight.split([16, 48, 21]), strict=True):
+        alone = LowBitMatrix.pack(rows, bits)
+        assert torch.equal(part.products(x), alone.products(x))
+        assert torch.equal(part.errors, alone.errors)
+    assert torch.equal(torch.cat([part.products(x) for part in parts], 1), matrix.products(x))
+    assert all(part.codes.untyped_storage().data_ptr() == matrix.codes.data_ptr() for part in parts)
+    for sizes in ([16, 48], [20, 65]):
+        with pytest.raises(ValueError, match="don't split 85 rows"):
+            matrix.split(sizes)

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 
 from torchlamp.report.figures_data import (
-    head_data,
-    layer_data,
+    heads_data,
+    layers_data,
     mu_data,
-    position_data,
-    site_data,
+    positions_data,
+    sites_data,
     typical_points,
+    unrolled_heads,
 )
 from torchlamp.report.style import STYLES, order, styles
 from torchlamp.rules import RULES
@@ -20,28 +21,30 @@ from torchlamp.rules import RULES
 def point(rule="strict", rate=0.01, accumulate="ps4", **changes):
     own = {
         "policy": f"{accumulate}+{rule}:{rate}", "rule": rule, "accumulate": accumulate, "mu": int(accumulate[2:]),
-        "rate": rate, "realisable": True, "kl": 0.1, "kl_se": 0.01, "flip": 0.2, "flip_se": 0.01, "site": "scores",
-        "layers": "all", "by_head": [[0.1, 0.2], [], [0.3, 0.4]], "by_position": [0.5, 0.25],
+        "rate": rate, "realisable": True, "kl": 0.1, "kl_se": 0.01, "flip": 0.2, "flip_se": 0.01,
+        "site": "scores", "layers": "all", "by_head": [[0.1, 0.2], [], [0.3, 0.4]], "by_position": [0.5, 0.25],
     }  # fmt: skip
     return own | changes
 
 
 def test_typical_points_are_the_nearest_to_one_percent_of_each_realisable_rule():
     rows = [point(rate=r) for r in (0.001, 0.009, 0.03)] + [point("running", 0.2), point("none", 0.0)]
-    rows += [point("oracle", realisable=False), point("random-like strict"), point("strict", 0.01, "ps7")]
+    rows += [point("oracle"), point("random-like strict")]
+    rows += [point("strict", 0.01, "ps7")]
     found = typical_points(pd.DataFrame(rows))
-    assert list(zip(found["rule"], found["rate"], strict=True)) == [("strict", 0.009), ("running", 0.2)]
-    assert set(found["accumulate"]) == {"ps4"}
+    found = list(zip(found["accumulate"], found["rule"], found["rate"], strict=True))
+    assert found == [("ps4", "strict", 0.009), ("ps7", "strict", 0.01), ("ps4", "running", 0.2)]
     assert len(typical_points(pd.DataFrame([point("none", 0.0)]))) == 0
 
 
 def test_heads_and_positions_are_unrolled():
-    points = pd.DataFrame([point()])
-    heads = head_data(points)
+    points = pd.DataFrame([point(), point(rate=0.5, by_head=[[0.9]]), point(rate=0.011, accumulate="ps7")])
+    assert list(heads_data(points)["typical"]) == [True, False, True]
+    heads = unrolled_heads(heads_data(points))
     assert list(zip(heads["layer"], heads["head"], heads["rate"], strict=True)) == [
         (0, 0, 0.1), (0, 1, 0.2), (2, 0, 0.3), (2, 1, 0.4),
     ]  # fmt: skip
-    assert list(position_data(points)["position"]) == [8.0, 24.0]
+    assert list(positions_data(points)["position"]) == [8.0, 24.0] * 2
 
 
 def test_mu_takes_the_ends_and_the_equal_rates():
@@ -49,19 +52,33 @@ def test_mu_takes_the_ends_and_the_equal_rates():
         [point("none", 0.0, "ps7"), point("none", 0.0), point("all", 1.0, kl=1e-12), point()]
     )
     at = pd.DataFrame(
-        [{"accumulate": "ps4", "mu": 4, "rule": "strict", "rate": 0.01, "kl": 0.05, "kl_se": math.nan}]
+        [
+            {
+                "accumulate": "ps4",
+                "mu": 4,
+                "rule": "strict",
+                "rate": 0.01,
+                "kl": 0.05,
+                "kl_se": math.nan,
+                "flip": 0.1,
+                "flip_se": 0.01,
+            }
+        ]
     )
     found = mu_data(points, at)
     assert list(zip(found["rule"], found["mu"], found["rate"], strict=True)) == [
-        ("all", 4, 1.0), ("none", 4, 0.0), ("none", 7, 0.0), ("strict", 4, 0.01),
+        ("strict", 4, 0.01), ("none", 4, 0.0), ("none", 7, 0.0), ("all", 4, 1.0),
     ]  # fmt: skip
 
 
 def test_layers_and_sites_are_sorted():
-    layers = layer_data(pd.DataFrame([point(layers="10"), point(layers="9")]))
+    layers = layers_data(pd.DataFrame([point(layers="10"), point(layers="9")]))
     assert list(layers["layer"]) == [9, 10]
-    sites = site_data(pd.DataFrame([point(site="values"), point(site="qkv"), point(accumulate="ps2")]))
-    assert list(sites["site"]) == ["scores", "qkv", "values"]
+    assert list(layers["label"]) == ["scores=ps4+strict:0.01"] * 2
+    sites = sites_data(
+        pd.DataFrame([point(site="values"), point(site="qkv", kl=0.2), point(site="values", mu=2)])
+    )
+    assert list(zip(sites["site"], sites["mu"], strict=True)) == [("qkv", 4), ("values", 2), ("values", 4)]
 
 
 def test_a_rule_has_one_look_and_controls_come_last():

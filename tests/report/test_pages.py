@@ -10,7 +10,7 @@ import pytest
 from sample_sweep import write_sweep
 
 from torchlamp.evaluation.inspect import inspect
-from torchlamp.report.data import read_study
+from torchlamp.report.data import read_report_data
 from torchlamp.report.inspect_page import inspect_page
 from torchlamp.report.report import report_page
 
@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    study = read_study([write_sweep(tiny[0], folder)])
+    study = read_report_data([write_sweep(tiny[0], folder)])
     found = {"report": report_page(study, ["somewhere"])}
     found["inspect"] = inspect_page(inspect(*tiny, TEXT, "ps3+strict:0.5"), "tiny")
     for name, html in found.items():

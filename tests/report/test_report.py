@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 import torchlamp.report.report as report_module
 from torchlamp.cli import app
-from torchlamp.report.data import read_study
+from torchlamp.report.data import read_report_data
 from torchlamp.report.figures import figures, save
-from torchlamp.report.report import report
+from torchlamp.report.figures_data import figures_data
+from torchlamp.report.report import page_data, report
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,36 @@ def test_tables_hold_all_points_and_ratios(written):
     assert running["kl_ratio_se"].dropna().gt(0).all()
 
 
+def test_the_page_draws_the_data_of_the_files(sweep, written):
+    """Each table of the page has the numbers of its CSV, to the page's six digits."""
+    data = page_data(read_report_data([sweep]))
+    names = {
+        "curves": "kl-rate",
+        "mu": "kl-mu",
+        "positions": "position",
+        "layers": "layers",
+        "sites": "sites",
+    }
+    tables = {f["kind"]: f["rows"] for f in data["figures"] if f["site"] in ("", "scores")}
+    tables |= {"points": data["points"], "equal-rate": data["rates"]}
+    for kind, rows in tables.items():
+        if kind == "heads":
+            continue
+        name = f"{names[kind]}-tiny-prose-real" if kind in names else kind
+        expected, found = pd.read_csv(written[f"{name}.csv"]), pd.DataFrame(rows)
+        assert list(found.columns) == list(expected.columns)
+        assert len(found) == len(expected) > 0
+        for column in expected.select_dtypes("number"):
+            assert found[column].astype(float).tolist() == pytest.approx(
+                expected[column].tolist(), rel=1e-5, nan_ok=True
+            )
+    heads = next(f for f in data["figures"] if f["kind"] == "heads")["rows"]
+    unrolled = pd.read_csv(written["heads-tiny-prose-real.csv"])
+    assert set(unrolled["policy"]) <= {row["policy"] for row in heads if row["typical"]}
+
+
 def test_a_figure_is_drawn_the_same_twice(sweep, written, tmp_path):
-    figure = next(iter(figures(read_study([sweep]))))
+    figure = next(iter(figures(figures_data(read_report_data([sweep])))))
     for file in save(figure, tmp_path):
         assert file.read_bytes() == written[file.name].read_bytes()
 

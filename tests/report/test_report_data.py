@@ -8,7 +8,7 @@ import torch
 from sample_sweep import point_line, point_of
 
 from torchlamp.evaluation.evaluate import evaluate
-from torchlamp.report.data import read_study
+from torchlamp.report.data import read_report_data
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def line(results, policy, seed=0, result=None, **changes):
 
 
 def test_a_point_becomes_a_row(results, tmp_path):
-    study = read_study([folder_of(tmp_path, [line(results, "ps3+strict:0.1")])])
+    study = read_report_data([folder_of(tmp_path, [line(results, "ps3+strict:0.1")])])
     (row,) = study.points.to_dict("records")
     result = results["ps3+strict:0.1", 0]
     assert (row["site"], row["accumulate"], row["mu"], row["rule"], row["threshold"]) == (
@@ -59,7 +59,7 @@ def test_a_point_becomes_a_row(results, tmp_path):
 
 def test_seeds_are_averaged_with_their_spread(results, tmp_path):
     lines = [line(results, "ps3+random:0.1", seed) for seed in (0, 1)]
-    (row,) = read_study([folder_of(tmp_path, lines)]).points.to_dict("records")
+    (row,) = read_report_data([folder_of(tmp_path, lines)]).points.to_dict("records")
     first, second = (results["ps3+random:0.1", seed] for seed in (0, 1))
     assert first["kl_mean"] != second["kl_mean"]
     assert row["kl"] == pytest.approx((first["kl_mean"] + second["kl_mean"]) / 2)
@@ -73,7 +73,9 @@ def test_comparisons_are_points_too_and_the_reference_is_not(tiny, tmp_path):
     windows = torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(3))
     result = evaluate(model, windows, "ps3+strict:0.1", model_name="tiny").to_dict()
     rules = set(
-        read_study([folder_of(tmp_path, [point_line(point_of("ps3+strict:0.1"), result)])]).points["rule"]
+        read_report_data([folder_of(tmp_path, [point_line(point_of("ps3+strict:0.1"), result)])]).points[
+            "rule"
+        ]
     )
     assert rules == {"strict", "none", "random-like strict"}
 
@@ -82,7 +84,7 @@ def test_a_repeated_point_counts_once_and_success_beats_failure(results, tmp_pat
     failed = point_line(point_of("ps3+none"), None, "no memory")
     a = folder_of(tmp_path / "a", [line(results, "ps3+none"), failed])
     b = folder_of(tmp_path / "b", [failed, line(results, "ps3+strict:0.1"), line(results, "ps3+strict:0.1")])
-    study = read_study([a, b])
+    study = read_report_data([a, b])
     assert len(study.points) == 2
     assert study.failed == []
 
@@ -93,29 +95,29 @@ def test_failed_points_and_a_torn_last_line_are_told(results, tmp_path):
         point_line(point_of("ps3+strict:0.1"), None, "CUDA is away"),
         '{"schema": "torch',
     ]
-    study = read_study([folder_of(tmp_path, lines)])
+    study = read_report_data([folder_of(tmp_path, lines)])
     assert [point["error"] for point in study.failed] == ["CUDA is away"]
     assert any("torn" in note for note in study.notes)
 
 
 def test_results_that_are_not_finite_can_be_read(results, tmp_path):
     broken = results["ps3+none", 0] | {"kl_mean": None, "kl_by_window": [None, 0.1]}
-    (row,) = read_study([folder_of(tmp_path, [line(results, "ps3+none", result=broken)])]).points.to_dict(
-        "records"
-    )
+    (row,) = read_report_data(
+        [folder_of(tmp_path, [line(results, "ps3+none", result=broken)])]
+    ).points.to_dict("records")
     assert math.isnan(row["kl"])
 
 
 def test_no_folder_of_results(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no results in .*--output folder of torchlamp sweep"):
-        read_study([tmp_path])
+        read_report_data([tmp_path])
 
 
 def test_nothing_finished(tmp_path):
     with pytest.raises(ValueError, match="no finished point"):
-        read_study([folder_of(tmp_path, [])])
+        read_report_data([folder_of(tmp_path, [])])
     with pytest.raises(ValueError, match="all 1 points failed"):
-        read_study([folder_of(tmp_path, [point_line(point_of("ps3+none"), None, "no memory")])])
+        read_report_data([folder_of(tmp_path, [point_line(point_of("ps3+none"), None, "no memory")])])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_nothing_finished(tmp_path):
     [
         (
             {"schema": "torchlamp-sweep/2"},
-            r"line 2 .* schema 'torchlamp-sweep/2': this version reads 'torchlamp-sweep/1'",
+            r"line 2: schema 'torchlamp-sweep/2' was written by another version, this one reads 'torchlamp-sweep/1'",
         ),
         ({"schema": None}, "schema None"),
         ({"status": "maybe"}, "status 'maybe'"),
@@ -133,23 +135,23 @@ def test_nothing_finished(tmp_path):
 def test_other_versions_are_refused(results, tmp_path, change, message):
     other = json.loads(line(results, "ps3+strict:0.1")) | change
     with pytest.raises(ValueError, match=message):
-        read_study([folder_of(tmp_path, [line(results, "ps3+none"), json.dumps(other) + "\n"])])
+        read_report_data([folder_of(tmp_path, [line(results, "ps3+none"), json.dumps(other) + "\n"])])
 
 
 def test_a_broken_line_is_named(results, tmp_path):
-    with pytest.raises(ValueError, match=r"line 1 of .* is no JSON"):
-        read_study([folder_of(tmp_path, ["{]\n", line(results, "ps3+none")])])
+    with pytest.raises(ValueError, match=r"line 1: .*repair or remove that line"):
+        read_report_data([folder_of(tmp_path, ["{]\n", line(results, "ps3+none")])])
     lacking = json.loads(line(results, "ps3+none"))
     del lacking["result"]
     with pytest.raises(ValueError, match="lacks result"):
-        read_study([folder_of(tmp_path, [json.dumps(lacking) + "\n"])])
+        read_report_data([folder_of(tmp_path, [json.dumps(lacking) + "\n"])])
 
 
 def test_different_settings_can_not_share_a_figure(results, tmp_path):
     other = results["ps3+strict:0.1", 0] | {"windows": 8, "window_length": 512}
     lines = [line(results, "ps3+none"), line(results, "ps3+strict:0.1", result=other)]
     with pytest.raises(ValueError, match="2 windows of 24 and 8 windows of 512") as raised:
-        read_study([folder_of(tmp_path, lines)])
+        read_report_data([folder_of(tmp_path, lines)])
     assert "\n" not in str(raised.value)
 
 
@@ -157,4 +159,4 @@ def test_one_name_for_two_texts_is_refused(results, tmp_path):
     other = results["ps3+strict:0.1", 0] | {"tokens_sha256": "0" * 64}
     lines = [line(results, "ps3+none"), line(results, "ps3+strict:0.1", result=other)]
     with pytest.raises(ValueError, match="different tokens"):
-        read_study([folder_of(tmp_path, lines)])
+        read_report_data([folder_of(tmp_path, lines)])

@@ -33,5 +33,5 @@ def test_a_sweep_of_operands_can_be_read(tiny, tmp_path):
     policy = "int8.center+running:0.01"
     result = evaluate(tiny[0], windows, policy, baselines=False, model_name="tiny", blocks=True).to_dict()
     (tmp_path / "results.jsonl").write_text(point_line(point_of(policy), result))
-    (row,) = data.read_study([tmp_path]).points.to_dict("records")
+    (row,) = data.read_report_data([tmp_path]).points.to_dict("records")
     assert (row["accumulate"], row["rule"], row["threshold"]) == ("int8.center", "running", 0.01)

@@ -5,6 +5,8 @@ import torch
 from torch.nn.functional import silu
 
 from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms.center import Centred
+from torchlamp.arithmetic.transforms.hadamard import Rotated
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp
 from torchlamp.kernels import reference_decoding, reference_lowbit
@@ -22,6 +24,12 @@ from torchlamp.simulation.stored_linear import (
 from torchlamp.simulation.stored_mlp import Neurons, OutputSize, StoredColumns, stored_down, stored_neurons
 
 HEADS, GROUPS, KEYS, SIZE = 4, 2, 40, 32
+
+
+def changes(mean, rotated):
+    """What keys less a mean, and rotated, went through."""
+    centred = [] if mean is None else [Centred(mean, "right")]
+    return [*centred, Rotated()] if rotated else centred
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -61,7 +69,7 @@ def test_vectors_are_rounded_to_sixteen_bits_of_their_group():
 
 def one_step(q, keys, values, row, *, operands, mean, rotated, rules, softcap, sinks, visible):
     """The decoding kernel's readable form for one row of one sample."""
-    stored = StoredKeys.store(keys, operands[0], mean, rotated)
+    stored = StoredKeys.store(keys, operands[0], changes(mean, rotated))
     limits = [-1.0 if r == "all" else torch.inf if r == "none" else float(r.split(":")[1]) for r in rules]
     return reference_decoding.attend(
         q[None, :, row : row + 1],
@@ -100,7 +108,7 @@ def test_a_window_of_attention_is_the_steps_of_decoding(
     sinks = torch.tensor([0.0, 1.0, -1.0, 2.0]) if with_sinks else None
     visible = torch.ones(KEYS, KEYS, dtype=torch.bool).tril()
     visible[:, :2] = False  # padding: the first two rows see nothing
-    stored = StoredKeys.store(keys, operand, mean, rotated)
+    stored = StoredKeys.store(keys, operand, changes(mean, rotated))
     scores, error = stored.scores(q, 0, KEYS, 0.3)
     weighed = weigh(
         scores, error, q, keys.transpose(1, 2), visible[None], Softmax(softcap, None, sinks),

@@ -14,7 +14,7 @@ from torchlamp.data.text import check_context
 from torchlamp.evaluation.aggregate import aggregate
 from torchlamp.evaluation.environment import environment
 from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_eval_mode
-from torchlamp.evaluation.runs import Run, plan_runs, rounded
+from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import REFERENCE_POLICY, Result
 
@@ -88,7 +88,7 @@ def evaluate(
     _check(model, windows, seed)
     start = time.perf_counter()
     runs = plan_runs(policy, baselines, others)
-    reference = Run("reference", None)
+    reference = EvaluationRun("reference", None)
     # A budget of 0: only the reference logits of the current window are kept.
     loop = Loop(
         References(model, windows), [reference, *runs], seed, layers=layers, blocks=blocks, progress=progress
@@ -151,7 +151,7 @@ def evaluate_against(
     model, windows = references.model, references.windows
     _check(model, windows, seed)
     start = time.perf_counter()
-    run = Run("tested", Policy.parse(policy))
+    run = EvaluationRun("tested", Policy.parse(policy))
     loop = Loop(references, [run], seed, layers=layers, blocks=blocks)
     loop.check()
     with inference_in_eval_mode(model):
@@ -174,7 +174,7 @@ def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text
     }
 
 
-def _result(run: Run, shared: dict[str, Any]) -> Result:
+def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
     own: dict[str, Any] = {
         "policy": REFERENCE_POLICY if run.policy is None else str(run.policy),
         "role": run.role,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchlamp.evaluation.aggregate import mean_and_error
 from torchlamp.evaluation.metrics import Comparer, Reference, TokenMetrics
-from torchlamp.evaluation.runs import Run
+from torchlamp.evaluation.runs import EvaluationRun
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import Role
@@ -84,7 +84,7 @@ def timed_forward(model: Any, tokens: Tensor) -> tuple[Tensor, float]:
 
 
 #: A run's part of a window: metrics, counts, seconds in all and in the forward pass.
-Step = tuple[Run, TokenMetrics, Statistics | None, float, float]
+Step = tuple[EvaluationRun, TokenMetrics, Statistics | None, float, float]
 
 
 class Loop:
@@ -94,7 +94,7 @@ class Loop:
     ----------
     references : References
         Of the model and the windows to run.
-    runs : sequence of Run
+    runs : sequence of EvaluationRun
         In the order of each window; one without a policy stands for the reference itself.
     seed : int
         Of the random rules; window i starts from seed + i.
@@ -109,7 +109,7 @@ class Loop:
     def __init__(
         self,
         references: References,
-        runs: Sequence[Run],
+        runs: Sequence[EvaluationRun],
         seed: int,
         *,
         layers: Sequence[int] | None = None,

@@ -1,7 +1,7 @@
 """The runs of an evaluation: the tested policy, its baselines, and what each of them collects."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _NOTHING = Counts.zeros(0).table
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """One policy (None: the float32 reference) and what its finished windows gave."""
 
     role: Role
@@ -101,12 +101,11 @@ class Run:
         return total
 
 
-def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[Run]:
+def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) -> list[EvaluationRun]:
     """The runs of an evaluation beside the reference; the first one is the tested policy.
 
-    Plain is the same accumulators with rule none; random-like recomputes as many entries per row as the
-    tested rules do, at random. Neither is run where it would recompute everything or nothing. A policy that is there
-    already isn't run again.
+    Plain is the same operands and accumulators without transforms and with rule none; random-like recomputes as many
+    entries per row as the tested rules do, at random. A policy that is there already isn't run again.
 
     Parameters
     ----------
@@ -117,7 +116,7 @@ def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) 
     compared : sequence of Policy
         Others to run on the same windows.
     """
-    runs = [Run("tested", policy)]
+    runs = [EvaluationRun("tested", policy)]
     if baselines:
         _add(runs, "plain", _plain(policy))
     for other in compared:
@@ -128,15 +127,16 @@ def plan_runs(policy: Policy, baselines: bool, compared: Sequence[Policy] = ()) 
     return runs
 
 
-def _add(runs: list[Run], role: Role, policy: Policy) -> None:
+def _add(runs: list[EvaluationRun], role: Role, policy: Policy) -> None:
     """Add a run unless the policy runs already."""
     if all(policy != run.policy for run in runs):
-        runs.append(Run(role, policy))
+        runs.append(EvaluationRun(role, policy))
 
 
 def _plain(policy: Policy) -> Policy:
-    """The same precisions, nothing recomputed."""
-    return policy.unguarded()
+    """The same operands and accumulators without transforms, nothing recomputed: what ordinary hardware does."""
+    precisions = {site: replace(part.precision, transforms=()) for site, part in policy.sites.items()}
+    return Policy(sites={site: SitePolicy(precision) for site, precision in precisions.items()})
 
 
 def _random_like(rule: Rule) -> Rule:

@@ -1,6 +1,6 @@
 """What modules of a prepared model run when one token of each sequence is decoded; anything longer runs as before."""
 
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.huggingface.forward_only import forward_only
+from torchlamp.huggingface.plain_modules import PlainModules
 from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
-from torchlamp.kernels.constants import ACTIVATIONS
+from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.policy.decodable import Settings
 from torchlamp.simulation.statistics import Statistics
@@ -22,35 +23,30 @@ class DecodeForward(Forward):
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The low-bit kernel, or the module."""
-        if x.ndim != 3 or x.shape[1] != 1 or args or kwargs:
+        if x.ndim != 3 or x.shape[1] != 1 or args or kwargs or not self.is_plain():
             return self.original(x, *args, **kwargs)
         check_float32(self.module, x)
         return forward_only(self.decode(x.detach().reshape(len(x), -1).contiguous()).unsqueeze(1), x)
 
+    def is_plain(self) -> bool:
+        """Whether the kernel may stand in the module's place: no other tool has replaced its forward."""
+        return self.own is None
+
+    @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to (batch, outputs)."""
-        raise NotImplementedError
 
 
 class LinearDecode(DecodeForward):
-    """One of the linear layers that read the same input; the first that is called computes all."""
+    """A linear layer: some rows of the low-bit matrix of all layers that read the same input."""
 
     def __init__(self, module: nn.Module, group: "LinearsDecode", index: int) -> None:
         super().__init__(module)
         self.group, self.index = group, index
 
-    def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The low-bit kernel, or the module."""
-        if x.ndim != 3 or x.shape[1] != 1 or args or kwargs:
-            return self.original(x, *args, **kwargs)
-        ready = self.group.waiting
-        if ready is None or ready[0] is not x or self.index not in ready[1]:
-            check_float32(self.module, x)
-            parts = self.group.outputs(x.detach().reshape(len(x), -1).contiguous())
-            ready = (x, {i: forward_only(part.unsqueeze(1), x) for i, part in enumerate(parts)})
-        output = ready[1].pop(self.index)
-        self.group.waiting = ready if ready[1] else None
-        return output
+    def decode(self, x: Tensor) -> Tensor:
+        """float32 (batch, columns) to (batch, outputs)."""
+        return self.group.output(x, self.index)
 
 
 class LinearsDecode:
@@ -66,17 +62,17 @@ class LinearsDecode:
             for m, n in zip(maps, self.sizes, strict=True)
         ]
         self.bias = torch.cat(biases) if any(m.bias is not None for m in maps) else None
-        self.waiting: tuple[Tensor, dict[int, Tensor]] | None = None
+        #: Each layer's rows as a matrix of its own, over the same memory where they begin a block of rows.
+        if any(size % ROWS for size in self.sizes[:-1]):
+            self.parts = [LowBitMatrix.pack(part, settings.bits) for part in rows]
+            self.bytes = self.matrix.bytes + sum(part.bytes for part in self.parts)
+        else:
+            self.parts, self.bytes = self.matrix.split(self.sizes), self.matrix.bytes
 
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """float32 (batch, columns) to one (batch, outputs) for each layer."""
-        y = self.matrix.products(x)
-        if self.bias is not None:
-            y = y + self.bias
-        return torch.split(y, self.sizes, dim=1) if len(self.sizes) > 1 else (y,)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "waiting": None}
+    def output(self, x: Tensor, index: int) -> Tensor:
+        """One layer's float32 (batch, outputs) of (batch, columns)."""
+        y = self.parts[index].products(x)
+        return y if self.bias is None else y + torch.split(self.bias, self.sizes)[index]
 
 
 class MlpDecode(DecodeForward):
@@ -92,6 +88,12 @@ class MlpDecode(DecodeForward):
     ) -> None:
         super().__init__(module)
         self.mlp, self.thresholds, self.statistics, self.number = mlp, thresholds, statistics, number
+        #: The projections and the activation, which the kernel runs unseen.
+        self.inside = PlainModules(module)
+
+    def is_plain(self) -> bool:
+        """Whether the MLP is of a known class, and nobody watches or has changed its projections or activation."""
+        return self.own is None and self.inside.hold()
 
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to (batch, outputs)."""
@@ -171,11 +173,12 @@ def head_decode(sites: Sites, settings: Settings, top: int, statistics: Statisti
     return HeadDecode(module, LowBitHead.pack(weight, settings.bits), settings.threshold, top, statistics)
 
 
-def _activation(module: Callable[[Tensor], Tensor]) -> str:
-    """The kernel's name of an elementwise function, told by its values."""
+def _activation(module: nn.Module) -> str:
+    """The kernel's name of an elementwise function, told by its class's values (hooks are looked for at each step)."""
     probe = torch.linspace(-6.0, 6.0, 97)
+    values = type(module).forward(module, probe)
     for name in ACTIVATIONS:
-        if torch.allclose(module(probe), activate(name, probe)[0], rtol=1e-5, atol=1e-6):
+        if torch.allclose(values, activate(name, probe)[0], rtol=1e-5, atol=1e-6):
             return name
     raise ValueError(
         f"activation {type(module).__name__} of the MLP: the decoding kernel knows {' and '.join(ACTIVATIONS)}; leave "

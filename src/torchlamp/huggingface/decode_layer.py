@@ -10,7 +10,7 @@ between layers, no hooks, the layers' own order and number, one mask and one set
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,21 +19,25 @@ from torch.nn.modules import module as _modules
 
 from torchlamp.huggingface.decode_forwards import LinearsDecode, MlpDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache
+from torchlamp.huggingface.masks import seen_keys
+from torchlamp.huggingface.plain_modules import PlainModules, is_known, is_one_of
 from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, native_for
 from torchlamp.simulation.statistics import Statistics
 
-#: Decoder layers of transformers with RMSNorms, rotary positions over the whole head and a gated MLP; the value is what
-#: their norms add to the weight (Gemma's multiply by 1 + w).
-KNOWN = {
-    "LlamaDecoderLayer": 0.0,
-    "MistralDecoderLayer": 0.0,
-    "Qwen2DecoderLayer": 0.0,
-    "Qwen3DecoderLayer": 0.0,
-    "Gemma3DecoderLayer": 1.0,
+#: Families of transformers whose decoder layers have RMSNorms, rotary positions over the whole head and a gated MLP:
+#: how their classes' names begin, and what their norms add to the weight (Gemma's multiply by 1 + w).
+FAMILIES = {
+    "llama": ("Llama", 0.0),
+    "mistral": ("Mistral", 0.0),
+    "qwen2": ("Qwen2", 0.0),
+    "qwen3": ("Qwen3", 0.0),
+    "gemma3": ("Gemma3", 1.0),
 }
-#: Models of transformers that hand hidden states from layer to layer untouched.
-PLAIN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "Gemma3TextModel")
+#: Models of those families that hand hidden states from layer to layer untouched.
+DECODERS = {
+    name: f"{prefix}{'Text' if name == 'gemma3' else ''}Model" for name, (prefix, _) in FAMILIES.items()
+}
 
 
 class LayerDecode(Forward):
@@ -46,10 +50,13 @@ class LayerDecode(Forward):
         out: LinearsDecode,
         mlp: MlpDecode,
         statistics: Statistics,
+        forwards: Mapping[nn.Module, Forward],
     ) -> None:
         super().__init__(module)
         self.qkv, self.out, self.mlp, self.statistics = qkv, out, mlp, statistics
+        self.inside = PlainModules(module, forwards)
         attention: Any = module.self_attn
+        self.family = family_of(module)
         self.attention = attention
         self.size = int(attention.head_dim)
         queries, keys, _ = (n // self.size for n in qkv.sizes)
@@ -67,10 +74,15 @@ class LayerDecode(Forward):
             return self.original(hidden_states, *args, **kwargs)
         if cache.is_done(self.number, hidden_states):
             return hidden_states
+        if not self.inside.hold() or self.own is not None:
+            return self.original(hidden_states, *args, **kwargs)
         angles: Any = kwargs.get("position_embeddings")
         native = native_for()
+        mask = kwargs.get("attention_mask")
+        seen = None if mask is None else seen_keys(mask)
         fast = (
             not args
+            and (mask is None or seen is not None)
             and hidden_states.shape[1] == 1
             and angles is not None
             and hidden_states.dtype == torch.float32
@@ -82,10 +94,8 @@ class LayerDecode(Forward):
             return self.original(hidden_states, *args, **kwargs)
         batch = len(hidden_states)
         cosines, sines = cache.angles_of(angles, self.size)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            keys = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, 0]
-            mask = keys.expand(batch, -1).contiguous().view(torch.uint8)
+        if seen is not None:
+            mask = seen[:, 0].expand(batch, -1).contiguous().view(torch.uint8)
         result = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
         x, y = hidden_states.detach().reshape(batch, -1).contiguous().numpy(), result.view(batch, -1).numpy()
         threads, record = torch.get_num_threads(), self.statistics.record
@@ -120,16 +130,15 @@ class LayerDecode(Forward):
     def _is_plain(self) -> bool:
         """Whether nobody watches the layer, or has put another forward over this one."""
         module = self.module
-        return vars(module).get("forward") is self and not (
-            module._forward_hooks or module._forward_pre_hooks
-        )
+        watched = module._forward_hooks or module._forward_pre_hooks
+        return vars(module).get("forward") is self and not watched and self.inside.hold()
 
     def kernel(self, native: NativeKernels) -> Any:
         """The native object over the layer's copies and weights."""
         return self._native.get(native, self._make)
 
     def _make(self, native: NativeKernels) -> Any:
-        layer, attention, plus = self.module, self.attention, KNOWN[type(self.module).__name__]
+        layer, attention, plus = self.module, self.attention, FAMILIES[self.family or ""][1]
         four = hasattr(layer, "pre_feedforward_layernorm")
 
         def weight(owner: nn.Module, name: str) -> Tensor | None:
@@ -162,15 +171,37 @@ class LayerDecode(Forward):
 
 
 def can_fuse(layer: nn.Module) -> bool:
-    """Whether a layer is one of `KNOWN`, with rotary positions over its whole heads."""
-    config = getattr(getattr(layer, "self_attn", None), "config", None)
-    partial = getattr(config, "partial_rotary_factor", None)
-    return type(layer).__name__ in KNOWN and partial in (None, 1, 1.0)
+    """Whether a layer's parts are those of one of `FAMILIES`, all the way down, so that its formula is known."""
+    family = family_of(layer)
+    if family is None:
+        return False
+    prefix, _ = FAMILIES[family]
+    parts = {"self_attn": "Attention", "mlp": "MLP", "input_layernorm": "RMSNorm"}
+    norms = [m for m in layer.modules() if is_one_of(type(m), [f"{prefix}RMSNorm"], family)]
+    named = [m for name, m in layer.named_modules() if name.endswith("norm")]
+    attention: Any = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    return (
+        all(is_one_of(type(getattr(layer, at, None)), [prefix + name], family) for at, name in parts.items())
+        and norms == named
+        and len({getattr(m, "variance_epsilon", getattr(m, "eps", None)) for m in norms}) == 1
+        and getattr(config, "partial_rotary_factor", None) in (None, 1, 1.0)
+        and getattr(attention, "attn_logit_softcapping", None) is None
+    )
+
+
+def family_of(layer: nn.Module) -> str | None:
+    """The family of `FAMILIES` whose decoder layer this is; None: another layer."""
+    for family, (prefix, _) in FAMILIES.items():
+        if is_one_of(type(layer), [f"{prefix}DecoderLayer"], family) and is_known(type(layer)):
+            return family
+    return None
 
 
 def chain(model: Any, layers: Sequence[LayerDecode]) -> None:
     """Tell layers of a model which others follow them with the same mask and positions."""
-    if type(model.get_decoder()).__name__ not in PLAIN:
+    decoder = type(model.get_decoder())
+    if not any(is_one_of(decoder, [name], family) for family, name in DECODERS.items()):
         return
 
     def kind(layer: LayerDecode) -> Any:

@@ -24,8 +24,6 @@ from torchlamp.simulation.vocabulary import Vocabulary
 #: Sites that run in the attention function; all others in replaced forwards.
 IN_ATTENTION = ("scores", "values")
 _RESIDUAL = ("attention_out", "mlp_down")
-#: Transforms that stored keys take.
-_OF_STORED_KEYS = ("center", "hadamard")
 
 
 def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
@@ -70,14 +68,12 @@ def _check_simulated(policies: dict[str, SitePolicy]) -> None:
     """Refuse what the simulation would otherwise pass over in silence."""
     for site, policy in policies.items():
         precision = policy.precision
-        allowed = _OF_STORED_KEYS if site == "scores" else ()
-        for transform in precision.transforms if precision.is_stored else ():
-            if str(transform) not in allowed:
-                raise ValueError(
-                    f"transform '{transform}' at site {site} with the stored operand {precision.operand}: stored "
-                    f"copies at scores take {' and '.join(_OF_STORED_KEYS)}; name an accumulator, for example "
-                    f"'{precision.operand}@fp32.{transform}'"
-                )
+        if precision.is_stored and precision.transforms and site != "scores":
+            first = precision.transforms[0]
+            raise ValueError(
+                f"transform '{first}' at site {site} with the stored operand '{precision.operand}': stored weights are "
+                f"read as they are; name an accumulator, for example '{precision.operand}@fp32.{first}'"
+            )
 
 
 def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:

@@ -246,21 +246,32 @@ def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
     forwards: list[Forward] = []
     for number, layer in enumerate(sites.layers):
         groups: list[LinearsDecode] = []
+        inside: dict[nn.Module, Forward] = {}
         for site, modules in (("qkv", sites.qkv), ("attention_out", lambda at: [sites.attention_out(at)])):
             if site in told:
                 some, group = linears_decode(sites, modules(layer), told[site])
                 forwards += some
+                inside |= {forward.module: forward for forward in some}
                 groups.append(group)
-                memory.low_bit += group.matrix.bytes
+                memory.low_bit += group.bytes
         if "mlp_up" in told:
             mlp = mlp_decode(
                 sites, number, told["mlp_up"], told["mlp_down"], statistics, full_dtype(prepared.full)
             )
             forwards.append(mlp)
+            inside[mlp.module] = mlp
+            if not mlp.is_plain():
+                logger.warning(
+                    "layer %d: its %s isn't transformers' own or is watched, so it runs in full precision",
+                    number,
+                    type(mlp.module).__name__,
+                )
             low, full = mlp.mlp.bytes
             memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
-            if "scores" in told and len(groups) == 2 and len(groups[0].sizes) == 3 and can_fuse(layer):
-                forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics))
+            own = any(forward.own is not None for forward in inside.values())
+            whole = "scores" in told and len(groups) == 2 and len(groups[0].sizes) == 3 and not own
+            if whole and can_fuse(layer):
+                forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics, inside))
     chain(prepared.model, [forward for forward in forwards if isinstance(forward, LayerDecode)])
     if "lm_head" in told:
         head = head_decode(sites, told["lm_head"], top, statistics)

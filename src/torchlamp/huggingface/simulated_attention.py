@@ -170,7 +170,7 @@ def _keys(attached: AttachedPolicy, layer: int, key: Tensor, queries: int) -> Ke
         return None
     precision = policy.precision
     mean = attached.key_mean(layer, key, queries) if precision.has("center") else None
-    return KeyStorage(precision.operand, mean, precision.has("hadamard"))
+    return KeyStorage(precision.operand, precision.transforms, mean)
 
 
 def _record(

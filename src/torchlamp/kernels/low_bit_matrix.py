@@ -99,6 +99,28 @@ class LowBitMatrix:
         self.kernel(native).products(x, out, torch.get_num_threads())
         return out
 
+    def split(self, sizes: list[int]) -> "list[LowBitMatrix]":
+        """Rows one below the other as matrices of their own, over the same memory.
+
+        Raises
+        ------
+        ValueError
+            Sizes that don't add up to the rows, or a part that doesn't begin a block of `ROWS` rows.
+        """
+        starts = [sum(sizes[:at]) for at in range(len(sizes))]
+        if sum(sizes) != self.rows or any(start % ROWS for start in starts):
+            raise ValueError(
+                f"sizes {sizes} don't split {self.rows} rows: all but the last must be multiples of {ROWS}, and their "
+                "sum the rows"
+            )
+        code, scale = code_bytes(self.bits, self.columns), group_count(self.columns)
+        parts = []
+        for start, size in zip(starts, sizes, strict=True):
+            end = start + block_count(size) * ROWS
+            tensors = (self.codes[start * code : end * code], self.scales[start * scale : end * scale])
+            parts.append(LowBitMatrix(*tensors, self.block_errors[start:end], self.bits, size, self.columns))
+        return parts
+
     @property
     def errors(self) -> Tensor:
         """float32 (rows,): at least the 2-norm of each row minus its copy, to 1e-6; not finite where the row isn't."""

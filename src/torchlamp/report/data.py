@@ -1,6 +1,5 @@
 """The results of a sweep as one table: read, checked, one row a point."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,10 @@ import pandas as pd
 
 from torchlamp.evaluation.cost import GRANULARITIES, CostModel, Shape, costs
 from torchlamp.policy.policy import Policy
+from torchlamp.results.journal import read_lines
 from torchlamp.results.result import Result
+from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
 from torchlamp.rules.rule import Rule
-
-#: The only layout of results.jsonl that this version reads.
-SCHEMA = "torchlamp-sweep/1"
-RESULTS = "results.jsonl"
 
 #: Model -> head size, width, width of the MLP: the K of each site's sums in the cost model.
 SIZES = {"smollm2-135m": (64, 576, 1536), "gemma3-270m": (256, 640, 2048)}
@@ -29,20 +26,20 @@ POINT = [*GROUP, "site", "layers", "accumulate", "policy"]
 
 
 @dataclass
-class Study:
+class ReportData:
     """Everything a report shows."""
 
     #: One row a finished point, seeds averaged; the columns are described in docs/report.md.
     points: pd.DataFrame
     #: Points that failed: model, text, tokens, policy, error.
     failed: list[dict[str, str]] = field(default_factory=list)
-    #: What a reader must know beyond the figures, a sentence each.
+    #: Caveats of the figures, a sentence each.
     notes: list[str] = field(default_factory=list)
     #: The different environments that the points were computed in.
     environments: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read_study(folders: Sequence[Path]) -> Study:
+def read_report_data(folders: Sequence[Path]) -> ReportData:
     """Read the results.jsonl of every folder.
 
     Raises
@@ -53,20 +50,16 @@ def read_study(folders: Sequence[Path]) -> Study:
         No finished point; a line that is no result, or of another schema; points measured with different windows,
         window lengths or tokens, which can't share a figure.
     """
-    records: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    for folder in folders:
-        for record in _read(folder, notes):
-            # A later line of the same point, or a later folder, replaces the earlier one.
-            if record["status"] == "done" or records.get(record["key"], {}).get("status") != "done":
-                records[record["key"]] = record
+    # Of a point that is in several folders, the last one's record counts.
+    records = last_of_each(record for folder in folders for record in _read(folder, notes))
     rows: list[dict[str, Any]] = []
-    study = Study(pd.DataFrame(), notes=notes)
+    data = ReportData(pd.DataFrame(), notes=notes)
     for record in records.values():
         point = record["point"]
         if record["status"] != "done":
             named = {name: str(point.get(name, "")) for name in (*GROUP, "policy")}
-            study.failed.append(named | {"error": str(record.get("error") or "unknown error")})
+            data.failed.append(named | {"error": str(record.get("error") or "unknown error")})
             continue
         result = Result.from_dict(record["result"])
         if result.partial:
@@ -82,59 +75,40 @@ def read_study(folders: Sequence[Path]) -> Study:
         }
         rows.append(own | _row(result))
         rows += [own | _row(other) for other in result.comparisons if other.role != "reference"]
-        if result.environment not in study.environments:
-            study.environments.append(result.environment)
+        if result.environment not in data.environments:
+            data.environments.append(result.environment)
     if not rows:
         where = ", ".join(str(folder) for folder in folders)
-        what = f"all {len(study.failed)} points failed" if study.failed else "no finished point"
+        what = f"all {len(data.failed)} points failed" if data.failed else "no finished point"
         raise ValueError(f"{where!r} has nothing to report: {what}; run torchlamp sweep first")
     table = pd.DataFrame(rows)
     _check_settings(table)
-    study.points = _average_seeds(table)
+    data.points = _average_seeds(table)
     if unknown := sorted(set(table["model"]) - set(SIZES)):
         notes.append(
             f"Costs of {', '.join(unknown)} assume sums of K = {OTHER_SIZES[0]} terms (see docs/report.md)."
         )
-    return study
+    return data
 
 
 def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The records of a folder's results; a torn last line is noted."""
     path = folder / RESULTS
     try:
-        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+        lines = read_lines(path, SCHEMA)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no results in {str(folder)!r}: there is no file {RESULTS}; give the --output folder of torchlamp sweep"
         ) from None
-    except OSError as error:
-        raise OSError(f"{str(path)!r} can't be read: {error.strerror or error}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                # Without its newline: the sweep was killed while it wrote, or is writing now.
-                notes.append(f"The last line of {path} is torn and was left out.")
-                continue
-            raise ValueError(
-                f"line {number} of {str(path)!r} is no JSON: repair or delete that line"
-            ) from None
-        schema = record.get("schema") if isinstance(record, dict) else None
-        if schema != SCHEMA:
-            raise ValueError(
-                f"line {number} of {str(path)!r} has schema {schema!r}: this version reads {SCHEMA!r} only; "
-                "repeat the sweep with this version, or report with the one that wrote it"
-            )
+    if lines.torn:
+        notes.append(f"The last line of {path} is torn and was left out.")
+    for number, record in enumerate(lines.records, start=1):
         missing = [name for name in ("key", "point", "status", "result") if name not in record]
         missing += [name for name in (*GROUP, "policy") if name not in (record.get("point") or ())]
         if missing or record["status"] not in ("done", "failed"):
-            what = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
-            raise ValueError(f"line {number} of {str(path)!r} {what}: it is no point of a sweep")
-        records.append(record)
-    return records
+            reason = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
+            raise ValueError(f"line {number} of {str(path)!r} {reason}: it is no point of a sweep")
+    return lines.records
 
 
 def _layers(point: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a report on paper: what each shows as a table, and drawn with matplotlib as SVG and PNG."""
+"""The figures of a report on paper: the tables of `figures_data`, drawn with matplotlib as SVG and PNG."""
 
 import math
 import re
@@ -8,29 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from torchlamp.report.data import GROUP, Study
 from torchlamp.report.figures_data import (
-    curve_data,
-    head_data,
-    layer_data,
-    mu_data,
-    position_data,
-    site_data,
-    typical_points,
+    METRICS,
+    FigureData,
+    accumulators,
+    selecting,
+    unrolled_heads,
+    usual_accumulator,
 )
-from torchlamp.report.style import Style, order, rule_role, styles
-from torchlamp.report.tables import equal_rate
+from torchlamp.report.style import Style, accumulator_styles, legend_label, numbered, order, styles
 
-LABELS = {"kl": "KL(reference || tested) per token, nats", "flip": "flip rate"}
+#: Kind of figure -> the words of its title.
+_TITLES = {
+    "mu": "KL against mantissa bits",
+    "heads": "Recompute rate by layer and head",
+    "positions": "Recompute rate against position",
+    "layers": "KL when only one layer is narrow",
+    "sites": "KL when only one site is narrow",
+}
+#: Kind of figure -> the beginning of its file's name, where it isn't the kind.
+_FILES = {"mu": "kl-mu", "positions": "position"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure's file name without ending, its title, its data, and how to draw it on a matplotlib figure."""
+    """A figure's file name without ending, its title, its data, and a function that draws it on a matplotlib figure."""
 
     name: str
     title: str
@@ -38,47 +44,28 @@ class Figure:
     draw: Callable[[Any, pd.DataFrame], None]
 
 
-def figures(study: Study) -> Iterator[Figure]:
-    """Every figure that the points have data for, experiment by experiment."""
-    rates = equal_rate(study.points)
-    for group, points in study.points.groupby(GROUP, sort=False):
-        whole = points[points["layers"] == "all"]
-        own_rates = rates[(rates[GROUP] == list(group)).all(axis=1)]
-        for site, part in whole.groupby("site", sort=False):
-            suffix = _slug(*group) if site == "scores" else _slug(*group, str(site))
-            where = ", ".join([*group[:2], f"{group[2]} tokens", str(site)])
-            selecting = part[part["rate"] > 0]
-            if len(selecting):
-                for metric in ("kl", "flip"):
-                    short = metric if metric == "flip" else "KL"
-                    for axis, words in (("rate", "recompute rate"), ("cost_entry", "cost")):
-                        if part[axis].notna().any():
-                            yield Figure(
-                                f"{metric}-{axis.split('_')[0]}-{suffix}",
-                                f"{short} against {words}: {where}",
-                                curve_data(part),
-                                _curves(axis, metric),
-                            )
-            at = own_rates[(own_rates["site"] == site) & (own_rates["layers"] == "all")]
-            by_mu = mu_data(part, at)
-            if by_mu["mu"].nunique() > 1:
-                yield Figure(f"kl-mu-{suffix}", f"KL against mantissa bits: {where}", by_mu, _draw_mu)
-            typical = typical_points(part)
-            if len(heads := head_data(typical)):
-                yield Figure(
-                    f"heads-{suffix}", f"Recompute rate by layer and head: {where}", heads, _draw_heads
-                )
-            if len(positions := position_data(typical)):
-                title = f"Recompute rate against position: {where}"
-                yield Figure(f"position-{suffix}", title, positions, _draw_positions)
-        single = points[points["layers"].str.fullmatch(r"\d+")]
-        if len(single):
-            title = f"KL when only one layer is narrow: {', '.join(group)}"
-            yield Figure(f"layers-{_slug(*group)}", title, layer_data(single), _draw_layers)
-        narrow = whole[(whole["rule"] == "none") & ~whole["site"].str.contains("+", regex=False)]
-        if narrow["site"].nunique() > 1:
-            title = f"KL when only one site is narrow: {', '.join(group)}"
-            yield Figure(f"sites-{_slug(*group)}", title, site_data(narrow), _draw_sites)
+def figures(tables: Iterator[FigureData]) -> Iterator[Figure]:
+    """The files of these tables; the curves of a site give one for each measure and axis."""
+    for found in tables:
+        where = ", ".join([*found.group[:2], f"{found.group[2]} tokens", *filter(None, [found.site])])
+        suffix = _slug(*found.group) if found.site in ("", "scores") else _slug(*found.group, found.site)
+        if found.kind == "curves":
+            yield from _curve_figures(found.table, where, suffix)
+            continue
+        table = unrolled_heads(found.table) if found.kind == "heads" else found.table
+        if len(table):
+            name = f"{_FILES.get(found.kind, found.kind)}-{suffix}"
+            yield Figure(name, f"{_TITLES[found.kind]}: {where}", table, _DRAW[found.kind])
+
+
+def _curve_figures(table: pd.DataFrame, where: str, suffix: str) -> Iterator[Figure]:
+    if not len(table[table["rate"] > 0]):
+        return
+    for metric, short in (("kl", "KL"), ("flip", "flip")):
+        for axis, words in (("rate", "recompute rate"), ("cost_entry", "cost")):
+            if table[axis].notna().any():
+                name = f"{metric}-{axis.split('_')[0]}-{suffix}"
+                yield Figure(name, f"{short} against {words}: {where}", table, _curves(axis, metric))
 
 
 def save(figure: Figure, folder: Path) -> list[Path]:
@@ -105,9 +92,9 @@ def save(figure: Figure, folder: Path) -> list[Path]:
 def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
     def draw(canvas: Any, data: pd.DataFrame) -> None:
         rules = sorted((r for r in data["rule"].unique() if r not in ("none", "all")), key=order)
-        look = styles(rules)
-        with_curves = data[(data["rate"] > 0) & (data["rate"] < 1)]
-        names = list(with_curves.sort_values("mu")["accumulate"].unique()) or ["?"]
+        rule_styles = styles(rules)
+        with_curves = selecting(data)
+        names = accumulators(with_curves) or ["?"]
         columns = min(3, len(names))
         lines = math.ceil(len(names) / columns)
         canvas.set_size_inches(3.6 * columns + 1.6, 3.1 * lines + 0.5)
@@ -116,7 +103,7 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
             for rule in rules:
                 curve = with_curves[(with_curves["accumulate"] == name) & (with_curves["rule"] == rule)]
                 if len(curve):
-                    _line(panel, curve.sort_values(axis), axis, metric, look[rule], rule)
+                    _line(panel, curve.sort_values(axis), axis, metric, rule_styles[rule], legend_label(rule))
             _uniform(panel, data[data["rule"] == "none"], axis, metric)
             panel.set_title(name)
         _log_ticks(panels[0].xaxis, with_curves[axis], percent=axis == "rate")
@@ -125,33 +112,33 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
             panel.remove()
         words = "recompute rate" if axis == "rate" else "operations / operations in float32"
         canvas.supxlabel(words, fontsize=9)
-        canvas.supylabel(LABELS[metric], fontsize=9)
+        canvas.supylabel(METRICS[metric], fontsize=9)
         _legend(canvas, panels[: len(names)])
 
     return draw
 
 
 def _line(panel: Any, curve: pd.DataFrame, x: str, y: str, style: Style, label: str) -> None:
-    name = f"{label} (not realisable)" if rule_role(label) == "oracle" else label
     errors = curve[f"{y}_se"].fillna(0) if f"{y}_se" in curve else None
     panel.errorbar(
         curve[x], curve[y], yerr=errors, color=style.light, marker=style.marker, linestyle=style.line,
-        elinewidth=0.7, capsize=1.5, label=name,
+        elinewidth=0.7, capsize=1.5, label=label,
     )  # fmt: skip
 
 
 def _uniform(panel: Any, plain: pd.DataFrame, axis: str, metric: str) -> None:
     """Uniform precision: levels over a rate axis, points over a cost axis."""
     plain = plain[plain[metric] > 0].sort_values("mu")
+    ink = styles(["none"])["none"].light
     if axis == "rate":
         for row in plain.itertuples():
-            panel.axhline(getattr(row, metric), color="#767676", linestyle=(0, (1, 3)), linewidth=0.8)
+            panel.axhline(getattr(row, metric), color=ink, linestyle=(0, (1, 3)), linewidth=0.8)
             panel.annotate(
                 row.accumulate, (1, getattr(row, metric)), xycoords=("axes fraction", "data"), fontsize=7,
                 ha="right", va="bottom", color="#555555",
             )  # fmt: skip
         return
-    panel.plot(plain[axis], plain[metric], "d-", color="#767676", linewidth=0.8, label="uniform precision")
+    panel.plot(plain[axis], plain[metric], "d-", color=ink, linewidth=0.8, label="uniform precision")
     for row in plain.itertuples():
         at = (getattr(row, axis), getattr(row, metric))
         panel.annotate(
@@ -165,16 +152,15 @@ def _draw_mu(canvas: Any, data: pd.DataFrame) -> None:
     canvas.set_size_inches(4 * len(rates) + 1.6, 3.8)
     panels = canvas.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     rules = sorted(data["rule"].unique(), key=order)
-    look = styles(rules)
+    rule_styles = styles(rules)
     for panel, rate in zip(panels, rates, strict=True):
         for rule in rules:
             curve = data[(data["rule"] == rule) & data["rate"].isin([0.0, rate, 1.0])].sort_values("mu")
             if len(curve):
-                label = {"none": "none (uniform)", "all": "all recomputed"}.get(rule, rule)
-                _line(panel, curve, "mu", "kl", look[rule], label)
+                _line(panel, curve, "mu", "kl", rule_styles[rule], legend_label(rule))
         panel.set(title=f"{100 * rate:g} % recomputed", xlabel="mantissa bits")
     _log_ticks(panels[0].yaxis, data["kl"])
-    panels[0].set_ylabel(LABELS["kl"])
+    panels[0].set_ylabel(METRICS["kl"])
     _legend(canvas, panels)
 
 
@@ -200,9 +186,10 @@ def _draw_heads(canvas: Any, data: pd.DataFrame) -> None:
 
 def _draw_positions(canvas: Any, data: pd.DataFrame) -> None:
     panel = canvas.subplots()
-    look = styles(list(data["rule"].unique()))
+    data = data[data["accumulate"] == usual_accumulator(data)]
+    rule_styles = styles(list(data["rule"].unique()))
     for (rule, policy), curve in data.groupby(["rule", "policy"], sort=False):
-        _line(panel, curve, "position", "rate", look[rule], policy)
+        _line(panel, curve, "position", "rate", rule_styles[rule], policy)
     _log_ticks(panel.yaxis, data["rate"], percent=True)
     panel.set(xlabel="position of the query", ylabel="recompute rate")
     _legend(canvas, [panel])
@@ -210,28 +197,38 @@ def _draw_positions(canvas: Any, data: pd.DataFrame) -> None:
 
 def _draw_layers(canvas: Any, data: pd.DataFrame) -> None:
     panel = canvas.subplots()
-    look = styles(list(data["rule"].unique()))
-    for (rule, site, policy), curve in data.groupby(["rule", "site", "policy"], sort=False):
-        _line(panel, curve, "layer", "kl", look[rule], policy if "=" in policy else f"{site}: {policy}")
+    rule_styles = styles(list(data["rule"].unique()))
+    for (rule, line, label), curve in data.groupby(["rule", "line", "label"], sort=False):
+        _line(panel, curve, "layer", "kl", numbered(rule_styles[rule], line), label)
     _log_ticks(panel.yaxis, data["kl"])
-    panel.set(xlabel="the only narrow layer", ylabel=LABELS["kl"])
+    panel.set(xlabel="the only narrow layer", ylabel=METRICS["kl"])
     _legend(canvas, [panel])
 
 
 def _draw_sites(canvas: Any, data: pd.DataFrame) -> None:
     panel = canvas.subplots()
-    names = list(data.groupby("site")["kl"].max().sort_values(ascending=False).index)
-    markers = "osD^v<>p"
-    for i, (accumulate, part) in enumerate(data.groupby("accumulate", sort=False)):
-        places = [names.index(site) for site in part["site"]]
+    names = list(data["site"].unique())
+    for accumulate, style in accumulator_styles(accumulators(data)).items():
+        part = data[data["accumulate"] == accumulate]
+        slots = [names.index(site) for site in part["site"]]
         panel.errorbar(
-            places, part["kl"], yerr=part["kl_se"].fillna(0), fmt=markers[i % len(markers)], label=accumulate,
-            color=colormaps["cividis"](i / max(1, data["accumulate"].nunique())), capsize=1.5,
+            slots, part["kl"], yerr=part["kl_se"].fillna(0), fmt=style.marker, label=accumulate,
+            color=style.light, capsize=1.5,
         )  # fmt: skip
     _log_ticks(panel.yaxis, data["kl"])
-    panel.set(ylabel=LABELS["kl"], xlabel="the only narrow site")
+    panel.set(ylabel=METRICS["kl"], xlabel="the only narrow site")
     panel.set_xticks(range(len(names)), names)
     _legend(canvas, [panel])
+
+
+#: Kind of figure -> the function that draws its table.
+_DRAW = {
+    "mu": _draw_mu,
+    "heads": _draw_heads,
+    "positions": _draw_positions,
+    "layers": _draw_layers,
+    "sites": _draw_sites,
+}
 
 
 def _log_ticks(axis: Any, values: pd.Series, percent: bool = False) -> None:

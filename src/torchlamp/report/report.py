@@ -12,21 +12,21 @@ from typing import Any
 import numpy as np
 
 import torchlamp
-from torchlamp.evaluation.cost import GRANULARITIES
-from torchlamp.report.data import Study, read_study
+from torchlamp.report.data import GROUP, ReportData, read_report_data
 from torchlamp.report.figures import figures, save
+from torchlamp.report.figures_data import (
+    AXES,
+    METRICS,
+    FigureData,
+    accumulators,
+    figures_data,
+    selecting,
+    usual_accumulator,
+)
 from torchlamp.report.page import pack, render
-from torchlamp.report.style import order, styles
-from torchlamp.report.tables import equal_rate, summary
+from torchlamp.report.style import STYLES, accumulator_styles, legend_label, numbered, order, styles
+from torchlamp.report.tables import BASE, equal_rate, summary
 from torchlamp.results.output import check_writable, write_text
-
-#: What the page needs of a point.
-_POINT = [
-    *("model", "text", "tokens", "site", "layers", "accumulate", "mu", "policy", "rule", "realisable"),
-    *("kl", "kl_se", "kl_99", "flip", "flip_se", "rate", "rms_delta_p"),
-    *("perplexity", "reference_perplexity", "log_ratio_se", "by_head", "by_position", "cost_estimated"),
-    *(f"cost_{name}{end}" for name in GRANULARITIES for end in ("", "_narrow")),
-]
 
 
 def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
@@ -38,29 +38,29 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     Returns
     -------
     list of Path
-        What was written, the page first.
+        The files, the page first.
 
     Raises
     ------
     OSError, ValueError
-        As `read_study`; or the output can't be written.
+        As `read_report_data`; or the output can't be written.
     """
-    study = read_study(folders)
+    data = read_report_data(folders)
     target = folders[0] if output is None else output
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)
-    html = report_page(study, [str(folder) for folder in folders])
+    html = report_page(data, [str(folder) for folder in folders])
     temporary = Path(tempfile.mkdtemp(prefix=".figures.", dir=target))
     try:
         names: set[str] = set()
-        for figure in figures(study):
+        for figure in figures(figures_data(data)):
             if figure.name in names:
                 raise ValueError(f"two figures would be {figure.name!r}: rename one of the texts or models")
             names.add(figure.name)
             save(figure, temporary)
-        summary(study.points).to_csv(temporary / "points.csv", index=False)
-        equal_rate(study.points).to_csv(temporary / "equal-rate.csv", index=False)
+        summary(data.points).to_csv(temporary / "points.csv", index=False)
+        equal_rate(data.points).to_csv(temporary / "equal-rate.csv", index=False)
         home = target / "figures"
         home.mkdir(exist_ok=True)
         written = []
@@ -73,17 +73,9 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     return [page, *written]
 
 
-def report_page(study: Study, folders: Sequence[str]) -> str:
+def report_page(data: ReportData, folders: Sequence[str]) -> str:
     """The page as HTML."""
-    points = study.points
-    labels = sorted({*points["rule"], "none", "all"}, key=order)
-    shown = points[_POINT].assign(by_head=points["by_head"].map(pack_rates))
-    data = {
-        "points": _records(shown.to_dict("records")),
-        "rates": _records(equal_rate(points).to_dict("records")),
-        "rules": labels,
-        "styles": {label: style.to_dict() for label, style in styles(labels).items()},
-    }
+    points = data.points
     whole = points[points["layers"] == "all"]
     sizes = (whole if len(whole) else points)[["windows", "window_length"]].drop_duplicates()
     settings = " and ".join(
@@ -91,18 +83,57 @@ def report_page(study: Study, folders: Sequence[str]) -> str:
     )
     return render(
         "report",
-        data,
+        page_data(data),
         models=", ".join(points["model"].unique()),
         texts=", ".join(points["text"].unique()),
         count=len(points),
         settings=settings,
         seeds=bool((points["seeds"] > 1).any()),
-        failed=study.failed,
-        notes=study.notes,
-        environments=[_shared(study.environments)],
+        failed=data.failed,
+        notes=data.notes,
+        environments=[_shared(data.environments)],
         folders=", ".join(folders),
         version=torchlamp.__version__,
     )
+
+
+def page_data(data: ReportData) -> dict[str, Any]:
+    """Everything that the page's script draws, ready for JSON: the tables of the files, and their styles."""
+    points = data.points
+    labels = sorted({*points["rule"], "none", "all"}, key=order)
+    return {
+        "points": _records(summary(points).to_dict("records")),
+        "rates": _records(equal_rate(points).to_dict("records")),
+        "figures": [_figure(found) for found in figures_data(data)],
+        "rules": labels,
+        "accumulators": accumulators(points),
+        "styles": {
+            label: style.to_dict() | {"label": legend_label(label)} for label, style in styles(labels).items()
+        },
+        "metrics": METRICS,
+        "axes": AXES,
+        "base": BASE,
+    }
+
+
+def _figure(found: FigureData) -> dict[str, Any]:
+    """A figure's table for the script, with the styles of lines and markers that aren't those of rules."""
+    table = found.table
+    own: dict[str, Any] = {}
+    if found.kind == "curves":
+        chosen = selecting(table)
+        own["usual"] = usual_accumulator(chosen if len(chosen) else table)
+    elif found.kind == "heads":
+        table = table.assign(by_head=table["by_head"].map(pack_rates))
+    elif found.kind == "layers":
+        lines = range(int(table["line"].max()) + 1)
+        own["dashes"] = [numbered(STYLES["none"], line).dash for line in lines]
+    elif found.kind == "sites":
+        styled = accumulator_styles(accumulators(table))
+        own["styles"] = {name: style.to_dict() for name, style in styled.items()}
+    group = dict(zip(GROUP, found.group, strict=True))
+    rows = _records(table.to_dict("records"))
+    return {"kind": found.kind, **group, "site": found.site, **own, "rows": rows}
 
 
 def pack_rates(by_head: list[list[float]]) -> dict[str, Any] | None:

@@ -1,9 +1,12 @@
-"""One colour and marker per rule, the same in every figure, on paper and on the page.
+"""Colours, markers and lines of everything that a report draws, the same on paper and on the page.
 
-The first eight colours are those of Okabe and Ito (2008), which people with any common colour blindness can tell
-apart; shape and dash say the same again. The dark variants are lightened to a contrast of 4.5:1 or more.
+Python draws the files of a report with matplotlib, and the page's script draws with plotly: both take their styles from
+here, the script as JSON. The first eight colours are those of Okabe and Ito (2008), which people with any common colour
+blindness can tell apart; shape and dash say the same again. The dark variants are lightened to a contrast of 4.5:1 or
+more.
 """
 
+import colorsys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +15,7 @@ from torchlamp.rules import RULES, Role
 
 @dataclass(frozen=True)
 class Style:
-    """Colours, marker and line of a rule."""
+    """Colours on light and on dark paper, marker and line."""
 
     light: str
     dark: str
@@ -20,7 +23,7 @@ class Style:
     marker: str = "o"
     symbol: str = "circle"
     #: matplotlib's line style and plotly's dash.
-    line: str = "-"
+    line: Any = "-"
     dash: str = "solid"
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,3 +94,42 @@ def order(label: str) -> tuple[int, int, str]:
     name = _name(label)
     last = rule_role(label) in ("control", "oracle")
     return (int(last), names.index(name) if name in names else len(names), label)
+
+
+def legend_label(label: str) -> str:
+    """A rule's label in a legend."""
+    words = {"none": "none (uniform precision)", "all": "all recomputed"}.get(label, label)
+    return f"{words} (not realisable)" if rule_role(label) == "oracle" else words
+
+
+#: Lines that tell policies of one rule apart, in their order.
+_LINES: tuple[tuple[Any, str], ...] = (
+    ("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"), ((0, (8, 3)), "longdash"),
+)  # fmt: skip
+#: Markers that tell accumulators apart, in their order.
+_MARKERS = (
+    ("o", "circle"), ("s", "square"), ("D", "diamond"), ("^", "triangle-up"), ("X", "x"), ("*", "star"),
+    ("p", "pentagon"), ("h", "hexagon"),
+)  # fmt: skip
+
+
+def numbered(style: Style, number: int) -> Style:
+    """The style of a rule's policy with this number, where several policies of the rule are drawn: another line."""
+    line, dash = _LINES[number % len(_LINES)]
+    return Style(style.light, style.dark, "o", "circle", line, dash)
+
+
+def accumulator_styles(names: list[str]) -> dict[str, Style]:
+    """A style for each accumulator, narrow ones in the strongest shade of blue."""
+    found = {}
+    for index, name in enumerate(names):
+        part = index / max(1, len(names) - 1)
+        marker, symbol = _MARKERS[index % len(_MARKERS)]
+        light, dark = _blue(0.80, 0.22 + 0.43 * part), _blue(0.65, 0.80 - 0.45 * part)
+        found[name] = Style(light, dark, marker, symbol)
+    return found
+
+
+def _blue(saturation: float, lightness: float) -> str:
+    channels = colorsys.hls_to_rgb(205 / 360, lightness, saturation)
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)

@@ -1,6 +1,7 @@
 """The tables of a report: the figures of every point, and rules compared at equal recompute rate."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from torchlamp.report.data import GROUP
+from torchlamp.report.style import order
 
 #: Recompute rates at which rules are compared.
 RATES = (0.005, 0.01, 0.02, 0.04, 0.06)
@@ -73,7 +75,8 @@ def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataF
     -------
     DataFrame
         Columns of `CURVE`, mu, rule, realisable, rate, and for metric kl and flip: <metric>, <metric>_se,
-        <metric>_ratio, <metric>_ratio_se; rows where the rule has no value at the rate are left out.
+        <metric>_ratio, <metric>_ratio_se, <metric>_best (the smallest ratio of all realisable rules); rows where the
+        rule has no value at the rate are left out.
     """
     tables = []
     for key, part in points[points["rate"] > 0].groupby(CURVE, sort=False):
@@ -100,9 +103,17 @@ def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataF
                     table[f"{metric}_ratio_se"] = _jackknife(without / base_without) if paired else math.nan
             tables.append(table[table["kl"].notna()])
     columns = [*CURVE, "mu", "rule", "realisable", "rate"]
-    columns += [f"{metric}{end}" for metric in ("kl", "flip") for end in ("", "_se", "_ratio", "_ratio_se")]
+    ends = ("", "_se", "_ratio", "_ratio_se", "_best")
+    columns += [f"{metric}{end}" for metric in ("kl", "flip") for end in ends]
     tables = [table for table in tables if len(table)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    if not tables:
+        return pd.DataFrame(columns=columns)
+    whole = pd.concat(tables, ignore_index=True)
+    for metric in ("kl", "flip"):
+        candidates = whole[f"{metric}_ratio"].where(whole["realisable"])
+        smallest = candidates.groupby([whole[name] for name in (*CURVE, "rate")]).transform("min")
+        whole[f"{metric}_best"] = candidates == smallest
+    return whole[columns]
 
 
 def _values(curve: pd.DataFrame, metric: str, rates: Sequence[float]) -> np.ndarray:
@@ -131,9 +142,17 @@ def _jackknife(left_out: np.ndarray) -> np.ndarray:
 def summary(points: pd.DataFrame) -> pd.DataFrame:
     """Every point in the column order of llama.cpp's perplexity tool, followed by the recompute rate.
 
+    Whole models before single layers, narrow accumulators first, in each of them uniform precision first.
+
     Columns: those of `CURVE` and the policy; PPL; delta_PPL and its error; KLD and its error; KLD_99; rms_delta_p;
     same_top and its error; recompute_rate; rows_touched.
     """
+    points = points.assign(
+        single=points["layers"] != "all",
+        layer=points["layers"].map(lambda layers: tuple(map(int, re.findall(r"\d+", layers)))),
+        ruled=points["rule"] != "none",
+        rank=points["rule"].map(order),
+    ).sort_values(["single", "mu", "accumulate", "ruled", "rank", "rate", "layer"])
     table = points[[*CURVE, "policy", "rule"]].copy()
     table["PPL"] = points["perplexity"]
     table["delta_PPL"] = points["perplexity"] - points["reference_perplexity"]
@@ -143,4 +162,4 @@ def summary(points: pd.DataFrame) -> pd.DataFrame:
     table["rms_delta_p"] = points["rms_delta_p"]
     table["same_top"], table["same_top_se"] = 1 - points["flip"], points["flip_se"]
     table["recompute_rate"], table["rows_touched"] = points["rate"], points["rows_touched"]
-    return table
+    return table.reset_index(drop=True)

@@ -4,12 +4,72 @@ import contextlib
 import json
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchlamp.results.result import finite
 
 logger = logging.getLogger("torchlamp.sweep")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The content of a file of JSON lines."""
+
+    records: list[dict[str, Any]]
+    #: Bytes of the whole lines.
+    size: int
+    #: A last line that is broken or has no end: whoever wrote it was stopped, or is writing now.
+    torn: bytes
+
+
+def read_lines(path: Path, schema: str) -> Lines:
+    """Read a file of JSON objects, one a line, each with this value of the key "schema".
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    OSError
+        It can't be read.
+    ValueError
+        A line is of another version, or is broken and not the last one.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(f"can't read {str(path)!r}: {error.strerror or error}") from error
+    # Not splitlines: a carriage return ends no line.
+    lines = [line + b"\n" for line in data.split(b"\n")]
+    lines[-1] = lines[-1][:-1]
+    lines = [line for line in lines if line]
+    records: list[dict[str, Any]] = []
+    size = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("the line has no end")
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("a JSON object is expected")
+        except ValueError as error:
+            if number == len(lines):
+                return Lines(records, size, data[size:])
+            raise ValueError(
+                f"{str(path)!r}, line {number}: {error}; repair or remove that line, or give another folder"
+            ) from error
+        if record.get("schema") != schema:
+            raise ValueError(
+                f"{str(path)!r}, line {number}: schema {record.get('schema')!r} was written by another "
+                f"version, this one reads {schema!r}: give another folder, or sweep with --fresh to set the old "
+                "results aside"
+            )
+        records.append(record)
+        size += len(line)
+    return Lines(records, size, b"")
 
 
 class Journal:
@@ -36,7 +96,7 @@ class Journal:
         ValueError
             A line is of another version, or is broken and not the last one.
         """
-        return self._read()[0]
+        return self._lines().records
 
     def recover(self) -> list[dict[str, Any]]:
         """All whole records; a torn last line is moved to a file of its own, with a warning.
@@ -46,19 +106,19 @@ class Journal:
         OSError, ValueError
             As for `read`; then nothing was changed.
         """
-        records, good, torn = self._read()
-        if torn:
+        lines = self._lines()
+        if lines.torn:
             aside = free_name(self.path.with_suffix(".torn"))
             logger.warning(
                 "the last line of %s is torn (%d bytes: a sweep was stopped while it wrote); set aside in %s, "
                 "its point is computed again",
                 self.path,
-                len(torn),
+                len(lines.torn),
                 aside.name,
             )
-            aside.write_bytes(torn)
-            os.truncate(self.path, good)
-        return records
+            aside.write_bytes(lines.torn)
+            os.truncate(self.path, lines.size)
+        return lines.records
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; when this returns, it is on the disk. Numbers that are not finite become null.
@@ -98,42 +158,12 @@ class Journal:
                 "the same command continues from there"
             ) from error
 
-    def _read(self) -> tuple[list[dict[str, Any]], int, bytes]:
-        """Records, the length in bytes of their lines, and what follows them."""
+    def _lines(self) -> Lines:
+        """The file's lines; none if there is no file yet."""
         try:
-            data = self.path.read_bytes()
+            return read_lines(self.path, self.schema)
         except FileNotFoundError:
-            return [], 0, b""
-        except OSError as error:
-            raise OSError(f"can't read {str(self.path)!r}: {error.strerror or error}") from error
-        # Not splitlines: a carriage return ends no line.
-        lines = [line + b"\n" for line in data.split(b"\n")]
-        lines[-1] = lines[-1][:-1]
-        lines = [line for line in lines if line]
-        records: list[dict[str, Any]] = []
-        good = 0
-        for number, line in enumerate(lines, start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("the line has no end")
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("a JSON object is expected")
-            except ValueError as error:
-                if number == len(lines):
-                    return records, good, data[good:]
-                raise ValueError(
-                    f"{str(self.path)!r}, line {number}: {error}; repair or remove that line, or give another folder"
-                ) from error
-            if record.get("schema") != self.schema:
-                raise ValueError(
-                    f"{str(self.path)!r}, line {number}: schema {record.get('schema')!r} was written by another "
-                    f"version, this one reads {self.schema!r}: give another folder, or --fresh to set the old results "
-                    "aside"
-                )
-            records.append(record)
-            good += len(line)
-        return records, good, b""
+            return Lines([], 0, b"")
 
 
 def free_name(path: Path) -> Path:

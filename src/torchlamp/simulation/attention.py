@@ -288,7 +288,7 @@ def _tiled(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Atten
             operands,
             value[sample],
             SampleDistances(value[sample], heads, call.ahead),
-            None if call.keys is None else call.keys.store(key[sample], sample),
+            None if call.keys is None else call.keys.store(query[sample], key[sample], sample),
             None if call.values is None else call.values.stored(value[sample]),
         )
         for first in range(0, queries, TILE_ROWS):

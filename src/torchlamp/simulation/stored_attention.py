@@ -4,7 +4,7 @@
 the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import Change, Transform
+from torchlamp.arithmetic.transforms.center import Center, Centred
+from torchlamp.arithmetic.transforms.chain import change_rows, fit, moments_of
 from torchlamp.kernels.constants import SKIP, SURPRISE, VANISHED
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
-from torchlamp.kernels.reference_decoding import hadamard
 from torchlamp.rules.answers import Answer
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
@@ -34,27 +36,22 @@ class StoredKeys:
         float32 (key heads, keys, size): what the copies stand for, of keys less the mean, and rotated.
     errors : Tensor
         float32 (key heads, keys): norms of what the copies leave out.
-    mean : Tensor or None
-        float32 (key heads, size): what was taken from the keys.
-    rotated : bool
-        Whether the copies are of keys times the Hadamard matrix.
+    changes : tuple of Change
+        What the keys went through before they were stored, and queries go through.
     """
 
     low: Tensor
     errors: Tensor
-    mean: Tensor | None = None
-    rotated: bool = False
+    changes: tuple[Change, ...] = ()
 
     @classmethod
-    def store(
-        cls, key: Tensor, operand: Operand, mean: Tensor | None = None, rotated: bool = False
-    ) -> "StoredKeys":
+    def store(cls, key: Tensor, operand: Operand, changes: Sequence[Change] = ()) -> "StoredKeys":
         """Store keys float32 (key heads, keys, size)."""
-        moved = key if mean is None else key - mean[:, None]
-        if rotated:
-            moved = hadamard(moved)
+        moved = key
+        for change in changes:
+            moved = change.right(moved.mT).mT
         low = stored_values(moved, operand)
-        return cls(low, residual_norms(moved, low), mean, rotated)
+        return cls(low, residual_norms(moved, low), tuple(changes))
 
     def scores(self, query: Tensor, first: int, last: int, scaling: float) -> tuple[Tensor, Tensor]:
         """Scores of the keys first to last from their copies, and the standard deviations of their errors.
@@ -77,13 +74,11 @@ class StoredKeys:
         """
         heads, _, size = query.shape
         group = heads // self.low.shape[0]
-        moved = hadamard(query) if self.rotated else query
+        moved, shift = change_rows(self.changes, query)
         low = self.low[:, first:last].transpose(1, 2)
         scores, _ = products(rounded_vectors(moved), low, FLOAT32, scaling=scaling)
-        if self.mean is not None:
-            # What the mean takes from all scores of a row, given back.
-            mean = self.mean.repeat_interleave(group, dim=0)[..., None]
-            scores += (query @ mean) * scaling
+        if shift is not None:
+            scores += shift * scaling  # what the mean takes from all scores of a row, given back
         lengths: Tensor = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
         errors = self.errors[:, None, first:last].repeat_interleave(group, dim=0)
         return scores, errors * (lengths * (abs(scaling) / size**0.5))
@@ -93,18 +88,27 @@ class StoredKeys:
 class KeyStorage:
     """How an attention call reads its keys: from copies in an operand, the scores that its rule picks in full.
 
-    `mean` is float32 (batch, key heads, size), taken from the keys before they are stored (the transform `center`);
-    `rotated` stores them times the Hadamard matrix (`hadamard`).
+    The keys are changed by `transforms` first, which `mean`, float32 (batch, key heads, size), is the mean of `center`
+    for; all others are fitted to the call's own queries and keys.
     """
 
     operand: Operand
+    transforms: tuple[Transform, ...] = ()
     mean: Tensor | None = None
-    rotated: bool = False
 
-    def store(self, key: Tensor, sample: int) -> StoredKeys:
-        """The stored keys of one sample, from float32 (key heads, keys, size)."""
-        mean = None if self.mean is None else self.mean[sample]
-        return StoredKeys.store(key, self.operand, mean, self.rotated)
+    def store(self, query: Tensor, key: Tensor, sample: int) -> StoredKeys:
+        """The stored keys of one sample, from float32 (heads, queries, size) and (key heads, keys, size)."""
+        columns = key.mT
+        left, right = moments_of(query, columns, self.transforms)
+        changes: list[Change] = []
+        for transform in self.transforms:
+            if isinstance(transform, Center) and self.mean is not None:
+                change: Change = Centred(self.mean[sample], "right")
+            else:
+                (change,) = fit([transform], left, right)
+            left, right = change.moments(left, right)
+            changes.append(change)
+        return StoredKeys.store(key, self.operand, changes)
 
 
 class Weighed(NamedTuple):

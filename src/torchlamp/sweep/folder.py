@@ -10,12 +10,12 @@ from typing import Any
 import torchlamp
 from torchlamp.results.journal import Journal, free_name
 from torchlamp.results.output import write_text
+from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
 from torchlamp.sweep.config import SweepConfig
 from torchlamp.sweep.points import Point
 
-SCHEMA = "torchlamp-sweep/1"
 CALIBRATION_SCHEMA = "torchlamp-calibration/1"
-RESULTS, CALIBRATIONS, CONFIGURATION, LOCK = "results.jsonl", "calibrations.jsonl", "sweep.json", ".lock"
+CALIBRATIONS, CONFIGURATION, LOCK = "calibrations.jsonl", "sweep.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     OSError, ValueError
         As for `Journal.read`.
     """
-    return list(_last_of_each(Journal(folder / RESULTS, SCHEMA).read()).values())
+    return list(last_of_each(Journal(folder / RESULTS, SCHEMA).read()).values())
 
 
 class Folder:
@@ -59,7 +59,7 @@ class Folder:
         # Both are read before either is changed.
         self._results.read()
         self._calibrations.read()
-        self.records = _last_of_each(self._results.recover())
+        self.records = last_of_each(self._results.recover())
         self.calibrations = {c["key"]: str(c["policy"]) for c in self._calibrations.recover()}
 
     def done(self, point: Point) -> bool:
@@ -138,12 +138,3 @@ def _move_aside(path: Path) -> None:
         aside.mkdir()
         for name in present:
             (path / name).rename(aside / name)
-
-
-def _last_of_each(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for record in records:
-        # A done point stays done.
-        if found.get(record.get("key", ""), {}).get("status") != "done":
-            found[record.get("key", "")] = record
-    return found

@@ -72,6 +72,21 @@ def change_operands(changes: Sequence[Change], a: Tensor, b: Tensor) -> Changed:
 
 
 @torch.no_grad()
+def change_rows(changes: Sequence[Change], a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The left operand and what its rows lack, as `change_operands` gives them where the right one is changed already.
+
+    Only for changes that take no mean from the left operand.
+    """
+    shift: Tensor | None = None
+    for change in changes:
+        correction = change.correction(a, a.mT)
+        if correction is not None:
+            shift = correction if shift is None else shift + correction
+        a = change.left(a)
+    return a, shift
+
+
+@torch.no_grad()
 def transformed(a: Tensor, b: Tensor, transforms: Sequence[Transform], side: Side = "right") -> Changed:
     """Operands changed by transforms that are fitted to these operands themselves; as `change_operands`."""
     if not transforms or 0 in (*a.shape, *b.shape):
