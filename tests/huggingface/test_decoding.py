@@ -5,7 +5,10 @@ from decoding_models import GUARDED, LINEAR, STEADY, WHOLE, decoded, generated, 
 from torch import nn
 from transformers import DynamicCache
 
+from torchlamp.huggingface import decode_plan
 from torchlamp.huggingface import prepare as decoding
+from torchlamp.huggingface.decode_layer import NativeLayer
+from torchlamp.huggingface.decode_step import StepDecode
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels import native
@@ -68,15 +71,15 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
     model, x = build(name), tokens(3, 30)
     mask = left_padding(3, 30) if padded else None
     calls = []
-    kernel = decoding.LayerDecode.kernel
+    kernel = NativeLayer.kernel
     monkeypatch.setattr(
-        decoding.LayerDecode, "kernel", lambda self, isa: calls.append(self.number) or kernel(self, isa)
+        NativeLayer, "kernel", lambda self, isa: calls.append(self.number) or kernel(self, isa)
     )
     with prepare(model, policy) as prepared:
         got = decoded(model, x, prepared.cache(), mask=mask)
         counts = prepared.statistics
     assert calls == [0, 1] * 21
-    monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
+    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
     with prepare(model, policy) as prepared:
         want = decoded(model, x, prepared.cache(), mask=mask)
     assert calls == [0, 1] * 21
@@ -140,7 +143,7 @@ def test_early_exit_leaves_the_last_layers_out(build, tokens, monkeypatch):
     both = logits()
     model.config.num_hidden_layers = 1
     got = logits()
-    monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
+    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
     want = logits()
     assert (got - want).norm() < 2e-4 * want.norm() < 0.1 * (both - want).norm()
 
