@@ -1,4 +1,4 @@
-"""What `prepare` puts into a model: which modules run low-bit forwards, what runs whole, the cache, and the way back."""
+"""A prepared model: which modules run low-bit forwards, what runs whole, the cache of `generate`, and the way back."""
 
 import functools
 import logging

@@ -126,7 +126,7 @@ class StepDecode(Forward):
             return {kind: mask[kind] for kind in kinds}
         return {
             kind: _MASKS[kind](
-                config=self.module.config,  # type: ignore[arg-type]
+                config=self.module.config,
                 inputs_embeds=x,
                 attention_mask=mask,
                 past_key_values=cache,
