@@ -42,7 +42,7 @@ def test_the_results_of_the_format_examples():
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     names = {"torch": torch, "torchlamp": torchlamp, "ones": torch.ones(20)}
     examples = re.findall(r"^(torchlamp\.\S.*?)\s+# (\[.*?\]|\d+)", page, flags=re.MULTILINE)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for code, result in examples:
         expected = torch.tensor(eval(result, {"nan": torch.nan}))
         torch.testing.assert_close(
