@@ -102,11 +102,11 @@ class LayerDecode(Forward):
         for layer in self._together(cache):
             part = cache.layers[layer.number]
             store, first = part.store, part.first(1, coming=1)
-            scores, values, seen, neurons, columns, said = layer.kernel(native).step(
+            scores, values, seen, neurons, columns, flags = layer.kernel(native).step(
                 x, cosines, sines, store.kernel(native), store.length, first, mask, layer.scaling,
-                part.scores.threshold, part.values_settings.threshold, store.strange, y, threads,
+                part.scores.threshold, part.values_settings.threshold, store.has_nonfinite_values, y, threads,
             )  # fmt: skip
-            part.appended(said)
+            part.appended(flags)
             record("scores", layer.number, scores, seen * layer.heads)
             record("values", layer.number, values, seen * layer.kv_heads)
             record("mlp_up", layer.number, neurons, batch * layer.mlp.mlp.gate.rows)
