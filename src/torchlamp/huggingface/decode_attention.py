@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from torchlamp.huggingface.lookahead_cache import NAME, LookaheadLayer
+from torchlamp.huggingface.lookahead_cache import NAME, LookaheadLayer, read_layer
 from torchlamp.huggingface.masks import seen_keys, sees
 
 __all__ = ["NAME", "decode_attention"]
@@ -48,28 +48,27 @@ def decode_attention(
     if dropout:
         raise ValueError(f"{NAME}: dropout={dropout} is for training; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found = getattr(key, "lookahead", None)
+    layer = read_layer() if query.shape[2] == 1 else None
     seen = None if attention_mask is None else seen_keys(attention_mask)
-    if found is None or (attention_mask is not None and seen is None):
+    if layer is None or (attention_mask is not None and seen is None):
         if attention_mask is not None and (seen is None or attention_mask.dtype != torch.bool):
             attention_mask = _as_biases(attention_mask, query.dtype)
-        if found is not None:
+        if layer is not None:
             key, value = key.float(), value.float()
-            _count_all(found[0], query, key, attention_mask)
+            _count_all(layer, query, key, attention_mask)
         if softcap is None and s_aux is None:
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs
             )
             return output, None
         return _eager(module, query, key, value, attention_mask, scale, softcap, s_aux), None
-    layer, first = found
     attended = layer.store.attend(
         query,
         scaling=scale,
         scores_threshold=layer.scores.threshold,
         values_threshold=layer.values_settings.threshold,
         mask=seen,
-        first=first,
+        first=layer.first(1),
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
     )
