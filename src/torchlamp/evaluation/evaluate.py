@@ -17,6 +17,7 @@ from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_e
 from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import REFERENCE_POLICY, Result
+from torchlamp.simulation.calibration import Calibration
 
 logger = logging.getLogger("torchlamp.evaluate")
 
@@ -31,6 +32,7 @@ def evaluate(
     seed: int = 0,
     layers: Sequence[int] | None = None,
     blocks: bool = False,
+    calibration: Calibration | None = None,
     progress: Callable[[Progress], None] | None = None,
     model_name: str | None = None,
     text: str = "unnamed",
@@ -61,6 +63,8 @@ def evaluate(
         Only these layers run under the policies, the others in float32.
     blocks : bool
         Also count the blocks that hold a recomputed score (`Result.block_rates`).
+    calibration : Calibration, optional
+        Statistics that transforms are fitted to, from `torchlamp.calibrate` on another text; results carry its hash.
     progress : callable, optional
         Called with a `Progress` (times in seconds) after every forward pass.
     model_name, text : str, optional
@@ -91,7 +95,13 @@ def evaluate(
     reference = EvaluationRun("reference", None)
     # A budget of 0: only the reference logits of the current window are kept.
     loop = Loop(
-        References(model, windows), [reference, *runs], seed, layers=layers, blocks=blocks, progress=progress
+        References(model, windows),
+        [reference, *runs],
+        seed,
+        layers=layers,
+        blocks=blocks,
+        calibration=calibration,
+        progress=progress,
     )
     loop.check()
     interrupted = False
@@ -106,7 +116,10 @@ def evaluate(
         if not isinstance(stop, KeyboardInterrupt):
             reason = (str(stop).strip() or type(stop).__name__).splitlines()[0]
             logger.warning("stopped by an error (%s); the finished windows are kept", reason)
-    shared = _shared(model, windows[: loop.collect()], seed, model_name, text) | {"partial": interrupted}
+    shared = _shared(model, windows[: loop.collect()], seed, model_name, text) | {
+        "partial": interrupted,
+        "calibration": None if calibration is None else calibration.hash,
+    }
     beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
         "comparisons": tuple(_result(run, shared) for run in beside),
