@@ -5,7 +5,9 @@ from decoding_models import GUARDED, LINEAR, STEADY, WHOLE, decoded, generated, 
 from torch import nn
 from transformers import DynamicCache
 
+from torchlamp.huggingface import decode_plan
 from torchlamp.huggingface import prepare as decoding
+from torchlamp.huggingface.decode_layer import NativeLayer
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels import native
@@ -68,15 +70,15 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
     model, x = build(name), tokens(3, 30)
     mask = left_padding(3, 30) if padded else None
     calls = []
-    kernel = decoding.LayerDecode.kernel
+    kernel = NativeLayer.kernel
     monkeypatch.setattr(
-        decoding.LayerDecode, "kernel", lambda self, isa: calls.append(self.number) or kernel(self, isa)
+        NativeLayer, "kernel", lambda self, isa: calls.append(self.number) or kernel(self, isa)
     )
     with prepare(model, policy) as prepared:
         got = decoded(model, x, prepared.cache(), mask=mask)
         counts = prepared.statistics
     assert calls == [0, 1] * 21
-    monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
+    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
     with prepare(model, policy) as prepared:
         want = decoded(model, x, prepared.cache(), mask=mask)
     assert calls == [0, 1] * 21
@@ -89,60 +91,6 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
     for site, selected in counts.selected_by_site.items():
         # Rounding may take an entry over its threshold.
         assert abs(selected - prepared.statistics.selected_by_site[site]) <= 3 + 0.01 * selected
-
-
-@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_watched_layers_run_one_by_one(build, tokens, name):
-    model, x = build(name), tokens(2, 14)
-    with prepare(model, STEADY) as prepared:
-        layers = model.model.layers
-        kinds = getattr(model.config, "layer_types", None) or [None] * len(layers)
-        chains = [[layer.number for layer in at.forward.chain] for at in layers]
-        assert chains == [[j for j in range(len(kinds)) if kinds[j] == kinds[i]] for i in range(len(kinds))]
-        want = decoded(model, x, prepared.cache())
-        seen = []
-        handle = layers[1].register_forward_hook(lambda module, given, result: seen.append(given[0]))
-        torch.testing.assert_close(decoded(model, x, prepared.cache()), want, rtol=0, atol=0)
-        handle.remove()
-        handle = layers[0].register_forward_hook(lambda module, given, result: seen.append(result))
-        torch.testing.assert_close(decoded(model, x, prepared.cache()), want, rtol=0, atol=0)
-        handle.remove()
-        first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-        for a, b in zip(first, second, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
-        # transformers watches layers with hooks of its own.
-        cache = prepared.cache()
-        model(x[:, :9], past_key_values=cache)
-        states = model(x[:, 9:10], past_key_values=cache, output_hidden_states=True).hidden_states
-        torch.testing.assert_close(states[1], second[1], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
-def test_a_model_that_does_something_between_layers_runs_them_one_by_one(build, tokens):
-    class Between(type(build("llama").model)):
-        pass
-
-    model = build("llama")
-    model.model.__class__ = Between
-    with prepare(model, STEADY):
-        assert [len(layer.forward.chain) for layer in model.model.layers] == [1, 1]
-
-
-@pytest.mark.skipif(not native.available(), reason="layers are fused by the native kernels alone")
-def test_early_exit_leaves_the_last_layers_out(build, tokens, monkeypatch):
-    model, x = build("llama"), tokens(2, 14)
-
-    def logits():
-        with prepare(model, STEADY) as prepared:
-            return decoded(model, x, prepared.cache())
-
-    both = logits()
-    model.config.num_hidden_layers = 1
-    got = logits()
-    monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
-    want = logits()
-    assert (got - want).norm() < 2e-4 * want.norm() < 0.1 * (both - want).norm()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama
 
-from torchlamp.huggingface import prepare as decoding
+from torchlamp.huggingface import decode_plan
 from torchlamp.huggingface.prepare import prepare
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -62,7 +62,7 @@ def everywhere_before(module):
 
 def module_by_module(monkeypatch, fused):
     if not fused:
-        monkeypatch.setattr(decoding, "can_fuse", lambda layer: False)
+        monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
 
 
 def run(build, tokens, monkeypatch, change, when, fused=True, at="mlp", name="llama"):

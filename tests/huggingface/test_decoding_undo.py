@@ -7,8 +7,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import torchlamp
-from torchlamp.huggingface import prepare as decoding
 from torchlamp.huggingface.decode_attention import NAME
+from torchlamp.huggingface.decode_plan import DecodePlan
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.huggingface.site_forwards import Forward
 
@@ -141,7 +141,7 @@ def test_what_is_refused_leaves_the_model_as_it_was(build, policy, options, said
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(build, monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(decoding, "_use_cache", lambda prepared: 1 / 0)
+    monkeypatch.setattr(DecodePlan, "_use_cache", lambda plan, cache: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(model, GUARDED)
     assert is_untouched(model)

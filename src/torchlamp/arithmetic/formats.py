@@ -41,7 +41,7 @@ NAMED: dict[str, Grid] = {
 }
 
 #: What these formats are called elsewhere: not accepted, so that every format has one name, but understood.
-_ELSEWHERE = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "fp8": "e4m3fn"}
+ELSEWHERE = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "fp8": "e4m3fn"}
 
 _PS = re.compile(r"ps([0-9]{1,2})")
 _GENERIC = re.compile(r"(u?)e([0-9])m([0-9]{1,2})")
@@ -147,5 +147,5 @@ def _base_grid(base: str) -> Grid | None:
 
 def _suggestion(base: str) -> str:
     known = [*NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24))]
-    nearest = [_ELSEWHERE[base]] if base in _ELSEWHERE else difflib.get_close_matches(base, known, n=1)
+    nearest = [ELSEWHERE[base]] if base in ELSEWHERE else difflib.get_close_matches(base, known, n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.formats import ELSEWHERE, Format
 from torchlamp.kernels.constants import GROUP
 
 #: What a group's scale is: none, a float32 number, a bfloat16 number rounded up, a power of two (E8M0, as the OCP
@@ -145,5 +145,5 @@ class Operand:
 
 def _suggestion(base: str) -> str:
     known = ["float32", *BLOCKS, "int4", "int8", "int12", "e4m3fn", "e5m2", "bf16", "fp16"]
-    nearest = difflib.get_close_matches(base, known, n=1)
+    nearest = [ELSEWHERE[base]] if base in ELSEWHERE else difflib.get_close_matches(base, known, n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

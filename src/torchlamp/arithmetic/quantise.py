@@ -5,6 +5,7 @@ from torch import Tensor
 
 from torchlamp.arithmetic.formats import Format
 from torchlamp.arithmetic.operands import Block, Operand
+from torchlamp.arithmetic.rounding import check_no_gradient
 from torchlamp.kernels.rounding import round_to_grid
 from torchlamp.kernels.specification import Grid
 
@@ -12,14 +13,14 @@ from torchlamp.kernels.specification import Grid
 _SLAB_NUMBERS = 2**23
 _BF16_NAN, _BF16_INFINITY = 0x7FC0, 0x7F80
 _E8M0_RANGE = 127
+_FLOAT32_EXPONENT = 127
 
 
-@torch.no_grad()
 def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
     """The values that the stored numbers of a tensor stand for.
 
         >>> torchlamp.quantise(torch.tensor([1.0, 0.3, -0.02]), "int4/32")
-        tensor([ 1.0000,  0.2871,  0.0000])
+        tensor([ 1.0049,  0.2871, -0.0000])
 
     Groups and rows run along `dim`, the dimension that a product sums over. A group with an infinity or NaN becomes
     NaN as a whole where it has a scale.
@@ -40,7 +41,7 @@ def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
     Raises
     ------
     ValueError
-        An unknown operand, or a dimension that isn't there.
+        An unknown operand, a dimension that isn't there, or a gradient that would be needed.
     TypeError
         Anything but a float32 tensor.
     """
@@ -53,23 +54,29 @@ def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
     block = parsed.block
     if block is None or x.numel() == 0:
         return x
+    check_no_gradient("quantise", x)
+    x = x.detach()
     if block.scale == "none":
-        rounded = round_to_grid(x.detach(), Format.parse(str(block.element)).grid)
+        rounded = round_to_grid(x, Format.parse(str(block.element)).grid)
         return rounded.clone() if rounded is x else rounded
-    rows = (x.detach() if x.ndim else x.detach()[None]).movedim(dim, -1)
-    flat = rows.reshape(-1, rows.shape[-1])
-    if block.length < 0:
-        return _groups(flat.reshape(1, 1, -1), block, None).reshape(rows.shape).movedim(-1, dim).view(x.shape)
-    length = block.length or flat.shape[1]
-    padding = -flat.shape[1] % length
-    second = _tensor_scale(flat, block)
-    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    count = max(1, _SLAB_NUMBERS // max(1, flat.shape[1]))
-    for first in range(0, len(flat), count):
-        part = flat[first : first + count]
+    rows = x.reshape(1) if x.ndim == 0 else x.movedim(dim, -1)
+    flat = rows.reshape(1, -1) if block.length < 0 else rows.reshape(-1, rows.shape[-1])
+    return _rows(flat, block).view(rows.shape).movedim(-1, dim).reshape(x.shape)
+
+
+def _rows(rows: Tensor, block: Block) -> Tensor:
+    """Stored values of (rows, numbers), every row in groups of the block's length."""
+    numbers = rows.shape[1]
+    length = min(block.length, numbers) if block.length > 0 else numbers
+    padding = -numbers % length
+    second = _tensor_scale(rows, block)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    count = max(1, _SLAB_NUMBERS // numbers)
+    for first in range(0, len(rows), count):
+        part = rows[first : first + count]
         groups = torch.nn.functional.pad(part, (0, padding)).view(len(part), -1, length)
-        out[first : first + count] = _groups(groups, block, second).flatten(1)[:, : flat.shape[1]]
-    return out.view(rows.shape).movedim(-1, dim).reshape(x.shape)
+        out[first : first + count] = _groups(groups, block, second).flatten(1)[:, :numbers]
+    return out
 
 
 def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
@@ -84,6 +91,9 @@ def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
         return _integers(groups, magnitude, 2 ** (block.element - 1) - 1, block.scale == "bf16-up")
     grid = _element(block)
     scale = magnitude / torch.full_like(magnitude, grid.max_value)
+    if grid.max_exponent == _FLOAT32_EXPONENT:
+        # A format with float32's range needs no scale, and magnitude / 2^128 would lose its bits.
+        scale = torch.where(magnitude.isfinite(), 1.0, torch.nan)
     return _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
 
 
@@ -112,7 +122,7 @@ def _two_level(groups: Tensor, magnitude: Tensor, second: Tensor, grid: Grid) ->
     """NVFP4: an e4m3fn scale for each group times a float32 scale of the tensor."""
     scales = Format.parse("e4m3fn-sat").grid
     wanted = magnitude.double() / grid.max_value / second.double()
-    scale = round_to_grid(torch.where(second > 0, wanted, 0.0).float(), scales) * second
+    scale = _round(torch.where(second > 0, wanted, 0.0), scales) * second
     values = _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
     return torch.where(magnitude.isfinite(), values, torch.nan)
 

@@ -8,7 +8,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from torchlamp.huggingface.lookahead_cache import NAME
+from torchlamp.huggingface.lookahead_cache import NAME, LookaheadLayer, read_layer
+from torchlamp.huggingface.masks import seen_keys, sees
 
 __all__ = ["NAME", "decode_attention"]
 #: Keywords that change the mathematics in ways that aren't handled.
@@ -30,7 +31,9 @@ def decode_attention(
     """Attention as transformers calls it; see `LookaheadCache` for what single tokens read.
 
     Queries are float32 (batch, heads, queries, size), keys and values (batch, key heads, keys, size) come from the
-    cache's `update`, the mask is bool (batch, 1, queries, keys) or None. Returns float32 (batch, queries, heads, size).
+    cache's `update`. The mask, (batch, 1 or heads, queries, keys), is bool, added to the scores, or None. Single tokens
+    whose mask is more than a choice of keys (`seen_keys`) read keys and values in full. Returns float32 (batch,
+    queries, heads, size).
 
     Raises
     ------
@@ -45,25 +48,27 @@ def decode_attention(
     if dropout:
         raise ValueError(f"{NAME}: dropout={dropout} is for training; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found = getattr(key, "lookahead", None)
-    if found is None:
+    layer = read_layer() if query.shape[2] == 1 else None
+    seen = None if attention_mask is None else seen_keys(attention_mask)
+    if layer is None or (attention_mask is not None and seen is None):
+        if attention_mask is not None and (seen is None or attention_mask.dtype != torch.bool):
+            attention_mask = _as_biases(attention_mask, query.dtype)
+        if layer is not None:
+            key, value = key.float(), value.float()
+            _count_all(layer, query, key, attention_mask)
         if softcap is None and s_aux is None:
             output, _ = sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs
             )
             return output, None
         return _eager(module, query, key, value, attention_mask, scale, softcap, s_aux), None
-    layer, first = found
-    mask = None if attention_mask is None else attention_mask[:, 0]
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask >= 0
     attended = layer.store.attend(
         query,
         scaling=scale,
         scores_threshold=layer.scores.threshold,
         values_threshold=layer.values_settings.threshold,
-        mask=mask,
-        first=first,
+        mask=seen,
+        first=layer.first(1),
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
     )
@@ -71,6 +76,26 @@ def decode_attention(
         layer.statistics.record("scores", layer.number, attended.recomputed, attended.eligible)
         layer.statistics.record("values", layer.number, attended.full_values, attended.eligible_values)
     return attended.output, None
+
+
+def _as_biases(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that a mask adds to scores of a dtype; hidden keys get its lowest, as in eager attention."""
+    lowest = torch.finfo(dtype).min
+    if mask.dtype != torch.bool:
+        return mask.to(dtype).clamp(min=lowest)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+
+
+def _count_all(layer: LookaheadLayer, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    """Count every key that the queries see, and its value, as read in full precision."""
+    if layer.statistics is None or mask is None:
+        return
+    batch, heads, queries, _ = query.shape
+    seen = sees(mask).expand(batch, heads, queries, -1)
+    scores = int(seen.sum())
+    values = int(seen.reshape(batch, key.shape[1], -1, *seen.shape[2:]).any(2).sum())
+    layer.statistics.record("scores", layer.number, scores, scores)
+    layer.statistics.record("values", layer.number, values, values)
 
 
 def _eager(
@@ -92,9 +117,8 @@ def _eager(
     if mask is None and queries > 1 and getattr(module, "is_causal", True):
         mask = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(
-            ~mask if mask.dtype == torch.bool else mask < 0, torch.finfo(scores.dtype).min
-        )
+        boolean = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if boolean else scores + mask
     if sinks is not None:
         extra = sinks.view(1, -1, 1, 1).expand(batch, -1, queries, 1).to(scores.dtype)
         scores = torch.cat([scores, extra], -1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.huggingface.forward_only import forward_only
+from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache, reading
 from torchlamp.huggingface.plain_modules import PlainModules
 from torchlamp.huggingface.site_forwards import Forward, check_float32
 from torchlamp.huggingface.sites import Sites
@@ -118,6 +119,19 @@ class HeadDecode(DecodeForward):
         logits, _, recomputed = self.head.run(x, self.threshold, self.top)
         self.statistics.record("lm_head", -1, recomputed, logits.numel())
         return logits
+
+
+class AttentionDecode(Forward):
+    """An attention module's own forward, whose attention function finds its layer of a look-ahead cache."""
+
+    def run_(self, *args: Any, **kwargs: Any) -> Any:
+        """The module, reading its layer."""
+        cache: Any = kwargs.get("past_key_values")
+        module: Any = self.module
+        if not isinstance(cache, LookaheadCache) or module.config._attn_implementation != NAME:
+            return self.original(*args, **kwargs)
+        with reading(cache.layers[module.layer_idx]):
+            return self.original(*args, **kwargs)
 
 
 def linears_decode(

@@ -1,6 +1,8 @@
 """A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,25 @@ def full_dtype(full: str) -> torch.dtype:
     return _FULL[full]
 
 
+#: The layer that the attention being run by this thread reads by itself.
+_read: ContextVar["LookaheadLayer | None"] = ContextVar("torchlamp_read_layer", default=None)
+
+
+def read_layer() -> "LookaheadLayer | None":
+    """The layer that the running attention reads, set by `reading`."""
+    return _read.get()
+
+
+@contextmanager
+def reading(layer: "LookaheadLayer") -> Iterator[None]:
+    """While an attention module runs: its attention function reads this layer, whatever `update` returns."""
+    token = _read.set(layer)
+    try:
+        yield
+    finally:
+        _read.reset(token)
+
+
 class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer; with a sliding window it keeps what the window's next queries can see."""
 
@@ -38,12 +59,11 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         scores: Settings,
         values: Settings,
         statistics: Statistics | None,
-        config: Any,
         sliding_window: int | None,
         number: int,
     ) -> None:
         super().__init__()
-        self.scores, self.values_settings, self.statistics, self.config = scores, values, statistics, config
+        self.scores, self.values_settings, self.statistics = scores, values, statistics
         #: Number of the layer in the model, from 0.
         self.number = number
         self.store = KeyValueStore(options)
@@ -56,15 +76,6 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = 0
         self.dropped = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LookaheadLayer":
-        # The config says which attention runs, and goes on being the model's.
-        memo[id(self.config)] = self.config
-        copied: LookaheadLayer = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        for name, value in vars(self).items():
-            setattr(copied, name, copy.deepcopy(value, memo))
-        return copied
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; the store takes its sizes from the first append."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -75,8 +86,8 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values (batch, key heads, count, size), float32.
 
-        Returns all that the new queries may see, in float32. Where the attention is "lamp-decode" and one token came,
-        what is returned is a view of the full copies that leads the attention to this layer.
+        Returns all that the new queries may see, in float32. Inside of `reading` this layer, where the attention looks
+        for itself, one token gets views of the full copies, of their dtype.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -89,10 +100,9 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store.append(key_states, value_states)
         self.seen += count
         first = self.first(count)
-        if count == 1 and self.config is not None and self.config._attn_implementation == NAME:
-            keys = self.store.full_keys[:, :, first : self.store.length]
-            keys.lookahead = (self, first)  # type: ignore[attr-defined]
-            return keys, self.store.full_values[:, :, first : self.store.length]
+        if count == 1 and read_layer() is self:
+            places = slice(first, self.store.length)
+            return self.store.full_keys[:, :, places], self.store.full_values[:, :, places]
         if before == 0:
             return key_states, value_states
         keys = self.store.full_keys[:, :, first:before].float()
@@ -266,35 +276,12 @@ class LookaheadCache(Cache):  # type: ignore[misc]
                 key_settings,
                 value_settings,
                 statistics,
-                text,
                 window if kind == "sliding_attention" else None,
                 number,
             )
             for number, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
-        self._angles: list[tuple[Any, tuple[Any, Any]]] = []
-        #: Hidden states that have been through layers whose turn hasn't come yet, and the last of these.
-        self.done: tuple[Tensor, int] | None = None
-
-    def is_done(self, layer: int, hidden_states: Tensor) -> bool:
-        """Whether these hidden states have been through the layer already."""
-        if self.done is None or self.done[0] is not hidden_states:
-            return False
-        last = self.done[1]
-        if layer >= last:
-            self.done = None
-        return layer <= last
-
-    def angles_of(self, angles: Any, size: int) -> tuple[Any, Any]:
-        """Cosines and sines as arrays (batch or 1, size); the layers of a step share the tensors they come from."""
-        for pair, arrays in self._angles:
-            if pair is angles:
-                return arrays
-        cosines, sines = (a.reshape(-1, size).contiguous().numpy() for a in angles)
-        # Models with sliding windows have two kinds of layers.
-        self._angles = [(angles, (cosines, sines)), *self._angles[:1]]
-        return cosines, sines
 
     @property
     def memory(self) -> tuple[int, int]:

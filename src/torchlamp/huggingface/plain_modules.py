@@ -6,7 +6,7 @@ instance's own, another class, another child, a forward that somebody has put in
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import chain, repeat
 from typing import Any
 
@@ -29,11 +29,24 @@ class PlainModules:
         Its own hooks and instance's forward don't count: whoever calls it runs them.
     forwards : mapping from module to forward, optional
         The forwards that modules below have been given by the caller; every other module must run its class's.
+    called : collection of torch.nn.Module, optional
+        Children that the caller calls as modules, with all that hangs on them: only what is inside the others counts.
+    captures : bool
+        Whether transformers' own hooks, which collect hidden states when they are asked for, count. They stay on the
+        modules once they have been needed.
     """
 
-    def __init__(self, root: nn.Module, forwards: Mapping[nn.Module, Any] | None = None) -> None:
-        self.root = root
-        self._modules = list(root.modules())[1:]
+    def __init__(
+        self,
+        root: nn.Module,
+        forwards: Mapping[nn.Module, Any] | None = None,
+        *,
+        called: Collection[nn.Module] = (),
+        captures: bool = True,
+    ) -> None:
+        self.root, self.captures = root, captures
+        outside = {module for child in called for module in child.modules()}
+        self._modules = [module for module in list(root.modules())[1:] if module not in outside]
         self._classes = [type(module) for module in [root, *self._modules]]
         self._parents = [module for module in [root, *self._modules] if module._modules]
         self._children = [child for parent in self._parents for child in parent._modules.values()]
@@ -52,7 +65,10 @@ class PlainModules:
             self._watched = self._watch()
         hooks, owners, parents = self._watched
         return (
-            not any(hooks)
+            not (
+                any(hooks)
+                and (self.captures or not all(map(_captures, chain.from_iterable(map(dict.values, hooks)))))
+            )
             and list(map(dict.get, owners, repeat("forward"))) == self._forwards
             and list(chain.from_iterable(map(dict.values, parents))) == self._children
             and [type(self.root), *map(type, self._modules)] == self._classes
@@ -86,3 +102,7 @@ def _found(kind: type) -> Any:
 
 def _is_trusted(name: str) -> bool:
     return name.partition(".")[0] in _TRUSTED and not name.startswith("transformers_modules")
+
+
+def _captures(hook: Any) -> bool:
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"

@@ -1,6 +1,5 @@
 """Real low-bit decoding of a transformers model: one call prepares it, one undoes that."""
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,18 +12,11 @@ from transformers import PreTrainedModel
 
 from torchlamp.arithmetic.transforms import Transform
 from torchlamp.huggingface.decode_attention import NAME
-from torchlamp.huggingface.decode_forwards import (
-    LinearsDecode,
-    check_head,
-    check_mlp,
-    head_decode,
-    linears_decode,
-    mlp_decode,
-)
-from torchlamp.huggingface.decode_layer import LayerDecode, can_fuse, chain
+from torchlamp.huggingface.decode_forwards import check_head, check_mlp
+from torchlamp.huggingface.decode_plan import DecodePlan, Memory
 from torchlamp.huggingface.lookahead import NAME as SIMULATION
-from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, full_dtype
-from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
+from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate
+from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.decodable import Settings, settings
 from torchlamp.policy.policy import Policy, SitePolicy
@@ -42,21 +34,6 @@ FAST = (
     "scores=int8.center.hadamard+running:0.01, values=int8+topz:0.02, qkv=int12, attention_out=int8, "
     "mlp_up=int8, mlp_down=int8+output:0.0006, lm_head=int8+running:0.001"
 )
-_GENERATE = "_prepare_cache_for_generation"
-
-
-@dataclass
-class Memory:
-    """Bytes of a prepared model's weights: what it had, and what was added."""
-
-    full: int = 0
-    low_bit: int = 0
-    #: Full-precision copies made beside the model's own tensors (the transposed down projections).
-    extra_full: int = 0
-
-    def __str__(self) -> str:
-        added = self.low_bit + self.extra_full
-        return f"weights {self.full / 1e6:.0f} MB, low-bit and transposed copies {added / 1e6:.0f} MB more"
 
 
 @dataclass
@@ -72,7 +49,7 @@ class Prepared:
     settings: dict[str, Settings]
     #: Dtype of the cache's copies in full.
     full: str = "float16"
-    _undo: list[Callable[[], object]] = field(default_factory=list, repr=False)
+    _plan: DecodePlan | None = field(default=None, repr=False)
 
     def cache(self) -> LookaheadCache:
         """An empty look-ahead cache with the policy's formats and thresholds, for calls of the model itself.
@@ -98,8 +75,8 @@ class Prepared:
 
     def undo(self) -> None:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        if self._plan is not None:
+            self._plan.undo()
 
     def __enter__(self) -> "Prepared":
         return self
@@ -186,12 +163,9 @@ def prepare(
                 told["scores"].bits,
             )
         prepared.cache()  # refuses options that can't be
-    forwards = _forwards(prepared, Sites(model), top)
+    prepared._plan = DecodePlan(model, told, prepared.statistics, prepared.memory, full, top)
     try:
-        for forward in forwards:
-            _put(prepared, forward)
-        if "scores" in told:
-            _use_cache(prepared)
+        prepared._plan.put(prepared.cache if "scores" in told else None)
     except BaseException:
         prepared.undo()
         raise
@@ -235,76 +209,3 @@ def _possible(model: PreTrainedModel, policy: Policy) -> Policy:
         policy, lambda: [check_mlp(sites, layer) for layer in sites.layers], "mlp_up", "mlp_down"
     )
     return without(policy, lambda: check_head(sites), "lm_head")
-
-
-def _forwards(prepared: Prepared, sites: Sites, top: int) -> list[Forward]:
-    told, statistics, memory = prepared.settings, prepared.statistics, prepared.memory
-    if not sites.layers:
-        raise ValueError(
-            f"{type(prepared.model).__name__}: no list of decoder layers found, so it can't be prepared"
-        )
-    forwards: list[Forward] = []
-    for number, layer in enumerate(sites.layers):
-        groups: list[LinearsDecode] = []
-        inside: dict[nn.Module, Forward] = {}
-        for site, modules in (("qkv", sites.qkv), ("attention_out", lambda at: [sites.attention_out(at)])):
-            if site in told:
-                some, group = linears_decode(sites, modules(layer), told[site])
-                forwards += some
-                inside |= {forward.module: forward for forward in some}
-                groups.append(group)
-                memory.low_bit += group.bytes
-        if "mlp_up" in told:
-            mlp = mlp_decode(
-                sites, number, told["mlp_up"], told["mlp_down"], statistics, full_dtype(prepared.full)
-            )
-            forwards.append(mlp)
-            inside[mlp.module] = mlp
-            if not mlp.is_plain():
-                logger.warning(
-                    "layer %d: its %s isn't transformers' own or is watched, so it runs in full precision",
-                    number,
-                    type(mlp.module).__name__,
-                )
-            low, full = mlp.mlp.bytes
-            memory.low_bit, memory.extra_full = memory.low_bit + low, memory.extra_full + full
-            own = any(forward.own is not None for forward in inside.values())
-            whole = "scores" in told and len(groups) == 2 and len(groups[0].sizes) == 3 and not own
-            if whole and can_fuse(layer):
-                forwards.append(LayerDecode(layer, groups[0], groups[1], mlp, statistics, inside))
-    chain(prepared.model, [forward for forward in forwards if isinstance(forward, LayerDecode)])
-    if "lm_head" in told:
-        head = head_decode(sites, told["lm_head"], top, statistics)
-        forwards.append(head)
-        memory.low_bit += head.head.head.bytes
-    return forwards
-
-
-def _put(prepared: Prepared, forward: Forward) -> None:
-    module = forward.module
-    before = own_forward(module)
-    set_forward(module, forward)
-    prepared._undo.append(lambda: set_forward(module, before))
-
-
-def _use_cache(prepared: Prepared) -> None:
-    """Set the attention implementation, and let `generate` make a look-ahead cache where it would make its own."""
-    model = prepared.model
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    prepared._undo.append(functools.partial(model.set_attn_implementation, before))
-    own = vars(model).get(_GENERATE)  # other tools replace it, too
-    original = getattr(model, _GENERATE)
-
-    @functools.wraps(original)
-    def with_lookahead_cache(
-        generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if wanted and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = prepared.cache()
-        return original(generation_config, model_kwargs, *args, **kwargs)
-
-    setattr(model, _GENERATE, with_lookahead_cache)
-    give_back = functools.partial(delattr, model, _GENERATE)
-    prepared._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))

@@ -22,6 +22,38 @@ from torchlamp.rules.topz import TopZ
 from torchlamp.rules.value_aware import BridgeResidual, RunningOutput, RunningResidual
 from torchlamp.rules.weighted import WeightRule
 
+# A new rule is a line here, at its place in lists of rules.
+RULES.update(
+    (rule.name, rule)
+    for rule in (
+        Nothing,
+        Everything,
+        Strict,
+        Relaxed,
+        RelaxedLength,
+        Mass,
+        MassWindow,
+        Budget,
+        Running,
+        RunningBudget,
+        RunningOutput,
+        RunningResidual,
+        Bridge,
+        BridgeResidual,
+        TopZ,
+        SinkRecent,
+        Heads,
+        Random,
+        RandomLike,
+        Condition,
+        ConditionCheap,
+        Output,
+        OutputCheap,
+        Oracle,
+        OracleResidual,
+    )
+)
+
 __all__ = [
     "REFERENCE_LENGTH",
     "RULES",

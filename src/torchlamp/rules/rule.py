@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from torchlamp.rules.registry import rule_class
 from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
 
@@ -22,7 +23,7 @@ Role = Literal["published", "ours", "control", "oracle", "static"]
 class Rule(ABC):
     """Which entries of a tile to recompute: a pure function of the tile.
 
-    A rule is a frozen dataclass with at most one field, its parameter, and a line in `registry.py`. Its
+    A rule is a frozen dataclass with at most one field, its parameter, and a line in the package's `__init__`. Its
     spelling is `name` or `name:parameter`; `Rule.parse` reads it and `str` writes it.
     """
 
@@ -90,9 +91,6 @@ class Rule(ABC):
             return spelling
         if not isinstance(spelling, str):
             raise TypeError(f"rule {spelling!r}: expected a string such as 'strict:0.1' or a Rule")
-        # Not at the top: the registry imports every rule, and every rule imports this module.
-        from torchlamp.rules.registry import rule_class
-
         name, colon, parameter = spelling.strip().partition(":")
         return rule_class(name).from_parameter(parameter if colon else None)
 

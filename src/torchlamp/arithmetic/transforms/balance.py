@@ -26,13 +26,26 @@ class Balance(Transform):
 
     def fit(self, left: Moments, right: Moments, side: Side) -> Change:
         """The map from the regularised second moments, in float64."""
-        factor = torch.linalg.cholesky(_regular(right.second))
+        factor, below = _factor(_regular(right.second))
         energies, basis = torch.linalg.eigh(factor.mT @ _regular(left.second) @ factor)
         roots = energies.clamp_min(torch.finfo(torch.float64).tiny).pow(0.25)
         inverse = (factor @ basis) / roots[:, None, :]
-        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
-        below = torch.linalg.solve_triangular(factor, identity, upper=False)
         return Mapped(inverse, roots[:, :, None] * (basis.mT @ below))
+
+
+def _factor(second: Tensor) -> tuple[Tensor, Tensor]:
+    """L with L L^T = second moments (Gb, K, K), and L^-1.
+
+    Means taken off may leave moments that are rounding errors, with negative eigenvalues; these become the smallest
+    that regularisation allows.
+    """
+    factor, failed = torch.linalg.cholesky_ex(second)
+    if not bool(failed.any()):
+        identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+        return factor, torch.linalg.solve_triangular(factor, identity, upper=False)
+    energies, basis = torch.linalg.eigh(second)
+    roots = energies.maximum(REGULARISATION * energies.abs().mean(-1, keepdim=True)).sqrt()
+    return basis * roots[:, None, :], (basis / roots[:, None, :]).mT
 
 
 def _regular(second: Tensor) -> Tensor:

@@ -46,13 +46,18 @@ class Centred(Change):
         """The columns less the mean, or as they are."""
         return b if self.side == "left" else b - self.mean[:, :, None]
 
-    def correction(self, a: Tensor, b: Tensor) -> Tensor:
-        """a.m of every row, (G, M, 1), or m.b of every column, (G, 1, N)."""
+    def row_shift(self, a: Tensor) -> Tensor | None:
+        """a.m of every row, (G, M, 1), where m is the mean of the right operand's columns."""
+        if self.side == "left":
+            return None
+        groups = a.reshape(self.mean.shape[0], -1, a.shape[-1])
+        return torch.matmul(groups, self.mean[:, :, None]).reshape(*a.shape[:-1], 1)
+
+    def column_shift(self, b: Tensor) -> Tensor | None:
+        """m.b of every column, (Gb, 1, N), where m is the mean of the left operand's rows."""
         if self.side == "right":
-            groups = a.reshape(self.mean.shape[0], -1, a.shape[-1])
-            return torch.matmul(groups, self.mean[:, :, None]).reshape(*a.shape[:-1], 1)
-        added = torch.matmul(self.mean[:, None, :], b)
-        return added.repeat_interleave(a.shape[0] // b.shape[0], dim=0)
+            return None
+        return torch.matmul(self.mean[:, None, :], b)
 
     def moments(self, left: Moments, right: Moments) -> tuple[Moments, Moments]:
         """Less the mean."""

@@ -62,12 +62,11 @@ def change_operands(changes: Sequence[Change], a: Tensor, b: Tensor) -> Changed:
     rows: Tensor | None = None
     columns: Tensor | None = None
     for change in changes:
-        correction = change.correction(a, b)
-        if correction is not None and correction.shape[-1] == 1 and correction.shape[-2] == a.shape[-2]:
-            rows = correction if rows is None else rows + correction
-        elif correction is not None:
-            columns = correction if columns is None else columns + correction
+        rows = _sum(rows, change.row_shift(a))
+        columns = _sum(columns, change.column_shift(b))
         a, b = change.left(a), change.right(b)
+    if columns is not None:
+        columns = columns.repeat_interleave(a.shape[0] // b.shape[0], dim=0)
     return Changed(a, b, rows, columns)
 
 
@@ -79,11 +78,15 @@ def change_rows(changes: Sequence[Change], a: Tensor) -> tuple[Tensor, Tensor | 
     """
     shift: Tensor | None = None
     for change in changes:
-        correction = change.correction(a, a.mT)
-        if correction is not None:
-            shift = correction if shift is None else shift + correction
+        shift = _sum(shift, change.row_shift(a))
         a = change.left(a)
     return a, shift
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
 
 
 @torch.no_grad()

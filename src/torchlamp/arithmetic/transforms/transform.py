@@ -17,8 +17,8 @@ Side = Literal["left", "right"]
 class Change(ABC):
     """What a transform does to the operands of (G, M, K) x (Gb, K, N), G a multiple of Gb.
 
-    Products of the changed operands, plus `correction`, are those of the operands as they were, exactly in real
-    arithmetic. Batch g of the left operand belongs to batch g // (G // Gb) of the right one.
+    Products of the changed operands, plus `row_shift` and `column_shift`, are those of the operands as they were,
+    exactly in real arithmetic. Batch g of the left operand belongs to batch g // (G // Gb) of the right one.
     """
 
     @abstractmethod
@@ -29,11 +29,12 @@ class Change(ABC):
     def right(self, b: Tensor) -> Tensor:
         """The changed right operand, float32 (Gb, K, N)."""
 
-    def correction(self, a: Tensor, b: Tensor) -> Tensor | None:
-        """Float32 numbers to add to the finished products, (G, M, 1) or (G, 1, N); None: nothing is lacking.
+    def row_shift(self, a: Tensor) -> Tensor | None:
+        """Float32 (G, M, 1), to add to all finished products of a row of `a`, the operand before this change."""
+        return None
 
-        `a` and `b` are the operands that this change is given, before it.
-        """
+    def column_shift(self, b: Tensor) -> Tensor | None:
+        """Float32 (Gb, 1, N), to add to all finished products of a column of `b`, the operand before this change."""
         return None
 
     @abstractmethod
