@@ -15,6 +15,7 @@ from torchlamp.evaluation.aggregate import aggregate
 from torchlamp.evaluation.environment import environment
 from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_eval_mode
 from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
+from torchlamp.huggingface.lookahead import check_untouched
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
@@ -83,7 +84,7 @@ def evaluate(
         Interrupted before the first window was finished.
     ValueError
         Windows of a wrong shape, longer than the model's context, or with tokens outside its vocabulary; an
-        unknown policy; a model without the attention interface, or with "lamp" already switched on.
+        unknown policy; a model without the attention interface, with a policy attached, or prepared for decoding.
     TypeError
         A wrong type or dtype.
     """
@@ -227,11 +228,7 @@ def _check(model: Any, windows: Tensor, seed: int) -> None:
         raise TypeError(
             f"the model has dtype {model.dtype}: the reference is float32, load it with dtype=torch.float32"
         )
-    if model.config._attn_implementation == "lamp":
-        raise ValueError(
-            "the model already runs under 'lamp': call its set_attn_implementation('sdpa'), "
-            "so that it can be the reference"
-        )
+    check_untouched(model)
     check_context(model, windows.shape[1])
     vocabulary = model.get_input_embeddings().num_embeddings
     lowest, highest = int(windows.min()), int(windows.max())

@@ -205,6 +205,23 @@ def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[At
     return attached, build(model, attached)
 
 
+def check_untouched(model: nn.Module) -> None:
+    """Refuse a model that can't be a float32 reference, because a policy runs in it or it is prepared (ValueError)."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    _refuse_prepared(model)
+    forwards = (vars(module).get("forward") for module in model.modules())
+    if any(isinstance(own, SimulatedForward) for own in forwards):
+        raise ValueError(
+            "a policy is attached to the model, which is to be the float32 reference: call torchlamp.detach(model) first"
+        )
+    if any(config._attn_implementation == NAME for config in _configs(model)):
+        raise ValueError(
+            "the model already runs under 'lamp': call its set_attn_implementation('sdpa'), so that it can be the "
+            "reference"
+        )
+
+
 def _refuse_prepared(model: PreTrainedModel) -> None:
     """Refuse a model whose low-bit forwards or attention a policy would take away."""
     forwards = (vars(module).get("forward") for module in model.modules())
