@@ -85,7 +85,7 @@ def test_names_and_objects_are_the_same():
     int8 = Operand.parse("int8")
     chain = [Transform.parse("center"), Transform.parse("sort")]
     for operands in ("int8", int8, (int8, "int8"), ["int8", int8]):
-        for transforms in (chain, ("center", chain[1]), iter(("center", "sort"))):
+        for transforms in (chain, ("sort", "center"), ("center", chain[1]), iter(("center", "sort"))):
             assert torch.equal(matmul(a, b, operands=operands, transforms=transforms), expected)
     assert torch.equal(matmul(a, b, transforms="sort"), matmul(a, b, transforms=[chain[1]]))
     assert torch.equal(matmul(a, b, operands="float32", transforms=()), matmul(a, b))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator
 from torchlamp.arithmetic.quantise import quantise
-from torchlamp.arithmetic.transforms import TRANSFORMS, Change, Transform
+from torchlamp.arithmetic.transforms import TRANSFORMS, Change, Transform, in_order
 from torchlamp.arithmetic.transforms.chain import Changed, change_rows, fit, moments_of, transformed
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.arithmetic.transforms.transform import Diagonal, Side
@@ -336,6 +336,8 @@ def test_names_round_trip(name):
 
 def test_they_are_applied_in_this_order():
     assert [*TRANSFORMS] == ["center", "smooth", "balance", "hadamard", "sort"]
+    given = [Reverse(), "sort", Transform.parse("hadamard"), "center"]
+    assert [*map(str, in_order(given))] == ["center", "hadamard", "sort", "reverse"]
 
 
 def test_unknown_names():

@@ -12,7 +12,7 @@ from torchlamp.arithmetic.formats import Format
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.rounding import check_no_gradient, check_tensor
-from torchlamp.arithmetic.transforms import Transform
+from torchlamp.arithmetic.transforms import Transform, in_order
 from torchlamp.arithmetic.transforms.chain import transformed
 from torchlamp.kernels.products import products
 
@@ -48,8 +48,8 @@ def matmul(
         How both operands are stored, or the left and the right one, see `Operand`; groups and rows run along the sum.
         None leaves them as they are.
     transforms : str, Transform or a sequence of them
-        Exact changes, applied in the order given, see `torchlamp.arithmetic.transforms`. Each matrix of `b` is changed
-        by itself, with all rows of `a` that it is multiplied by. ``"center"`` takes the mean of the columns of `b` off,
+        Exact changes, applied in the order of `TRANSFORMS` (docs/transforms.md). Each matrix of `b` is changed by
+        itself, with all rows of `a` that it is multiplied by. ``"center"`` takes the mean of the columns of `b` off,
         and adds its products with `a`, formed in float32, to the result.
     accumulate : str, Format or Accumulator, optional
         The first edition's name of `accumulator`.
@@ -69,9 +69,7 @@ def matmul(
     """
     chosen = _accumulator(accumulator, accumulate)
     stored = _operands(operands)
-    changes = [
-        Transform.parse(t) for t in ([transforms] if isinstance(transforms, str | Transform) else transforms)
-    ]
+    changes = in_order([transforms] if isinstance(transforms, str | Transform) else transforms)
     check_tensor("matmul", a, b)
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
