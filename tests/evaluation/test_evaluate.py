@@ -306,7 +306,7 @@ def test_block_rates_are_those_of_the_counted_blocks(tiny) -> None:
 
 def test_a_model_that_is_no_float32_reference_is_refused(tiny):
     model, tokenizer = tiny
-    windows = cut_windows(tokenizer, [TEXT], 2, 24)
+    windows = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     attach(model, "mlp_up=ps2+none")
     try:
         with pytest.raises(ValueError, match=r"a policy is attached .* call torchlamp.detach\(model\) first"):

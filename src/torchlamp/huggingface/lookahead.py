@@ -213,7 +213,7 @@ def check_untouched(model: nn.Module) -> None:
     forwards = (vars(module).get("forward") for module in model.modules())
     if any(isinstance(own, SimulatedForward) for own in forwards):
         raise ValueError(
-            "a policy is attached to the model, which is to be the float32 reference: call torchlamp.detach(model) first"
+            "a policy is attached to the model, so it is no float32 reference: call torchlamp.detach(model) first"
         )
     if any(config._attn_implementation == NAME for config in _configs(model)):
         raise ValueError(
