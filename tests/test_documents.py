@@ -42,7 +42,7 @@ def test_the_results_of_the_format_examples():
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     names = {"torch": torch, "torchlamp": torchlamp, "ones": torch.ones(20)}
     examples = re.findall(r"^(torchlamp\.\S.*?)\s+# (\[.*?\]|\d+)", page, flags=re.MULTILINE)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for code, result in examples:
         expected = torch.tensor(eval(result, {"nan": torch.nan}))
         torch.testing.assert_close(
@@ -67,3 +67,30 @@ def test_the_options_of_the_readme_exist():
         text = CliRunner().invoke(app, [command, "--help"]).stdout
         for option in re.findall(r"--[\w-]+", arguments):
             assert f"{option} " in text, f"{command} {option}"
+
+
+def test_the_architecture_page_names_what_is_there():
+    """Every file that the page names is there and defines the name beside it."""
+    page = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
+    named = re.findall(r"`([\w/]+\.(?:py|hpp|cpp))`(?: `(\w+)`)?", page)
+    assert len(named) > 60
+    for file, name in named:
+        places = [ROOT / "src" / "torchlamp" / file, ROOT / file]
+        (path,) = [place for place in places if place.is_file()] or [None]
+        assert path is not None, file
+        source = path.read_text(encoding="utf-8")
+        assert not name or re.search(rf"(^|\s)(def|class|inline void) {name}\b|^{name} = ", source, re.M), (
+            file,
+            name,
+        )
+
+
+def test_the_arrows_are_those_of_the_contract():
+    """Rooms of the page's arrows, bottom first, as import-linter's layers have them."""
+    line = re.search(r"^kernels <- [^`]*", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.M)
+    contract = re.search(r"^layers = \[(.*?)\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.M | re.S)
+    assert line
+    assert contract
+    arrows = [set(re.findall(r"\w+", layer)) for layer in line[0].split("<-")]
+    layers = [set(re.findall(r"torchlamp\.(\w+)", layer)) for layer in contract[1].split(",")]
+    assert arrows == [layer for layer in layers if layer][::-1]

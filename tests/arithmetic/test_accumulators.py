@@ -3,7 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchlamp.arithmetic import Accumulator, Format
+from torchlamp.arithmetic.accumulators import NAMED
 from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.policy.policy import Policy
 
 accumulators = st.builds(
     lambda name, fused, lengths: Accumulator(Format.parse(name), fused, *lengths),
@@ -35,6 +37,33 @@ def test_what_a_spelling_means(spelling, canonical, accumulation):
     accumulator = Accumulator.parse(spelling)
     assert str(accumulator) == canonical
     assert accumulator.accumulation == accumulation
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_stands_for_its_spelling(name):
+    """It is printed under its name, and equals what it stands for."""
+    assert not set("/@.+,=: ") & set(name)
+    accumulator = Accumulator.parse(f" {name.upper()} ")
+    assert str(accumulator) == name
+    assert accumulator == Accumulator.parse(NAMED[name])
+    assert hash(accumulator) == hash(Accumulator.parse(NAMED[name]))
+    assert str(Accumulator.parse(NAMED[name])) == NAMED[name]
+    for spelling in (name, f"int8@{name}.center"):
+        policy = Policy.parse(f"{spelling}+strict:0.1")
+        assert str(policy) == f"{spelling}+strict:0.1"
+        assert Policy.parse(str(policy)) == policy
+
+
+def test_a_name_takes_no_options():
+    with pytest.raises(
+        ValueError, match=r"'deepseek-fp8/unfused': .* stands for 'ps13/promote128' and takes no"
+    ):
+        Accumulator.parse("deepseek-fp8/unfused")
+
+
+def test_a_misspelt_name_is_suggested():
+    with pytest.raises(ValueError, match="did you mean 'deepseek-fp8'"):
+        Policy.parse("deepsek-fp8+strict:0.1")
 
 
 def test_formats_are_accumulators_and_names_are_formats():

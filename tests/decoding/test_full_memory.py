@@ -41,6 +41,6 @@ for use in (
 def test_errors_are_clear_and_leave_the_store_as_it_was():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert len(said) == 3
-    assert all("alloc" in line for line in said), said
+    printed = done.stdout.splitlines()
+    assert len(printed) == 3
+    assert all("alloc" in line for line in printed), printed

@@ -146,12 +146,12 @@ def test_window(implementation):
     )
 
 
-@pytest.mark.parametrize("strange", [0.0, INF, -INF, math.nan, 1e-42, 3e38])
+@pytest.mark.parametrize("unusual", [0.0, INF, -INF, math.nan, 1e-42, 3e38])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-def test_strange_numbers_give_what_float32_gives(implementation, strange, where):
+def test_unusual_numbers_give_what_float32_gives(implementation, unusual, where):
     q, k, v = operands(1, 2, 1, 40, 32)
     q = q.abs() + 0.1
-    {"q": q, "k": k, "v": v}[where][:, :, 0 if where == "q" else 7, 3] = strange
+    {"q": q, "k": k, "v": v}[where][:, :, 0 if where == "q" else 7, 3] = unusual
     found = attend(filled(k, v), q, (0.01, 0.01)).output
     plain = ((q @ k.mT) * 32**-0.5).softmax(-1) @ v
     expected = plain.transpose(1, 2)

@@ -23,7 +23,7 @@ CASES = ("one", "short", "longer than a tile", "batch", "left", "right")
 
 @pytest.fixture(params=KERNELS, autouse=True)
 def kernels(request, monkeypatch):
-    """The tile loop over the torch twins, and whatever runs natively."""
+    """The tile loop over the torch references, and whatever runs natively."""
     monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
 
 

@@ -18,7 +18,7 @@ KERNELS = ["torch", native.instruction_set()] if native.available() else ["torch
 
 @pytest.fixture(params=KERNELS, autouse=True)
 def kernels(request, monkeypatch):
-    """The tile loop over the torch twins, and whatever runs natively."""
+    """The tile loop over the torch references, and whatever runs natively."""
     monkeypatch.setenv("TORCHLAMP_KERNELS", request.param)
 
 

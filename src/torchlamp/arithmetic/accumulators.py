@@ -1,12 +1,20 @@
 """Accumulators by name: a format and the way in which sums are formed in it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torchlamp.arithmetic.formats import Format
 from torchlamp.kernels.specification import Accumulation
 
 _COUNT = re.compile(r"(block|promote)([1-9][0-9]*)")
+
+#: Accumulators that have a name of their own, and their spellings; a new one is one entry. A name has no '/', and none
+#: of '@ . + , =', which separate the parts of a policy.
+NAMED: dict[str, str] = {
+    # The FP8 products of DeepSeek-V3 (arXiv 2412.19437, 3.3.2): sums of about 14 significant bits, added to float32
+    # registers every 128 terms.
+    "deepseek-fp8": "ps13/promote128",
+}
 
 
 @dataclass(frozen=True)
@@ -15,7 +23,8 @@ class Accumulator:
 
     Strict, the default: acc <- round(fma(a_k, b_k, acc)) at every step, the FMA in float32. Spelled as its
     format (`ps4`) and the options behind it, `ps7/unfused`, `ps7/block32`, `ps13/promote128`,
-    `ps7/unfused/promote128`.
+    `ps7/unfused/promote128`; or by its name in `NAMED`, such as `deepseek-fp8`, under which it is printed then. A name
+    is only a name: an accumulator equals that of its spelling.
 
     References
     ----------
@@ -31,6 +40,8 @@ class Accumulator:
     block: int = 1
     #: B > 0: strict sums of B steps each from zero, each added to a float32 total.
     promote: int = 0
+    #: The name in `NAMED` that it was asked for by; empty: it is printed as its format and options.
+    name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", Format.parse(self.format))
@@ -44,9 +55,9 @@ class Accumulator:
         Raises
         ------
         ValueError
-            For an unknown format or option.
+            An unknown name, format or option.
         TypeError
-            For anything but a string, a format or an accumulator.
+            Anything but a string, a format or an accumulator.
         """
         if isinstance(spelling, Accumulator):
             return spelling
@@ -57,6 +68,13 @@ class Accumulator:
                 f"an accumulator is a spelling like 'ps7/block32', got {type(spelling).__name__} {spelling!r}"
             )
         name, *options = spelling.strip().lower().split("/")
+        if name in NAMED:
+            if options:
+                raise ValueError(
+                    f"accumulator {spelling!r}: {name!r} stands for {NAMED[name]!r} and takes no options; "
+                    f"write for example '{NAMED[name]}', with others"
+                )
+            return replace(cls.parse(NAMED[name]), name=name)
         fused, counts = True, dict[str, int]()
         for option in options:
             match = _COUNT.fullmatch(option)
@@ -78,6 +96,8 @@ class Accumulator:
         return cls(Format.parse(name), fused, counts.get("block", 1), counts.get("promote", 0))
 
     def __str__(self) -> str:
+        if self.name:
+            return self.name
         parts = [str(self.format)]
         if not self.fused:
             parts.append("unfused")

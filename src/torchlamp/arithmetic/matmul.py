@@ -1,4 +1,7 @@
-"""Matrix products whose accumulator is rounded, with the shapes of `torch.matmul`."""
+"""Matrix products in low precision, with the shapes of `torch.matmul`: transforms, operands, and the accumulator."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -6,34 +9,67 @@ from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.rounding import check_no_gradient, check_tensor
+from torchlamp.arithmetic.transforms import Transform, in_order
+from torchlamp.arithmetic.transforms.chain import transformed
 from torchlamp.kernels.products import products
 
+Operands = str | Operand | tuple[str | Operand, str | Operand]
 
-def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4") -> Tensor:
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    accumulator: str | Format | Accumulator = "ps4",
+    *,
+    operands: Operands | None = None,
+    transforms: str | Transform | Sequence[str | Transform] = (),
+    accumulate: str | Format | Accumulator | None = None,
+) -> Tensor:
     """The product of two tensors, accumulated in the order k = 0, 1, 2, ... in the given accumulator.
+
+        >>> ones = torch.ones(20)
+        >>> torchlamp.matmul(ones, ones, "ps2")  # in 2 mantissa bits 8 + 1 rounds to 8
+        tensor(8.)
+        >>> torchlamp.matmul(a, b, "ps4", operands=("int8/32", "int8/32"), transforms=("center", "sort"))
+
+    First the transforms change both operands, then these are rounded to what their stored numbers stand for, then the
+    sums are formed.
 
     Parameters
     ----------
-    a, b
-        float32, with shapes that `torch.matmul` accepts: vectors, matrices, and batches of matrices that
-        broadcast. The operands themselves aren't rounded; round them first with `round_to` if they should be.
-    accumulate
-        An accumulator or its spelling, see `Accumulator`.
+    a, b : Tensor
+        float32, with shapes that `torch.matmul` accepts: vectors, matrices, and batches of matrices that broadcast.
+    accumulator : str, Format or Accumulator
+        A spelling such as ``"ps7/block32"``, see `Accumulator`.
+    operands : str, Operand or a pair, optional
+        How both operands are stored, or the left and the right one, see `Operand`; groups and rows run along the sum.
+        None leaves them as they are.
+    transforms : str, Transform or a sequence of them
+        Exact changes, applied in the order of `TRANSFORMS` (docs/transforms.md). Each matrix of `b` is changed by
+        itself, with all rows of `a` that it is multiplied by. ``"center"`` takes the mean of the columns of `b` off,
+        and adds its products with `a`, formed in float32, to the result.
+    accumulate : str, Format or Accumulator, optional
+        The first edition's name of `accumulator`.
 
     Returns
     -------
-    float32 with the shape `torch.matmul` gives. The bits don't depend on threads, batch or device. No
-    gradient.
+    float32 with the shape `torch.matmul` gives. Without transforms, the bits don't depend on threads, batch or device
+    (those of ``nvfp4`` and ``/tensor`` operands depend on all of the tensor, which shares a scale). No gradient.
 
     Raises
     ------
     TypeError
-        When an operand isn't a float32 tensor.
+        When `a` or `b` isn't a float32 tensor, or a name has another type.
     ValueError
-        When the shapes don't fit, the accumulator is unknown, or a gradient would be needed.
+        When the shapes don't fit, a name is unknown, a transform doesn't fit the length of the sum, the accumulator is
+        named twice, or a gradient would be needed.
     """
-    accumulator = Accumulator.parse(accumulate)
+    chosen = _accumulator(accumulator, accumulate)
+    stored = _operands(operands)
+    changes = in_order([transforms] if isinstance(transforms, str | Transform) else transforms)
     check_tensor("matmul", a, b)
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
@@ -48,7 +84,7 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
     except ValueError:
         raise _shapes_error(a, b) from None
 
-    product = _batched(left, right, batch, accumulator)
+    product = _batched(left, right, batch, _LowPrecision(chosen, stored, changes))
     if b.dim() == 1:
         product = product.squeeze(-1)
     if a.dim() == 1:
@@ -56,7 +92,54 @@ def matmul(a: Tensor, b: Tensor, accumulate: str | Format | Accumulator = "ps4")
     return product
 
 
-def _batched(a: Tensor, b: Tensor, batch: tuple[int, ...], accumulator: Accumulator) -> Tensor:
+@dataclass(frozen=True)
+class _LowPrecision:
+    """How products of (G, M, K) with (Gb, K, N) are formed, batch g with b[g // (G // Gb)]."""
+
+    accumulator: Accumulator
+    operands: tuple[Operand, Operand]
+    transforms: list[Transform]
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """float32 (G, M, N)."""
+        changed = transformed(a, b, self.transforms)
+        left, right = quantise(changed.left, self.operands[0]), quantise(changed.right, self.operands[1], -2)
+        out, _ = products(left, right, self.accumulator.accumulation)
+        return out if changed.row_shift is None else out + changed.row_shift
+
+
+def _accumulator(
+    accumulator: str | Format | Accumulator, accumulate: str | Format | Accumulator | None
+) -> Accumulator:
+    """The one that is named."""
+    if accumulate is None:
+        return Accumulator.parse(accumulator)
+    if accumulator != "ps4":
+        raise ValueError(
+            f"matmul got accumulator={str(accumulator)!r} and accumulate={str(accumulate)!r}, two names of one "
+            "thing: leave out accumulate"
+        )
+    return Accumulator.parse(accumulate)
+
+
+def _operands(operands: Operands | None) -> tuple[Operand, Operand]:
+    """The left and the right one."""
+    if operands is None:
+        return Operand(), Operand()
+    if isinstance(operands, str | Operand):
+        return Operand.parse(operands), Operand.parse(operands)
+    if not isinstance(operands, tuple | list):
+        raise TypeError(
+            f"operands is a name like 'int8/32' or a pair of them, got {type(operands).__name__} {operands!r}"
+        )
+    if len(operands) != 2:
+        raise ValueError(
+            f"operands={operands!r} has {len(operands)} names: give one for both, or a left and a right one"
+        )
+    return Operand.parse(operands[0]), Operand.parse(operands[1])
+
+
+def _batched(a: Tensor, b: Tensor, batch: tuple[int, ...], multiply: _LowPrecision) -> Tensor:
     """Two operands of at least two dimensions, the batch dimensions being known to broadcast to `batch`."""
     rows, depth, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     if 0 in (*batch, rows, depth, columns):
@@ -67,8 +150,7 @@ def _batched(a: Tensor, b: Tensor, batch: tuple[int, ...], accumulator: Accumula
     order = sorted(range(len(batch)), key=lambda d: padded[d] == 1)
     shared = b.reshape(-1, *b.shape[-2:])
     a = a.expand(*batch, *a.shape[-2:]).permute(*order, -2, -1)
-    out, _ = products(a.reshape(-1, *a.shape[-2:]), shared, accumulator.accumulation)
-    out = out.reshape(*(batch[d] for d in order), rows, columns)
+    out = multiply(a.reshape(-1, *a.shape[-2:]), shared).reshape(*(batch[d] for d in order), rows, columns)
     inverse = sorted(range(len(batch)), key=lambda d: order[d])
     return out.permute(*inverse, -2, -1).contiguous()
 

@@ -113,7 +113,7 @@ class LowBitHead:
         chosen = for_top | ~(weight <= threshold)
         logits = low
         for row, vector, which in zip(logits, x, chosen, strict=True):
-            for places in which.nonzero()[:, 0].split(_SLAB_ROWS):
+            for tokens in which.nonzero()[:, 0].split(_SLAB_ROWS):
                 # Exact but for one rounding, where the kernel sums in float32.
-                row[places] = (self.full[places].double() @ vector.double()).float()
+                row[tokens] = (self.full[tokens].double() @ vector.double()).float()
         return logits, int(for_top.sum()), int(chosen.sum())

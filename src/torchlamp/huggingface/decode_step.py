@@ -171,7 +171,7 @@ class StepDecode(Forward):
             store, first = part.store, part.first(1, coming=1)
             scores, values, keys, neurons, columns, flags = layer.kernel(native).step(
                 now, cosines, sines, store.kernel(native), store.length, first, masks[kind], layer.scaling,
-                part.scores.threshold, part.values_settings.threshold, store.strange, y, threads,
+                part.scores.threshold, part.values_settings.threshold, store.has_nonfinite_values, y, threads,
             )  # fmt: skip
             part.appended(flags)
             record("scores", layer.number, scores, keys * layer.heads)

@@ -70,7 +70,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.record_past = False
-        #: Places behind a sliding window that are kept before the store moves its end to the front.
+        #: Slots before a sliding window that are kept until the store moves its end to the front.
         self.slack = _SLACK
         #: Tokens seen, and how many of them are no longer stored.
         self.seen = 0
@@ -111,7 +111,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
     def first(self, count: int, coming: int = 0) -> int:
-        """The first stored place that the last `count` queries can see, `coming` more being stored."""
+        """The first slot that the last `count` queries can see, `coming` more being stored."""
         if self.sliding_window is None:
             return 0
         return max(0, self.store.length + coming - count - (self.sliding_window - 1))
@@ -124,9 +124,9 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
                 return False
         return 0 < self.store.length < self.store.capacity
 
-    def appended(self, said: int) -> None:
-        """Note one token that a layer's kernel has stored, and what it said of it."""
-        self.store.appended(1, said)
+    def appended(self, flags: int) -> None:
+        """Count one token that a layer's kernel has stored; `flags` are its `AppendFlags`."""
+        self.store.appended(1, flags)
         self.seen += 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

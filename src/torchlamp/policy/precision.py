@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torchlamp.arithmetic import accumulators
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import NAMED, Format
 from torchlamp.arithmetic.operands import BLOCKS, Operand
@@ -158,12 +159,13 @@ def _unknown(name: str, spelling: str, what: str) -> ValueError:
             _, reason = _tried(parse, name)
             if known is not None and reason is not None:
                 return reason
-    near = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, (*_NAMES, *accumulators.NAMED), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     where = "" if spelling.strip() == name else f" in {spelling.strip()!r}"
     return ValueError(
         f"{name!r}{where} is {what}: {hint}accumulators are ps1..ps23, {', '.join(NAMED)}, eXmY, ueXmY, with "
-        "options such as /block32; operands float32, int2..int16 (or with /G, /row, /tensor), these formats (as they "
+        f"options such as /block32, and {', '.join(accumulators.NAMED)}; operands float32, int2..int16 (or with "
+        "/G, /row, /tensor), these formats (as they "
         f"are, or with /row, /tensor), {', '.join(BLOCKS)}"
     )
 

@@ -5,7 +5,7 @@ from torchlamp.arithmetic.transforms.center import Center
 from torchlamp.arithmetic.transforms.hadamard import Hadamard
 from torchlamp.arithmetic.transforms.smooth import Smooth
 from torchlamp.arithmetic.transforms.sort import Sort
-from torchlamp.arithmetic.transforms.transform import TRANSFORMS, Change, Transform
+from torchlamp.arithmetic.transforms.transform import TRANSFORMS, Change, Transform, in_order
 
 # A new transform is a line here. They are applied in this order: the mean is taken off first; scales and bases follow;
 # the order of terms is chosen last, in the basis that the sum is formed in.
@@ -13,4 +13,4 @@ TRANSFORMS.update(
     (transform.name, transform) for transform in (Center(), Smooth(), Balance(), Hadamard(), Sort())
 )
 
-__all__ = ["TRANSFORMS", "Change", "Transform"]
+__all__ = ["TRANSFORMS", "Change", "Transform", "in_order"]

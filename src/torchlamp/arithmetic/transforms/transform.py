@@ -2,6 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -102,6 +103,14 @@ class Transform(ABC):
 
 #: Every transform by its name; the package's `__init__` fills it.
 TRANSFORMS: dict[str, Transform] = {}
+
+
+def in_order(transforms: Iterable[str | Transform]) -> list[Transform]:
+    """Transforms or their names in the order of the registry, in which they are applied."""
+    order = list(TRANSFORMS)
+    return sorted(
+        map(Transform.parse, transforms), key=lambda t: order.index(t.name) if t.name in order else len(order)
+    )
 
 
 @dataclass(frozen=True, eq=False)
