@@ -79,6 +79,8 @@ class Result:
     flip_by_window: list[float] = field(default_factory=list)
     #: Length of the model's vectors: "head", "hidden", "mlp". Empty in results older than this figure.
     sizes: dict[str, int] = field(default_factory=dict)
+    #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.
+    calibration: str | None = None
     comparisons: tuple["Result", ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
