@@ -188,3 +188,41 @@ def test_a_copied_model_watches_its_own_modules(build, tokens):
         assert not torch.allclose(decoded(other, x, prepared.cache()), want, rtol=1e-2)
         handle.remove()
         torch.testing.assert_close(decoded(other, x, prepared.cache()), want)
+
+
+def test_a_linear_layer_whose_class_is_patched_later(build, tokens, monkeypatch):
+    model, x = build("llama"), tokens(2, 14)
+    real = nn.Linear.forward
+    with prepare(model, STEADY) as prepared:
+        before = decoded(model, x, prepared.cache())
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: scaled(real(self, x)))
+        got = decoded(model, x, prepared.cache())
+    assert (got - before).norm() > 0.1 * before.norm()
+    want = decoded(model, x, DynamicCache(config=model.config))
+    assert (got - want).norm() < 0.03 * want.norm()
+
+
+def test_an_mlp_of_another_formula_is_refused(build, monkeypatch):
+    real = modeling_llama.LlamaMLP.forward
+
+    def forward(self, x):
+        return real(self, x) * 1.01
+
+    forward.__module__ = modeling_llama.__name__  # as if transformers had written it
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    with pytest.raises(ValueError, match="LlamaMLP computes something else than a gated MLP; leave both out"):
+        prepare(build("llama"), STEADY)
+
+
+def test_what_runs_in_full_precision_is_said(build, caplog):
+    model = build("llama")
+    own_forward(model.model.layers[1].self_attn.o_proj)
+    subclassed(model.model.layers[0].mlp)
+    with prepare(model, STEADY):
+        pass
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition(":")[0] for line in said] == [
+        "model.layers.0.mlp",
+        "model.layers.1.self_attn.o_proj",
+    ]
+    assert "since its ScaledMlp isn't torch's or transformers' own, or is watched" in said[0]

@@ -10,8 +10,8 @@ from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp, activate
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache, reading
-from torchlamp.huggingface.plain_modules import PlainModules
-from torchlamp.huggingface.site_forwards import Forward, check_float32
+from torchlamp.huggingface.plain_modules import PlainModules, is_known
+from torchlamp.huggingface.site_forwards import Forward, check_float32, own_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
@@ -22,6 +22,11 @@ from torchlamp.simulation.statistics import Statistics
 class DecodeForward(Forward):
     """A module's forward for single tokens, (batch, 1, size); the module's own for everything else."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._class, self._function = type(module), type(module).forward
+        self._known = is_known(self._class)
+
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The low-bit kernel, or the module."""
         if x.ndim != 3 or x.shape[1] != 1 or args or kwargs or not self.is_plain():
@@ -30,8 +35,10 @@ class DecodeForward(Forward):
         return forward_only(self.decode(x.detach().reshape(len(x), -1).contiguous()).unsqueeze(1), x)
 
     def is_plain(self) -> bool:
-        """Whether the kernel may stand in the module's place: no other tool has replaced its forward."""
-        return self.own is None
+        """Whether the kernel may stand in the place of the module's forward: it is torch's or transformers' own."""
+        kind = type(self.module)
+        unchanged = kind is self._class and kind.forward is self._function
+        return self.own is None and self._known and unchanged
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ class MlpDecode(DecodeForward):
 
     def is_plain(self) -> bool:
         """Whether the MLP is of a known class, and nobody watches or has changed its projections or activation."""
-        return self.own is None and self.inside.hold()
+        return super().is_plain() and self.inside.hold()
 
     def decode(self, x: Tensor) -> Tensor:
         """float32 (batch, columns) to (batch, outputs)."""
@@ -124,13 +131,17 @@ class HeadDecode(DecodeForward):
 class AttentionDecode(Forward):
     """An attention module's own forward, whose attention function finds its layer of a look-ahead cache."""
 
+    def __init__(self, module: nn.Module, config: Any, number: int) -> None:
+        super().__init__(module)
+        self.config, self.number = config, int(getattr(module, "layer_idx", number))
+
     def run_(self, *args: Any, **kwargs: Any) -> Any:
         """The module, reading its layer."""
-        cache: Any = kwargs.get("past_key_values")
-        module: Any = self.module
-        if not isinstance(cache, LookaheadCache) or module.config._attn_implementation != NAME:
+        # Architectures have different names for the keyword.
+        caches = [value for value in (*kwargs.values(), *args) if isinstance(value, LookaheadCache)]
+        if not caches or self.config._attn_implementation != NAME:
             return self.original(*args, **kwargs)
-        with reading(cache.layers[module.layer_idx]):
+        with reading(caches[0].layers[self.number]):
             return self.original(*args, **kwargs)
 
 
@@ -148,7 +159,7 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
     Raises
     ------
     ValueError
-        No gated MLP, one with biases, or an activation that the kernel doesn't know.
+        No gated MLP, one with biases or another formula, or an activation that the kernel doesn't know.
     """
     modules, gated = sites.mlp_up(layer)
     maps = [sites.weights(module) for module in [*modules, sites.mlp_down(layer)]]
@@ -158,7 +169,9 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
         )
     *inner, out = [m.matrix.detach().T for m in maps]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
-    return gate, up, out, _activation(sites.activation(layer))
+    activation = _activation(sites.activation(layer))
+    _check_formula(layer.mlp, gate, up, out, activation)
+    return gate, up, out, activation
 
 
 def mlp_decode(
@@ -167,7 +180,25 @@ def mlp_decode(
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
     mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits, full)
-    return MlpDecode(layer.mlp, mlp, (up.threshold, down.threshold), statistics, number)  # type: ignore[arg-type]
+    module: Any = layer.mlp
+    return MlpDecode(module, mlp, (up.threshold, down.threshold), statistics, number)
+
+
+def _check_formula(module: Any, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> None:
+    """ValueError where a known MLP computes more than down(phi(gate x) * up x), told by one random vector."""
+    if own_forward(module) is not None or not PlainModules(module).hold():
+        return  # it runs in full precision
+    x = torch.randn(1, 1, gate.shape[1], generator=torch.Generator().manual_seed(0))
+    want = type(module).forward(module, x)[0, 0].double()
+    x = x[0, 0]
+    h = activate(activation, gate @ x)[0] * (up @ x)
+    difference = (down @ h).double() - want
+    # Written so that weights that aren't finite, of which nothing can be told, pass.
+    if difference.norm() > 1e-3 * want.norm() + 1e-6 * down.double().norm() * h.double().norm():
+        raise ValueError(
+            f"sites mlp_up and mlp_down of decoding: {type(module).__name__} computes something else than a gated MLP; "
+            "leave both out"
+        )
 
 
 def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from torchlamp.huggingface.decode_attention import NAME
 from torchlamp.huggingface.decode_forwards import (
     AttentionDecode,
+    DecodeForward,
     LinearsDecode,
     MlpDecode,
     head_decode,
@@ -102,7 +103,14 @@ class DecodePlan:
 
     def put(self, cache: Callable[[], LookaheadCache] | None) -> None:
         """Give the modules their forwards and, if there is one to make, `generate` the cache."""
-        for forward in self.forwards.values():
+        names = {module: name for name, module in self.model.named_modules()}
+        for module, forward in self.forwards.items():
+            if isinstance(forward, DecodeForward) and not forward.is_plain():
+                logger.warning(
+                    "%s: runs in full precision, since its %s isn't torch's or transformers' own, or is watched",
+                    names[module],
+                    type(module).__name__,
+                )
             self._put(forward)
         if cache is not None:
             self._use_cache(cache)
@@ -127,7 +135,11 @@ class DecodePlan:
             if site in told
         }
         if "scores" in told:
-            self._add(AttentionDecode(self.sites.attention(layer)))
+            self._add(
+                AttentionDecode(
+                    self.sites.attention(layer), self.model.config.get_text_config(decoder=True), number
+                )
+            )
         mlp = self._mlp(number) if "mlp_up" in told else None
         new = [forward for module, forward in self.forwards.items() if module not in before]
         own = any(forward.own is not None for forward in new)
@@ -148,12 +160,6 @@ class DecodePlan:
         told = self.settings
         mlp = mlp_decode(self.sites, number, told["mlp_up"], told["mlp_down"], self.statistics, self.full)
         self._add(mlp)
-        if not mlp.is_plain():
-            logger.warning(
-                "layer %d: its %s isn't transformers' own or is watched, so it runs in full precision",
-                number,
-                type(mlp.module).__name__,
-            )
         low, full = mlp.mlp.bytes
         self.memory.low_bit += low
         self.memory.extra_full += full
