@@ -9,7 +9,7 @@ from torchlamp.arithmetic.formats import NAMED
 from torchlamp.arithmetic.operands import BLOCKS
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 from torchlamp.models import packaged
-from torchlamp.policy import Policy
+from torchlamp.policy.policy import Policy
 
 
 def test_info():
