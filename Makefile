@@ -9,7 +9,7 @@ CROSS ?= aarch64-linux-gnu
   sanitize sanitize-build sanitize-selftest sanitize-threads sanitize-tests bench study study-small clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
-	$(BIN)/torchlamp evaluate smollm2-135m --accumulate ps4 --rule running:0.03
+	$(BIN)/torchlamp evaluate smollm2-135m --policy "ps4.center.sort+strict:0.1" --compare "ps4+strict:0.1"
 
 test: lint types architecture selftest unit  ## everything that must hold
 

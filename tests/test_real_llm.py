@@ -62,3 +62,13 @@ def test_gemma_runs_under_a_policy():
     plain = next(c for c in result.comparisons if c.role == "plain")
     assert result.kl_mean < plain.kl_mean / 4
     assert len(result.recompute_rate_by_layer) == 18
+
+
+def test_the_representative_and_the_rule_multiply(smollm2):
+    """At ps4 the published rule cuts the KL; with centred keys and sorted terms it cuts it five times further."""
+    model, tokenizer = smollm2
+    windows = cut_windows(tokenizer, [default_text()], 1, 384)
+    plain = evaluate(model, windows, "ps4+strict:0.1", baselines=False)
+    changed = evaluate(model, windows, "ps4.center.sort+strict:0.1", baselines=False)
+    assert changed.recompute_rate < 1.5 * plain.recompute_rate
+    assert changed.kl_mean < plain.kl_mean / 5

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.quantise import quantise
     from torchlamp.arithmetic.rounding import round_to
     from torchlamp.evaluation.evaluate import evaluate
+    from torchlamp.huggingface.calibrate import calibrate
     from torchlamp.huggingface.lookahead import attach, detach, lookahead
     from torchlamp.huggingface.lookahead_cache import LookaheadCache
     from torchlamp.huggingface.prepare import prepare
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torchlamp.policy.policy import Policy
     from torchlamp.results.result import Result
     from torchlamp.rules.rule import Rule
+    from torchlamp.simulation.calibration import Calibration
     from torchlamp.simulation.statistics import Statistics
 
 try:
@@ -31,6 +33,7 @@ except PackageNotFoundError:  # run from a source tree that isn't installed
 
 _HOMES = {
     "Accumulator": "arithmetic.accumulators",
+    "Calibration": "simulation.calibration",
     "Format": "arithmetic.formats",
     "LookaheadCache": "huggingface.lookahead_cache",
     "Operand": "arithmetic.operands",
@@ -39,6 +42,7 @@ _HOMES = {
     "Rule": "rules.rule",
     "Statistics": "simulation.statistics",
     "attach": "huggingface.lookahead",
+    "calibrate": "huggingface.calibrate",
     "detach": "huggingface.lookahead",
     "evaluate": "evaluation.evaluate",
     "load": "models.load",
@@ -51,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "Accumulator",
+    "Calibration",
     "Format",
     "LookaheadCache",
     "Operand",
@@ -60,6 +65,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "attach",
+    "calibrate",
     "detach",
     "evaluate",
     "load",

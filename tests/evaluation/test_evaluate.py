@@ -7,9 +7,11 @@ import torch
 from tiny import CONTEXT, TEXT
 from torchlamp.data.text import Text, cut_windows
 from torchlamp.evaluation.evaluate import evaluate, evaluate_against
+from torchlamp.evaluation.inspect import inspect
 from torchlamp.evaluation.loop import References
 from torchlamp.evaluation.runs import plan_runs
-from torchlamp.huggingface.lookahead import lookahead
+from torchlamp.huggingface.lookahead import attach, detach, lookahead
+from torchlamp.huggingface.prepare import prepare
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import REFERENCE_POLICY
 
@@ -300,3 +302,22 @@ def test_block_rates_are_those_of_the_counted_blocks(tiny) -> None:
     assert result.block_rates == pytest.approx(statistics.block_rates, rel=1e-5)
     assert set(result.block_rates) == {"entry", "row_block_16", "tile_16x16"}
     assert evaluate(model, windows, "ps3+strict:0.1", baselines=False).block_rates == {}
+
+
+def test_a_model_that_is_no_float32_reference_is_refused(tiny):
+    model, tokenizer = tiny
+    windows = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    attach(model, "mlp_up=ps2+none")
+    try:
+        with pytest.raises(ValueError, match=r"a policy is attached .* call torchlamp.detach\(model\) first"):
+            evaluate(model, windows, "ps23+none")
+        with pytest.raises(ValueError, match="a policy is attached"):
+            inspect(model, tokenizer, "the quick brown fox", "ps4")
+    finally:
+        detach(model)
+    assert evaluate(model, windows, "ps23+none", baselines=False).kl_mean < 1e-8
+    with (
+        prepare(model, "qkv=int8"),
+        pytest.raises(ValueError, match=r"prepared for low-bit decoding.*call undo\(\)"),
+    ):
+        evaluate(model, windows, "ps23+none")

@@ -15,8 +15,10 @@ from torchlamp.evaluation.aggregate import aggregate
 from torchlamp.evaluation.environment import environment
 from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_eval_mode
 from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
+from torchlamp.huggingface.lookahead import check_untouched
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import REFERENCE_POLICY, Result
+from torchlamp.simulation.calibration import Calibration
 
 logger = logging.getLogger("torchlamp.evaluate")
 
@@ -31,6 +33,7 @@ def evaluate(
     seed: int = 0,
     layers: Sequence[int] | None = None,
     blocks: bool = False,
+    calibration: Calibration | None = None,
     progress: Callable[[Progress], None] | None = None,
     model_name: str | None = None,
     text: str = "unnamed",
@@ -61,6 +64,8 @@ def evaluate(
         Only these layers run under the policies, the others in float32.
     blocks : bool
         Also count the blocks that hold a recomputed score (`Result.block_rates`).
+    calibration : Calibration, optional
+        Statistics that transforms are fitted to, from `torchlamp.calibrate` on another text; results carry its hash.
     progress : callable, optional
         Called with a `Progress` (times in seconds) after every forward pass.
     model_name, text : str, optional
@@ -79,7 +84,7 @@ def evaluate(
         Interrupted before the first window was finished.
     ValueError
         Windows of a wrong shape, longer than the model's context, or with tokens outside its vocabulary; an
-        unknown policy; a model without the attention interface, or with "lamp" already switched on.
+        unknown policy; a model without the attention interface, with a policy attached, or prepared for decoding.
     TypeError
         A wrong type or dtype.
     """
@@ -91,7 +96,13 @@ def evaluate(
     reference = EvaluationRun("reference", None)
     # A budget of 0: only the reference logits of the current window are kept.
     loop = Loop(
-        References(model, windows), [reference, *runs], seed, layers=layers, blocks=blocks, progress=progress
+        References(model, windows),
+        [reference, *runs],
+        seed,
+        layers=layers,
+        blocks=blocks,
+        calibration=calibration,
+        progress=progress,
     )
     loop.check()
     interrupted = False
@@ -106,7 +117,10 @@ def evaluate(
         if not isinstance(stop, KeyboardInterrupt):
             reason = (str(stop).strip() or type(stop).__name__).splitlines()[0]
             logger.warning("stopped by an error (%s); the finished windows are kept", reason)
-    shared = _shared(model, windows[: loop.collect()], seed, model_name, text) | {"partial": interrupted}
+    shared = _shared(model, windows[: loop.collect()], seed, model_name, text) | {
+        "partial": interrupted,
+        "calibration": None if calibration is None else calibration.hash,
+    }
     beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
         "comparisons": tuple(_result(run, shared) for run in beside),
@@ -214,11 +228,7 @@ def _check(model: Any, windows: Tensor, seed: int) -> None:
         raise TypeError(
             f"the model has dtype {model.dtype}: the reference is float32, load it with dtype=torch.float32"
         )
-    if model.config._attn_implementation == "lamp":
-        raise ValueError(
-            "the model already runs under 'lamp': call its set_attn_implementation('sdpa'), "
-            "so that it can be the reference"
-        )
+    check_untouched(model)
     check_context(model, windows.shape[1])
     vocabulary = model.get_input_embeddings().num_embeddings
     lowest, highest = int(windows.min()), int(windows.max())

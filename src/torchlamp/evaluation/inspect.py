@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.data.text import check_context
-from torchlamp.huggingface.lookahead import lookahead
+from torchlamp.huggingface.lookahead import check_untouched, lookahead
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.policy import Policy
 from torchlamp.simulation.attention import Observation
@@ -70,7 +70,8 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     Raises
     ------
     ValueError
-        An empty or too long text, a policy without the site `scores`.
+        An empty or too long text, a policy without the site `scores`, a model that is no reference: a policy is
+        attached to it, or it is prepared for decoding.
     """
     policy = Policy.parse(policy)
     if "scores" not in policy.sites:
@@ -86,6 +87,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
         raise ValueError(
             f"the text has {length} tokens: inspect shows at most {MAX_TOKENS}, give a shorter one"
         )
+    check_untouched(model)
     check_context(model, length, "number of tokens")
     ids = ids.to(model.device)
     recorder = _Recorder(length)

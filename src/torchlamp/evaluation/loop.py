@@ -15,6 +15,7 @@ from torchlamp.evaluation.runs import EvaluationRun
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import Role
+from torchlamp.simulation.calibration import Calibration
 from torchlamp.simulation.statistics import Statistics
 
 
@@ -102,6 +103,8 @@ class Loop:
         Only these layers run under the policies.
     blocks : bool
         Count blocks that hold a recomputed score.
+    calibration : Calibration, optional
+        Statistics that the policies' transforms are fitted to.
     progress : callable, optional
         Called with a `Progress` after every forward pass.
     """
@@ -114,10 +117,11 @@ class Loop:
         *,
         layers: Sequence[int] | None = None,
         blocks: bool = False,
+        calibration: Calibration | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._references, self._runs, self._seed = references, runs, seed
-        self._layers, self._blocks = layers, blocks
+        self._layers, self._blocks, self._calibration = layers, blocks, calibration
         self._progress, self._start = progress, time.perf_counter()
         self._passes = 0
         self._total = len(references.windows)
@@ -132,7 +136,9 @@ class Loop:
 
     def _lookahead(self, policy: Policy, index: int) -> AbstractContextManager[Statistics]:
         model, seed = self._references.model, self._seed + index
-        return lookahead(model, policy, seed=seed, layers=self._layers, blocks=self._blocks)
+        return lookahead(
+            model, policy, seed=seed, layers=self._layers, blocks=self._blocks, calibration=self._calibration
+        )
 
     def run_all(self) -> None:
         """Every window, in order."""

@@ -7,9 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.ahead import Ahead
 from torchlamp.simulation.attention import Observation
+from torchlamp.simulation.calibration import Calibration, input_moments, score_moments
+from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.statistics import Statistics
 
 _ATTRIBUTE = "_torchlamp"
@@ -40,6 +43,10 @@ class AttachedPolicy:
     observe: Observer | None = None
     #: The layers whose tiles are observed; None: all. The others keep the fused kernel.
     observe_layers: frozenset[int] | None = None
+    #: Statistics that transforms are fitted to; None: those of each call's own operands.
+    calibration: Calibration | None = None
+    #: Where the statistics of the transforms' operands are put; None: nowhere.
+    collect: Calibration | None = None
 
     def observer(self, layer: int) -> Callable[[Observation], None] | None:
         """What is called with each tile of a layer; None: nobody looks."""
@@ -75,6 +82,29 @@ class AttachedPolicy:
             known = key[:, :, : keys - queries].mean(2)
         self.key_means[layer] = torch.where(known.isfinite(), known, 0.0)
         return self.key_means[layer]
+
+    def score_moments(self, layer: int, query: Tensor, key: Tensor) -> ScoreMoments | None:
+        """Calibrated statistics of a layer's queries and keys, if there are; collects the call's where asked to."""
+        policy = self.policy("scores", layer)
+        if policy is None or not policy.precision.transforms:
+            return None
+        if self.collect is not None:
+            needs_products = any(t.needs_products for t in policy.precision.transforms)
+            self.collect.add("scores", layer, *score_moments(query, key, needs_products))
+        if self.calibration is None:
+            return None
+        left, right = self.calibration.of("scores", layer, (key.shape[1], key.shape[3]))
+        return left, right
+
+    def input_moments(self, site: str, layer: int, x: Tensor) -> Moments | None:
+        """The same for the inputs (..., inputs) of a site's linear layers."""
+        policy = self.policy(site, layer)
+        if policy is None or not policy.precision.transforms:
+            return None
+        if self.collect is not None:
+            needs_products = any(t.needs_products for t in policy.precision.transforms)
+            self.collect.add(site, layer, input_moments(x, needs_products))
+        return None if self.calibration is None else self.calibration.of(site, layer, (1, x.shape[-1]))[0]
 
     def positions_of_last(self, length: int) -> Tensor:
         """Positions of the last `length` tokens, (batch or 1, length); counted from 0 where the model doesn't tell."""

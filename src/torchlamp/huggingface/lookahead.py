@@ -29,6 +29,7 @@ from torchlamp.huggingface.simulated_attention import lamp_attention
 from torchlamp.huggingface.site_forwards import Forward, SimulatedForward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.policy import Policy
+from torchlamp.simulation.calibration import Calibration
 from torchlamp.simulation.statistics import Statistics
 
 #: Name of the attention implementation, as in `model.set_attn_implementation("lamp")`.
@@ -44,6 +45,9 @@ class _How:
     blocks: bool
     observe: Observer | None
     observe_layers: Iterable[int] | None
+    calibration: Calibration | None = None
+    #: Where the statistics of the transforms' operands are put.
+    collect: Calibration | None = None
 
 
 @contextmanager
@@ -56,6 +60,7 @@ def lookahead(
     blocks: bool = False,
     observe: Observer | None = None,
     observe_layers: Iterable[int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[Statistics]:
     """Run a model under a policy inside a `with` block.
 
@@ -84,6 +89,9 @@ def lookahead(
         (`torchlamp.simulation.attention.Observation`). Observed layers run tile by tile, without the fused kernel.
     observe_layers : iterable of int, optional
         Numbers of the layers that are observed; all if not given.
+    calibration : Calibration, optional
+        Statistics that transforms are fitted to, from `torchlamp.calibrate`; without it, those of each call's own
+        operands. Stored keys take their mean from the start of the sequence in any case, as a look-ahead cache does.
 
     Yields
     ------
@@ -98,7 +106,22 @@ def lookahead(
         A model without the attention interface, or prepared for low-bit decoding; an unknown policy, a site whose
         modules can't be found, a layer that isn't there.
     """
-    attached, forwards = _new_attached(model, policy, _How(seed, layers, blocks, observe, observe_layers))
+    how = _How(seed, layers, blocks, observe, observe_layers, calibration)
+    with _attached_within(model, policy, how) as attached:
+        yield attached.statistics
+
+
+@contextmanager
+def under_policy(model: nn.Module, policy: Policy, *, collect: Calibration) -> Iterator[None]:
+    """`lookahead` that collects the statistics of the operands of all transforms."""
+    with _attached_within(model, policy, _How(0, None, False, None, None, None, collect)):
+        yield
+
+
+@contextmanager
+def _attached_within(model: nn.Module, policy: str | Policy, how: _How) -> Iterator[AttachedPolicy]:
+    """A policy attached for the duration of a block."""
+    attached, forwards = _new_attached(model, policy, how)
     implementations = [(config, config._attn_implementation) for config in _configs(model)]
     before = [(module, context_of(module), vars(module).get("forward")) for module in model.modules()]
     try:
@@ -107,7 +130,7 @@ def lookahead(
             model.set_attn_implementation(NAME)  # type: ignore[operator]
             if implementations[0][0]._attn_implementation != NAME:
                 raise _no_interface(model)
-        yield attached.statistics
+        yield attached
     finally:
         for config, implementation in implementations:
             config._attn_implementation = implementation
@@ -125,6 +148,7 @@ def attach(
     blocks: bool = False,
     observe: Observer | None = None,
     observe_layers: Iterable[int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Statistics:
     """Give a model a policy, in place of any that it has, until `detach`.
 
@@ -133,7 +157,7 @@ def attach(
 
     Parameters
     ----------
-    model, policy, seed, layers, blocks, observe, observe_layers
+    model, policy, seed, layers, blocks, observe, observe_layers, calibration
         As for `lookahead`.
 
     Returns
@@ -146,7 +170,8 @@ def attach(
     TypeError, ValueError
         As for `lookahead`.
     """
-    attached, forwards = _new_attached(model, policy, _How(seed, layers, blocks, observe, observe_layers))
+    how = _How(seed, layers, blocks, observe, observe_layers, calibration)
+    attached, forwards = _new_attached(model, policy, how)
     _put_in_place(model, attached, forwards)
     return attached.statistics
 
@@ -172,10 +197,29 @@ def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[At
         _numbers("layers", how.layers),
         observe=how.observe,
         observe_layers=_numbers("observe_layers", how.observe_layers),
+        calibration=how.calibration,
+        collect=how.collect,
     )
     if _in_attention(attached) and not any(_dispatches(type(module)) for module in model.modules()):
         raise _no_interface(model)
     return attached, build(model, attached)
+
+
+def check_untouched(model: nn.Module) -> None:
+    """Refuse a model that can't be a float32 reference, because a policy runs in it or it is prepared (ValueError)."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    _refuse_prepared(model)
+    forwards = (vars(module).get("forward") for module in model.modules())
+    if any(isinstance(own, SimulatedForward) for own in forwards):
+        raise ValueError(
+            "a policy is attached to the model, so it is no float32 reference: call torchlamp.detach(model) first"
+        )
+    if any(config._attn_implementation == NAME for config in _configs(model)):
+        raise ValueError(
+            "the model already runs under 'lamp': call its set_attn_implementation('sdpa'), so that it can be the "
+            "reference"
+        )
 
 
 def _refuse_prepared(model: PreTrainedModel) -> None:

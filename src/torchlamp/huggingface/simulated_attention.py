@@ -97,6 +97,7 @@ def lamp_attention(
             _call(attached, layer, step, query.shape[-1] ** -0.5 if scaling is None else float(scaling)),
             seen=seen,
             keys=_keys(attached, layer, key, query.shape[2]),
+            moments=attached.score_moments(layer, query, key),
             softcap=kwargs.get("softcap") or None,
             sinks=kwargs.get("s_aux"),
         )

@@ -198,6 +198,7 @@ class LinearGroup:
             operand=operand,
             copies=self._copies or None,
             transforms=transforms,
+            moments=self.attached.input_moments(self.site, self.layer, x),
         )
 
     def looks_ahead(self) -> LookAhead:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-#: Changes when `save` writes something else than before; part of the cache's key.
-FORMAT = 1
+from torchlamp.models.complete import check_complete, unread_tensors
+
+#: Changes when `save` writes something else than before, or `convert` checks more; part of the cache's key.
+FORMAT = 2
 _TOKENIZER, _TOKENIZER_OPTIONS, _WEIGHTS = "tokenizer.json", "tokenizer_options.json", "model.safetensors"
 
 
@@ -20,21 +22,20 @@ def convert(gguf: Path) -> tuple[Any, Any]:
     Raises
     ------
     ValueError
-        The file is no GGUF file, or transformers can't read its architecture.
+        The file is no GGUF file, transformers can't read its architecture, or its weights aren't those of the model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, name = str(gguf.parent), gguf.name
-    try:
-        with _header_read_once():
-            model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except ImportError as error:
-        raise ValueError(f"{str(gguf)!r} can't be loaded: {first_line(error)}") from error
-    except Exception as error:  # the GGUF readers raise whatever a malformed file leads them to
-        raise ValueError(
-            f"{str(gguf)!r} can't be loaded as a GGUF language model by transformers: {first_line(error)}"
-        ) from error
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with _header_read_once() as readers:
+        with _readable(gguf):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        unread = unread_tensors(model, {tensor.name for reader in readers for tensor in reader.tensors})
+        check_complete(str(gguf), {**report, "unexpected_keys": {*report["unexpected_keys"], *unread}})
+        with _readable(gguf):
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     # The weights are dense by now; the mark of a quantised model would only forbid saving and casting.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -85,21 +86,51 @@ def read(folder: Path) -> tuple[Any, Any]:
 
     options = json.loads((folder / _TOKENIZER_OPTIONS).read_text(encoding="utf-8"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / _TOKENIZER), **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_complete(str(folder), report)
     return model.eval(), tokenizer
 
 
 @contextmanager
-def _header_read_once() -> Iterator[None]:
-    """Share one reader: transformers opens the file several times, and a 262k vocabulary takes seconds to read."""
-    import gguf
-
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)
+def _readable(gguf: Path) -> Iterator[None]:
+    """ValueError for whatever stops transformers from reading a file."""
     try:
         yield
+    except ImportError as error:
+        raise ValueError(f"{str(gguf)!r} can't be loaded: {first_line(error)}") from error
+    except Exception as error:  # the GGUF readers raise whatever a malformed file leads them to
+        raise ValueError(
+            f"{str(gguf)!r} can't be loaded as a GGUF language model by transformers: {first_line(error)}"
+        ) from error
+
+
+@contextmanager
+def _header_read_once() -> Iterator[list[Any]]:
+    """Share one reader: transformers opens the file several times, and a 262k vocabulary takes seconds to read.
+
+    Yields the readers made so far.
+    """
+    import gguf
+
+    kind = gguf.GGUFReader
+    made: list[Any] = []
+
+    @functools.cache
+    def read_once(*args: Any) -> Any:
+        made.append(kind(*args))
+        return made[-1]
+
+    gguf.GGUFReader = read_once
+    try:
+        yield made
     finally:
-        gguf.GGUFReader = reader
+        gguf.GGUFReader = kind
 
 
 def first_line(error: BaseException) -> str:

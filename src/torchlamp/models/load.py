@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from torchlamp.models import cache, conversion
+from torchlamp.models.complete import check_complete
 from torchlamp.models.hub import hub_resolves
 from torchlamp.models.packaged import PACKAGED
 from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
@@ -48,7 +49,8 @@ def load(name: str) -> tuple[Any, Any]:
     OSError
         The package, file or folder is missing or damaged, or the hub can't be reached; says what to run.
     ValueError
-        What is there is no causal language model that transformers can load.
+        What is there is no causal language model that transformers can load, or weights are missing, unexpected or of
+        another shape.
     TypeError
         `name` is no string.
     """
@@ -232,7 +234,13 @@ def _pretrained(source: str, name: str) -> tuple[Any, Any]:
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                local_files_only=local,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
         except OSError as error:
             if Path(source).is_dir():
                 raise OSError(
@@ -247,6 +255,7 @@ def _pretrained(source: str, name: str) -> tuple[Any, Any]:
             ) from error
         except (ValueError, KeyError, ImportError) as error:
             raise ValueError(f"model {name!r} can't be loaded: {conversion.first_line(error)}") from error
+    check_complete(name, report)
     return model.eval(), tokenizer
 
 

@@ -104,6 +104,10 @@ class Precision:
         """The accumulator; for a stored operand that of float32 sums."""
         return _FLOAT32_SUMS if self.accumulator is None else self.accumulator
 
+    def with_transforms(self, transforms: "tuple[Transform, ...]") -> "Precision":
+        """The same operand and accumulator with these transforms."""
+        return Precision(self.operand, self.accumulator, transforms)
+
     def has(self, name: str) -> bool:
         """Whether the transform of this name is applied."""
         return TRANSFORMS[name] in self.transforms
