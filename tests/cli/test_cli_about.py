@@ -5,6 +5,7 @@ import sys
 
 from commands import error_line, run
 
+from torchlamp.arithmetic import accumulators
 from torchlamp.arithmetic.formats import NAMED
 from torchlamp.arithmetic.operands import BLOCKS
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
@@ -39,6 +40,7 @@ def test_formats_lists_what_a_policy_may_name():
     for name in (*NAMED, *BLOCKS, *TRANSFORMS, "float32", "int8", "e4m3fn/row"):
         assert name in lines
     assert lines["fp16"].split()[1:] == ["16", "65504", "6.1035e-05", "2^-11"]
+    assert lines["deepseek-fp8"].split()[1:] == [accumulators.NAMED["deepseek-fp8"]]
     assert lines["nvfp4"].split()[1:4] == ["4.5", "e2m1fn;", "16"]
     assert lines["sort"].endswith(Transform.parse("sort").summary)
     for example in re.findall(r"'(.*?)'", run("formats").stdout):

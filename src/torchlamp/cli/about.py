@@ -65,7 +65,8 @@ _OPERANDS = ("float32", "bf16", "int12", "int8", "int4", "int8/row", "e4m3fn/row
 @app.command()
 @one_line_errors
 def formats() -> None:
-    """List number formats, operands and transforms: what a policy may name."""
+    """List number formats, accumulators, operands and transforms: what a policy may name."""
+    from torchlamp.arithmetic import accumulators
     from torchlamp.arithmetic.formats import NAMED, Format
     from torchlamp.arithmetic.operands import BLOCKS, Operand
     from torchlamp.arithmetic.transforms import TRANSFORMS
@@ -78,6 +79,9 @@ def formats() -> None:
             f"2^-{format.grid.mantissa_bits + 1}"
         )
     print("  and ps1..ps23, eXmY, ueXmY (X 2..8, Y 1..23), with -sat and -flush")
+    print("accumulators: a format, also with /unfused, /blockB or /promoteB; and by name")
+    for name, spelling in accumulators.NAMED.items():
+        print(f"  {name:12} {spelling}")
     print("operands       bits  element, and the numbers that share a scale")
     for name in (*_OPERANDS, *BLOCKS):
         operand = Operand.parse(name)
