@@ -27,12 +27,14 @@ class Moments:
     def of(cls, vectors: Tensor, with_products: bool = False) -> "Moments":
         """The statistics of vectors, (Gb, count, K), any strides."""
         wide = vectors.detach().double()
-        finite = wide.isfinite().all(-1, keepdim=True)
-        if not bool(finite.all()):
-            wide = torch.where(finite, wide, 0.0)
-        products = wide.mT @ wide if with_products else None
-        squares = wide.square().sum(1) if products is None else products.diagonal(dim1=1, dim2=2).clone()
-        return cls(finite.sum((1, 2)).double(), wide.sum(1), squares, products)
+        count = wide.new_full(wide.shape[:1], float(wide.shape[1]))
+        found = cls(count, *_sums(wide, with_products))
+        # Squares of float32 numbers don't overflow float64: a sum that isn't finite has a term that isn't.
+        if not bool(found.squares.isfinite().all()):
+            finite = wide.isfinite().all(-1, keepdim=True)
+            sums = _sums(torch.where(finite, wide, 0.0), with_products)
+            found = cls(finite.sum((1, 2)).double(), *sums)
+        return found
 
     def __add__(self, other: "Moments") -> "Moments":
         """The statistics of both together."""
@@ -104,3 +106,10 @@ class Moments:
             return Moments(self.count, total, (matrix.square() @ self.squares[..., None])[..., 0])
         products = matrix @ self.products @ matrix.mT
         return Moments(self.count, total, products.diagonal(dim1=1, dim2=2).clone(), products)
+
+
+def _sums(wide: Tensor, with_products: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Totals (Gb, K), squares (Gb, K), and products (Gb, K, K) or None, of float64 vectors (Gb, count, K)."""
+    products = wide.mT @ wide if with_products else None
+    squares = wide.square().sum(1) if products is None else products.diagonal(dim1=1, dim2=2).clone()
+    return wide.sum(1), squares, products
