@@ -162,9 +162,20 @@ class Layer {
   LowBitLayer call_;
 };
 
+void rms_norm(const std::string& isa, Floats<2> x, Vector weight, float eps, Array<float, 2> y) {
+  const std::ptrdiff_t size = length(weight.size());
+  require(row_major(x) && row_major(weight) && length(x.shape(1)) == size,
+          "x must be contiguous, of shape (vectors, size), and weight of that size");
+  require(row_major(y) && y.shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "y must be contiguous, of x's shape");
+  const Kernels& k = kernels(isa);
+  const nb::gil_scoped_release release;
+  k.lowbit.rms_norm({weight.data(), eps}, x.data(), length(x.shape(0)), size, y.data());
+}
+
 }  // namespace
 
 void bind_layer(nb::module_& m) {
+  m.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "weight"_a, "eps"_a, "y"_a);
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<std::string, const BlockMatrix&, const BlockMatrix&, const Mlp&, Vector, OptionalVector, Vector,
                     OptionalVector, OptionalVector, OptionalVector, float, OptionalVector, OptionalVector,

@@ -7,7 +7,9 @@
 
 namespace LAMP_ISA {
 
-inline lamp::LowBitKernels lowbit_kernels() { return {pack_blocks, lowbit_products, mlp, head, layer_begin, layer_end}; }
+inline lamp::LowBitKernels lowbit_kernels() {
+  return {pack_blocks, lowbit_products, mlp, head, layer_begin, layer_end, rms_norms};
+}
 
 inline lamp::DecodeKernels decode_kernels() { return {append, attend}; }
 

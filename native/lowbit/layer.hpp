@@ -19,6 +19,10 @@ inline void rms_norm(const lamp::RmsNorm& norm, const float* x, std::ptrdiff_t s
   for (std::ptrdiff_t k = 0; k < size; ++k) out[k] = x[k] * factor * norm.weight[k];
 }
 
+inline void rms_norms(const lamp::RmsNorm& norm, const float* x, std::ptrdiff_t rows, std::ptrdiff_t size, float* out) {
+  for (std::ptrdiff_t row = 0; row < rows; ++row) rms_norm(norm, x + row * size, size, out + row * size);
+}
+
 // Rotary positions, the first half of a head against the second: x cos + (-second, first) sin.
 inline void rotate(const float* x, const float* cosines, const float* sines, std::ptrdiff_t size, float* out) {
   const std::ptrdiff_t half = size / 2;

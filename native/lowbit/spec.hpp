@@ -135,6 +135,8 @@ struct LowBitKernels {
   void (*head)(const LowBitHead&);
   void (*layer_begin)(const LowBitLayer&);
   void (*layer_end)(const LowBitLayer&);
+  // x and out (rows, size), row by row; they may be the same.
+  void (*rms_norm)(const RmsNorm&, const float* x, std::ptrdiff_t rows, std::ptrdiff_t size, float* out);
 };
 
 }  // namespace lamp

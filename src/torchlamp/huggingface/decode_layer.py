@@ -34,7 +34,7 @@ class NativeLayer:
         self.module, self.qkv, self.out, self.mlp = module, qkv, out, mlp
         attention: Any = module.self_attn
         self.attention = attention
-        self.family = family_of(module)
+        self.family = family_of(module) or ""
         self.size = int(attention.head_dim)
         queries, keys, _ = (n // self.size for n in qkv.sizes)
         self.heads, self.kv_heads = queries, keys
@@ -47,7 +47,7 @@ class NativeLayer:
         return self._native.get(native, self._make)
 
     def _make(self, native: NativeKernels) -> Any:
-        layer, attention, plus = self.module, self.attention, FAMILIES[self.family or ""][1]
+        layer, attention, plus = self.module, self.attention, FAMILIES[self.family][1]
         four = hasattr(layer, "pre_feedforward_layernorm")
 
         def weight(owner: nn.Module, name: str) -> Tensor | None:
@@ -108,6 +108,17 @@ def family_of(layer: nn.Module) -> str | None:
 
 
 def is_decoder(decoder: nn.Module, family: str | None) -> bool:
-    """Whether a model is the one of `DECODERS` for this family, with the forward of transformers."""
-    kind = type(decoder)
-    return family is not None and is_one_of(kind, [DECODERS[family]], family) and is_known(kind)
+    """Whether a model is the one of `DECODERS` for this family, with transformers' forward and the family's norm."""
+    kind, norm = type(decoder), type(getattr(decoder, "norm", None))
+    return (
+        family is not None
+        and is_one_of(kind, [DECODERS[family]], family)
+        and is_known(kind)
+        and is_one_of(norm, [f"{FAMILIES[family][0]}RMSNorm"], family)
+    )
+
+
+def norm_formula(norm: Any, family: str) -> tuple[Tensor, float]:
+    """What an RMSNorm of a family multiplies by, float32 (size,), and its eps."""
+    weight = (norm.weight.detach() + FAMILIES[family][1]).contiguous()
+    return weight, float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)

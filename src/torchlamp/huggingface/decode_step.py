@@ -1,6 +1,6 @@
 """A whole decoder for one token of each sequence: its layers in native calls, one after the other.
 
-The embedding, the rotary angles, the masks and the final norm are the model's own modules and transformers' functions;
+The embedding, the rotary angles and the masks are the model's own modules and transformers' functions;
 what the models of `decode_layer.DECODERS` do between them, nothing, is known by their class.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from torchlamp.huggingface.decode_layer import NativeLayer
+from torchlamp.huggingface.decode_layer import NativeLayer, norm_formula
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache
 from torchlamp.huggingface.masks import seen_keys
 from torchlamp.huggingface.plain_modules import PlainModules
@@ -37,9 +37,10 @@ class StepDecode(Forward):
         super().__init__(decoder)
         self.layers, self.statistics = list(layers), statistics
         model: Any = decoder
-        called = (model.embed_tokens, model.rotary_emb, model.norm)
+        called = (model.embed_tokens, model.rotary_emb)
         self.inside = PlainModules(decoder, forwards, called=called, captures=False)
         self.family = layers[0].family
+        self.norm_weight, self.norm_eps = norm_formula(model.norm, layers[0].family)
 
     def run_(
         self,
@@ -72,7 +73,7 @@ class StepDecode(Forward):
             known = all(mask is None or seen[kind] is not None for kind, mask in masks.items())
             if known and x.dtype == torch.float32 and x.device.type == "cpu":
                 angles = self._angles(x, position_ids, masks)
-                hidden = model.norm(self._run(native, past_key_values, x, seen, angles))
+                hidden = self._run(native, past_key_values, x, seen, angles)
                 kept = past_key_values if self._returns_cache(use_cache) else None
                 return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
             # The embedding's hooks have run: its output goes on.
@@ -157,7 +158,7 @@ class StepDecode(Forward):
         seen: Mapping[str, Tensor | None],
         angles: Mapping[str, tuple[Any, Any]],
     ) -> Tensor:
-        """Hidden states float32 (batch, 1, size) through all layers."""
+        """Hidden states float32 (batch, 1, size) through all layers and the final norm."""
         batch = len(x)
         masks = {
             kind: None if keys is None else keys[:, 0].expand(batch, -1).contiguous().view(torch.uint8)
@@ -179,6 +180,7 @@ class StepDecode(Forward):
             record("mlp_up", layer.number, neurons, batch * layer.mlp.mlp.gate.rows)
             record("mlp_down", layer.number, columns, batch * layer.mlp.mlp.gate.rows)
             now = y
+        native.extension.rms_norm(native.instruction_set, y, self.norm_weight, self.norm_eps, y)
         return result
 
     def _returns_cache(self, use_cache: bool | None) -> bool:
