@@ -1,10 +1,16 @@
 import json
+import re
 import subprocess
 import sys
 
 from commands import error_line, run
 
+from torchlamp.arithmetic import accumulators
+from torchlamp.arithmetic.formats import NAMED
+from torchlamp.arithmetic.operands import BLOCKS
+from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 from torchlamp.models import packaged
+from torchlamp.policy.policy import Policy
 
 
 def test_info():
@@ -29,6 +35,18 @@ def test_models_says_what_is_missing(monkeypatch, tmp_path):
     assert str(tmp_path) in text
 
 
+def test_formats_lists_what_a_policy_may_name():
+    lines = {line.split()[0].strip("',"): line for line in run("formats").stdout.splitlines()}
+    for name in (*NAMED, *BLOCKS, *TRANSFORMS, "float32", "int8", "e4m3fn/row"):
+        assert name in lines
+    assert lines["fp16"].split()[1:] == ["16", "65504", "6.1035e-05", "2^-11"]
+    assert lines["deepseek-fp8"].split()[1:] == [accumulators.NAMED["deepseek-fp8"]]
+    assert lines["nvfp4"].split()[1:4] == ["4.5", "e2m1fn;", "16"]
+    assert lines["sort"].endswith(Transform.parse("sort").summary)
+    for example in re.findall(r"'(.*?)'", run("formats").stdout):
+        assert str(Policy.parse(example))
+
+
 def test_bench_refuses_unknown_names():
     assert "'speed'" in error_line(run("bench", "speed"))
 
@@ -36,7 +54,7 @@ def test_bench_refuses_unknown_names():
 def test_version_and_help():
     assert run("--version").stdout.strip()
     text = run("--help").stdout
-    for command in ("evaluate", "generate", "bench", "info", "models"):
+    for command in ("evaluate", "generate", "bench", "info", "models", "formats"):
         assert command in text
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sample_sweep import point_line, point_of
 
+from torchlamp.evaluation.cost import Shape, costs
 from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.report.data import read_report_data
 
@@ -53,8 +54,24 @@ def test_a_point_becomes_a_row(results, tmp_path):
     assert row["realisable"]
     assert row["cost_tile_16x16"] >= row["cost_row_block_16"] >= row["cost_entry"] > 0
     assert not row["cost_estimated"]
-    assert "tiny" in study.notes[-1]
-    assert "K = 64" in study.notes[-1]
+    assert not study.notes
+    cost = costs(Shape(24, 24, 8, causal=True), "ps3", "strict:0.1", row["rate"])["entry"]
+    assert row["cost_entry"] == pytest.approx(cost.total)
+
+
+@pytest.mark.parametrize(
+    ("model", "depth", "note"), [("tiny", 64, True), ("gemma3-270m", 256, False), ("smollm2-135m", 64, False)]
+)
+def test_results_without_sizes(results, tmp_path, model, depth, note):
+    """Of an older result the packaged model's sizes are known, GPT-2's assumed else; only that is noted."""
+    older = {name: value for name, value in results["ps3+strict:0.1", 0].items() if name != "sizes"}
+    lines = [line(results, "ps3+strict:0.1", result=older | {"model": model}, model=model)]
+    study = read_report_data([folder_of(tmp_path, lines)])
+    (row,) = study.points.to_dict("records")
+    cost = costs(Shape(24, 24, depth, causal=True), "ps3", "strict:0.1", row["rate"])["entry"]
+    assert row["cost_entry"] == pytest.approx(cost.total)
+    assert len(study.notes) == note
+    assert all("tiny" in text and "K = 64" in text for text in study.notes)
 
 
 def test_seeds_are_averaged_with_their_spread(results, tmp_path):

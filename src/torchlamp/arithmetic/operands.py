@@ -12,6 +12,14 @@ from torchlamp.kernels.constants import GROUP
 #: microscaling formats have it), or an e4m3fn number times one float32 scale of the tensor (NVFP4).
 Scale = Literal["none", "float32", "bf16-up", "e8m0", "e4m3fn"]
 
+#: How a list of operands describes a scale.
+_SCALES: dict[Scale, str] = {
+    "float32": "a float32 scale",
+    "bf16-up": "a bfloat16 scale",
+    "e8m0": "a power of two",
+    "e4m3fn": "an e4m3fn scale times a float32 one of the tensor",
+}
+
 _INTEGER = re.compile(r"int([1-9][0-9]?)")
 _GROUP = re.compile(r"[1-9][0-9]{0,6}")
 _SMALLEST_INTEGER, _LARGEST_INTEGER = 2, 16
@@ -36,6 +44,15 @@ class Block:
     def scale_bits(self) -> int:
         """Bits of a group's scale."""
         return {"none": 0, "float32": 32, "bf16-up": 16, "e8m0": 8, "e4m3fn": 8}[self.scale]
+
+    @property
+    def summary(self) -> str:
+        """One line for lists of operands."""
+        element = f"{self.element}-bit integers" if isinstance(self.element, int) else self.element
+        if self.scale == "none":
+            return element
+        shared = {0: "a row", -1: "a tensor"}.get(self.length, f"{self.length} numbers")
+        return f"{element}; {shared}, {_SCALES[self.scale]}"
 
 
 #: The block formats that have a name of their own; a new one is one entry.
@@ -141,6 +158,11 @@ class Operand:
             return 32.0
         shared = self.block.scale_bits / self.block.length if self.block.length > 0 else 0.0
         return self.block.element_bits + shared
+
+    @property
+    def summary(self) -> str:
+        """One line for lists of operands."""
+        return "as they are" if self.block is None else self.block.summary
 
 
 def _suggestion(base: str) -> str:

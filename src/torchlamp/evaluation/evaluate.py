@@ -15,6 +15,7 @@ from torchlamp.evaluation.aggregate import aggregate
 from torchlamp.evaluation.environment import environment
 from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_eval_mode
 from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
+from torchlamp.evaluation.sizes import model_sizes
 from torchlamp.huggingface.lookahead import check_untouched
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import REFERENCE_POLICY, Result
@@ -184,6 +185,7 @@ def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text
         "window_length": windows.shape[1],
         "seed": seed,
         "tokens_sha256": hashlib.sha256(windows.contiguous().cpu().numpy().tobytes()).hexdigest(),
+        "sizes": model_sizes(model),
         "environment": environment() | {"device": str(model.device)},
     }
 

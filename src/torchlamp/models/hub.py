@@ -27,7 +27,7 @@ def hub_resolves() -> bool:
 
 
 def hub_answers() -> bool:
-    """Whether the hub answers a request at all, within a few seconds; an answer that says no is an answer."""
+    """Whether the hub answers a request at all, within a few seconds; an HTTP error counts as reachable."""
     if not hub_resolves():
         return False
     try:

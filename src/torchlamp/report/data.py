@@ -15,10 +15,13 @@ from torchlamp.results.result import Result
 from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
 from torchlamp.rules.rule import Rule
 
-#: Model -> head size, width, width of the MLP: the K of each site's sums in the cost model.
-SIZES = {"smollm2-135m": (64, 576, 1536), "gemma3-270m": (256, 640, 2048)}
-#: Taken for other models; the report says so.
-OTHER_SIZES = (64, 768, 3072)
+#: `Result.sizes` of the packaged models, for results that are older than this figure.
+OLDER_SIZES = {
+    "smollm2-135m": {"head": 64, "hidden": 576, "mlp": 1536},
+    "gemma3-270m": {"head": 256, "hidden": 640, "mlp": 2048},
+}
+#: GPT-2's, taken where neither a result nor `OLDER_SIZES` has them; the report says so.
+ASSUMED_SIZES = {"head": 64, "hidden": 768, "mlp": 3072}
 
 #: Columns that say which experiment a point belongs to, and those that with them name the point.
 GROUP = ["model", "text", "tokens"]
@@ -54,6 +57,7 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
     # Of a point that is in several folders, the last one's record counts.
     records = last_of_each(record for folder in folders for record in _read(folder, notes))
     rows: list[dict[str, Any]] = []
+    unsized: set[str] = set()
     data = ReportData(pd.DataFrame(), notes=notes)
     for record in records.values():
         point = record["point"]
@@ -75,6 +79,8 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
         }
         rows.append(own | _row(result))
         rows += [own | _row(other) for other in result.comparisons if other.role != "reference"]
+        if not ASSUMED_SIZES.keys() <= _known_sizes(result).keys():
+            unsized.add(result.model)
         if result.environment not in data.environments:
             data.environments.append(result.environment)
     if not rows:
@@ -84,9 +90,10 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
     table = pd.DataFrame(rows)
     _check_settings(table)
     data.points = _average_seeds(table)
-    if unknown := sorted(set(table["model"]) - set(SIZES)):
+    if unsized:
         notes.append(
-            f"Costs of {', '.join(unknown)} assume sums of K = {OTHER_SIZES[0]} terms (see docs/report.md)."
+            f"Costs of {', '.join(sorted(unsized))} assume sums of K = {ASSUMED_SIZES['head']} terms "
+            "(see docs/report.md)."
         )
     return data
 
@@ -164,6 +171,11 @@ def rule_label(rule: Rule) -> str:
     return f"{rule.name} {followed.name}" if isinstance(followed, Rule) else rule.name
 
 
+def _known_sizes(result: Result) -> dict[str, int]:
+    """The sizes of a result's model: those that it holds, or of an older one those of the packaged model."""
+    return result.sizes or OLDER_SIZES.get(result.model, {})
+
+
 def _costs(result: Result, policy: Policy) -> dict[str, Any]:
     """Relative operations, with the look-ahead's sums in float32 (as simulated) and, `_narrow`, in the accumulator."""
     names = [f"cost_{name}{end}" for name in GRANULARITIES for end in ("", "_narrow")]
@@ -171,9 +183,9 @@ def _costs(result: Result, policy: Policy) -> dict[str, Any]:
     if len(policy.sites) > 1:
         return found
     ((site, part),) = policy.sites.items()
-    head, width, inner = SIZES.get(result.model, OTHER_SIZES)
+    sizes = ASSUMED_SIZES | _known_sizes(result)
     length = result.window_length
-    depth = {"scores": head, "values": length, "mlp_down": inner}.get(site, width)
+    depth = {"scores": sizes["head"], "values": length, "mlp_down": sizes["mlp"]}.get(site, sizes["hidden"])
     shape = Shape(length, length, depth, causal=site == "scores")
     for end, model in (("", CostModel()), ("_narrow", CostModel(error=None, distance=None))):
         by_name = costs(shape, part.accumulate, part.rule, result.recompute_rate, result.block_rates, model)
