@@ -183,8 +183,8 @@ class TestRefused:
 
     @torch.no_grad()
     def test_other_dtypes(self, build, tokens):
-        model = build("llama").to(torch.bfloat16)
-        words = r"queries of torch.bfloat16: .*dtype=torch.float32"
+        model = build("llama").to(torch.float64)
+        words = r"queries of torch.float64: .*dtype=torch.float32"
         with lookahead(model, "ps4+none"), pytest.raises(TypeError, match=words):
             model(tokens(1, 4))
 

@@ -147,9 +147,9 @@ class TestRefused:
         ):
             lookahead(model, "mlp_up=ps4+none").__enter__()
 
-    def test_half_precision(self, build):
-        with pytest.raises(TypeError, match=r"model.layers.0.self_attn.q_proj has weights of torch.bfloat16"):
-            lookahead(build("llama").bfloat16(), "qkv=ps4+none").__enter__()
+    def test_double_precision(self, build):
+        with pytest.raises(TypeError, match=r"model.layers.0.self_attn.q_proj has weights of torch.float64"):
+            lookahead(build("llama").double(), "qkv=ps4+none").__enter__()
 
     def test_an_unknown_norm(self, build):
         model = build("llama")

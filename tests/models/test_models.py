@@ -213,3 +213,14 @@ def test_saving_keeps_tied_weights_tied(tmp_path, tiny_folder):
     back, _ = conversion.read(tmp_path / "out")
     assert back.lm_head.weight.data_ptr() == back.model.embed_tokens.weight.data_ptr()
     assert torch.equal(logits(back), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_keeps_the_checkpoints_dtype(tiny_folder, tmp_path, dtype):
+    model, tokenizer = load(str(tiny_folder))
+    model.to(dtype).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load(str(tmp_path), dtype="auto")[0].dtype == dtype
+    assert load(str(tmp_path))[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype='int8': allowed are 'float32' and 'auto'"):
+        load(str(tmp_path), dtype="int8")

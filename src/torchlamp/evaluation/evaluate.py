@@ -226,7 +226,7 @@ def _check(model: Any, windows: Tensor, seed: int) -> None:
         raise ValueError(f"seed {seed}: give 0 or more")
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
         raise TypeError(f"{type(model).__name__} is no transformers model: load one with torchlamp.load")
-    if model.dtype != torch.float32:
+    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"the model has dtype {model.dtype}: the reference is float32, load it with dtype=torch.float32"
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchlamp.data.text import check_context
 from torchlamp.huggingface.lookahead import check_untouched, lookahead
+from torchlamp.huggingface.widening import widened
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.policy import Policy
 from torchlamp.simulation.attention import Observation
@@ -94,7 +95,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with widened(model), torch.inference_mode():
             reference = model(input_ids=ids, use_cache=False).logits[0]
             with lookahead(model, policy, seed=seed, observe=recorder.observe) as statistics:
                 tested = model(input_ids=ids, use_cache=False).logits[0]

@@ -13,6 +13,7 @@ from torchlamp.evaluation.aggregate import mean_and_error
 from torchlamp.evaluation.metrics import Comparer, Reference, TokenMetrics
 from torchlamp.evaluation.runs import EvaluationRun
 from torchlamp.huggingface.lookahead import lookahead
+from torchlamp.huggingface.widening import widened
 from torchlamp.policy.policy import Policy
 from torchlamp.results.result import Role
 from torchlamp.simulation.calibration import Calibration
@@ -215,11 +216,11 @@ def _no_difference(reference: Reference) -> TokenMetrics:
 
 @contextmanager
 def inference_in_eval_mode(model: Any) -> Iterator[None]:
-    """Within the block the model is in eval mode and no gradients are kept; its parts' modes are put back."""
+    """Within the block the model is in eval mode and float32, and no gradients are kept; all is put back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with widened(model), torch.inference_mode():
             yield
     finally:
         for module in training:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp.arithmetic.transforms.moments import Moments
+from torchlamp.huggingface.widening import Widening
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.ahead import Ahead
 from torchlamp.simulation.attention import Observation
@@ -47,6 +48,8 @@ class AttachedPolicy:
     calibration: Calibration | None = None
     #: Where the statistics of the transforms' operands are put; None: nowhere.
     collect: Calibration | None = None
+    #: Half-precision weights that were widened for the policy, until it is detached.
+    widening: Widening | None = None
 
     def observer(self, layer: int) -> Callable[[Observation], None] | None:
         """What is called with each tile of a layer; None: nobody looks."""

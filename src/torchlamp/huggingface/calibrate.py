@@ -49,7 +49,7 @@ def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibr
         for site, precision in sites.items()
     }
     collected = Calibration()
-    with torch.inference_mode(), under_policy(model, Policy(sites=plain), collect=collected):
+    with under_policy(model, Policy(sites=plain), collect=collected), torch.inference_mode():
         for window in windows:
             model(input_ids=window[None].to(model.device), use_cache=False)
     return collected

@@ -28,6 +28,7 @@ from torchlamp.huggingface.lookahead_cache import NAME as DECODING
 from torchlamp.huggingface.simulated_attention import lamp_attention
 from torchlamp.huggingface.site_forwards import Forward, SimulatedForward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.widening import Widening, widened
 from torchlamp.policy.policy import Policy
 from torchlamp.simulation.calibration import Calibration
 from torchlamp.simulation.statistics import Statistics
@@ -72,8 +73,9 @@ def lookahead(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A float32 model. For the sites `scores` and `values` its class must use transformers' attention interface; for
-        all but `scores` its modules must bear the names of Llama's, Gemma's, Phi-3's or GPT-2's.
+        A float32 model, or a bfloat16 or float16 one, which is widened exactly for the block. For the sites `scores`
+        and `values` its class must use transformers' attention interface; for all but `scores` its modules must bear
+        the names of Llama's, Gemma's, Phi-3's or GPT-2's.
     policy : str or Policy
         For example ``"ps4+strict:0.1"``, ``"scores=ps4+strict:0.1, mlp_up=ps7+condition:4"``, or a policy with stored
         operands such as ``"mlp_up=int8+output:0.001"``, whose rows all read what a step of decoding would read.
@@ -121,22 +123,23 @@ def under_policy(model: nn.Module, policy: Policy, *, collect: Calibration) -> I
 @contextmanager
 def _attached_within(model: nn.Module, policy: str | Policy, how: _How) -> Iterator[AttachedPolicy]:
     """A policy attached for the duration of a block."""
-    attached, forwards = _new_attached(model, policy, how)
-    implementations = [(config, config._attn_implementation) for config in _configs(model)]
-    before = [(module, context_of(module), vars(module).get("forward")) for module in model.modules()]
-    try:
-        _put_in_place(model, attached, forwards)
-        if _in_attention(attached):
-            model.set_attn_implementation(NAME)  # type: ignore[operator]
-            if implementations[0][0]._attn_implementation != NAME:
-                raise _no_interface(model)
-        yield attached
-    finally:
-        for config, implementation in implementations:
-            config._attn_implementation = implementation
-        for module, context, forward in before:
-            set_context(module, context)
-            set_forward(module, forward)
+    with widened(model):
+        attached, forwards = _new_attached(model, policy, how)
+        implementations = [(config, config._attn_implementation) for config in _configs(model)]
+        before = [(module, context_of(module), vars(module).get("forward")) for module in model.modules()]
+        try:
+            _put_in_place(model, attached, forwards)
+            if _in_attention(attached):
+                model.set_attn_implementation(NAME)  # type: ignore[operator]
+                if implementations[0][0]._attn_implementation != NAME:
+                    raise _no_interface(model)
+            yield attached
+        finally:
+            for config, implementation in implementations:
+                config._attn_implementation = implementation
+            for module, context, forward in before:
+                set_context(module, context)
+                set_forward(module, forward)
 
 
 def attach(
@@ -171,16 +174,36 @@ def attach(
         As for `lookahead`.
     """
     how = _How(seed, layers, blocks, observe, observe_layers, calibration)
-    attached, forwards = _new_attached(model, policy, how)
+    before = _attached_to(model)
+    widening = Widening(model)
+    try:
+        attached, forwards = _new_attached(model, policy, how)
+    except BaseException:
+        widening.undo()
+        raise
+    # A policy in the place of another keeps the weights widened: they are given back by `detach`.
+    attached.widening = widening if before is None or before.widening is None else before.widening
     _put_in_place(model, attached, forwards)
     return attached.statistics
 
 
 def detach(model: nn.Module) -> None:
-    """Take the policy away from a model; if it runs "lamp", set another attention implementation before calling it."""
+    """Take the policy away from a model; if it runs "lamp", set another attention implementation before calling it.
+
+    Weights that `attach` widened to float32 are what they were.
+    """
+    attached = _attached_to(model)
     for module in model.modules():
         set_context(module, None)
         _clear(module)
+    if attached is not None and attached.widening is not None:
+        attached.widening.undo()
+
+
+def _attached_to(model: nn.Module) -> AttachedPolicy | None:
+    """The policy that is attached to a model, if there is one."""
+    context = context_of(model)
+    return None if context is None else context.attached
 
 
 def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[AttachedPolicy, list[Forward]]:

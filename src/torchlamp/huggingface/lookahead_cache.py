@@ -101,8 +101,8 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen += count
         first = self.first(count)
         if count == 1 and read_layer() is self:
-            places = slice(first, self.store.length)
-            return self.store.full_keys[:, :, places], self.store.full_values[:, :, places]
+            slots = slice(first, self.store.length)
+            return self.store.full_keys[:, :, slots], self.store.full_values[:, :, slots]
         if before == 0:
             return key_states, value_states
         keys = self.store.full_keys[:, :, first:before].float()

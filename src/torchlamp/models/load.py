@@ -13,8 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchlamp.models import cache, conversion
 from torchlamp.models.complete import check_complete
 from torchlamp.models.hub import hub_resolves
@@ -25,8 +23,8 @@ logger = logging.getLogger("torchlamp.models")
 _SAMPLE = 1 << 20
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """Load a decoder language model in float32 and eval mode, and its tokenizer.
+def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
+    """Load a decoder language model in eval mode, and its tokenizer.
 
     Models from GGUF files are dequantised: that float32 model is the reference of every study. The conversion
     takes up to a minute and is kept in the cache folder (``$TORCHLAMP_CACHE``, else
@@ -39,6 +37,10 @@ def load(name: str) -> tuple[Any, Any]:
         ``smollm2-135m`` or ``gemma3-270m`` (from Python packages), the path of a ``.gguf`` file, the path of
         a folder that `save_pretrained` wrote, or a name on the Hugging Face hub such as ``gpt2``.
 
+    dtype : str
+        ``"float32"``, or ``"auto"``: a bfloat16 or float16 checkpoint of a folder or the hub stays as it is, half the
+        memory; `lookahead` and `evaluate` widen it exactly while they run. GGUF files are float32 in any case.
+
     Returns
     -------
     tuple
@@ -50,7 +52,7 @@ def load(name: str) -> tuple[Any, Any]:
         The package, file or folder is missing or damaged, or the hub can't be reached; says what to run.
     ValueError
         What is there is no causal language model that transformers can load, or weights are missing, unexpected or of
-        another shape.
+        another shape; another dtype.
     TypeError
         `name` is no string.
     """
@@ -58,8 +60,10 @@ def load(name: str) -> tuple[Any, Any]:
         name = str(name)
     if not isinstance(name, str):
         raise TypeError(f"a model is named by a string, got {type(name).__name__}: {name!r}")
+    if dtype not in ("float32", "auto"):
+        raise ValueError(f"dtype={dtype!r}: allowed are 'float32' and 'auto', which keeps the checkpoint's")
     with _collector_paused():
-        model, tokenizer = _load(name)
+        model, tokenizer = _load(name, dtype)
     # Results are named after what was asked for, not after a folder of the cache.
     model.name_or_path = model.config._name_or_path = name
     return model, tokenizer
@@ -77,7 +81,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _load(name: str) -> tuple[Any, Any]:
+def _load(name: str, dtype: str) -> tuple[Any, Any]:
     if name in PACKAGED:
         return _from_gguf(cache_entry(name), PACKAGED[name].gguf())
     path = Path(name).expanduser()
@@ -85,8 +89,8 @@ def _load(name: str) -> tuple[Any, Any]:
     if name.endswith(".gguf"):
         return _from_gguf(cache_entry(name), nullcontext(path))
     if name and path.is_dir():
-        return _pretrained(str(path), name)
-    return _pretrained(name, name)
+        return _pretrained(str(path), name, dtype)
+    return _pretrained(name, name, dtype)
 
 
 def check_name(name: str) -> None:
@@ -226,7 +230,7 @@ def _say_unkept(reason: OSError) -> None:
     )
 
 
-def _pretrained(source: str, name: str) -> tuple[Any, Any]:
+def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The hub client would try for a minute before it says that there is no network.
@@ -236,7 +240,7 @@ def _pretrained(source: str, name: str) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=local,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
