@@ -401,9 +401,11 @@ class TestObserver:
 
     def test_layers_that_nobody_observes_keep_the_fused_kernel(self, llama, tokens, monkeypatch):
         tiled, seen = [], []
-        original = simulated._tiled
+        original = simulated.tiled_attention
         monkeypatch.setattr(
-            simulated, "_tiled", lambda call, *args: tiled.append(call.layer) or original(call, *args)
+            simulated,
+            "tiled_attention",
+            lambda call, *args: tiled.append(call.layer) or original(call, *args),
         )
         monkeypatch.setattr(
             simulated, "_fused", lambda call, *_: None if call.observe else original(call, *_)

@@ -11,7 +11,8 @@ from torchlamp.arithmetic import Accumulator, round_to
 from torchlamp.kernels import native
 from torchlamp.rules import RULES, Rule, Tile
 from torchlamp.simulation.ahead import Ahead
-from torchlamp.simulation.attention import Observation, attention
+from torchlamp.simulation.attention import attention
+from torchlamp.simulation.attention_call import Observation
 
 KERNELS = ["torch", native.instruction_set()] if native.available() else ["torch"]
 

@@ -9,7 +9,9 @@ from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels import native
 from torchlamp.policy.precision import Precision
 from torchlamp.rules import Rule
-from torchlamp.simulation.attention import AttentionCall, Visibility, _fused, _operands, _tiled, attention
+from torchlamp.simulation.attention import _fused, _operands, attention, tiled_attention
+from torchlamp.simulation.attention_call import AttentionCall
+from torchlamp.simulation.visibility import Visibility
 
 INSTRUCTION_SETS = [name for name, state in native.features().items() if state in ("in use", "available")]
 RULES = ("none", "all", "strict:0.05", "relaxed:0.1", "relaxed-length:0.02", "running:0.002", "topz:0.1")
@@ -38,7 +40,7 @@ def both(tensors, rule, accumulate="ps4", mask=None, causal=True, softcap=None, 
     accumulator, seen = Accumulator.parse(accumulate), Visibility(mask, causal)
     call = AttentionCall(accumulator, Rule.parse(rule), 0.2, seen, softcap, sinks, **others)
     operands = _operands(call, *tensors[:2])
-    return _fused(call, operands, tensors[2]), _tiled(call, operands, tensors[2])
+    return _fused(call, operands, tensors[2]), tiled_attention(call, operands, tensors[2])
 
 
 def assert_same(fused, tiled, allowed=0.01):

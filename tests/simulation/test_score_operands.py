@@ -11,7 +11,8 @@ from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.rules import Rule
-from torchlamp.simulation.attention import Observation, attention
+from torchlamp.simulation.attention import attention
+from torchlamp.simulation.attention_call import Observation
 from torchlamp.simulation.score_operands import score_operands
 
 pytestmark = pytest.mark.usefixtures("implementation")

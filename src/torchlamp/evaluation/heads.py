@@ -11,7 +11,7 @@ from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
 from torchlamp.rules.heads import Heads
 from torchlamp.rules.oracle import OracleResidual
-from torchlamp.simulation.attention import Observation
+from torchlamp.simulation.attention_call import Observation
 
 
 def choose_heads(model: Any, windows: Tensor, accumulate: str | Accumulator, rate: float) -> Heads:

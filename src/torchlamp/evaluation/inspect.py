@@ -11,7 +11,7 @@ from torchlamp.huggingface.lookahead import check_untouched, lookahead
 from torchlamp.huggingface.widening import widened
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.policy import Policy
-from torchlamp.simulation.attention import Observation
+from torchlamp.simulation.attention_call import Observation
 
 #: Tokens of a text at most: beyond these neither the map nor the page's size serves a reader.
 MAX_TOKENS = 256

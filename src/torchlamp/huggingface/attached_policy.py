@@ -11,7 +11,7 @@ from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.huggingface.widening import Widening
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.ahead import Ahead
-from torchlamp.simulation.attention import Observation
+from torchlamp.simulation.attention_call import Observation
 from torchlamp.simulation.calibration import Calibration, input_moments, score_moments
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.statistics import Statistics

@@ -88,7 +88,7 @@ def lookahead(
         Also count touched blocks of scores.
     observe : callable, optional
         Called as ``observe(layer, observation)`` with every tile of attention scores
-        (`torchlamp.simulation.attention.Observation`). Observed layers run tile by tile, without the fused kernel.
+        (`torchlamp.simulation.attention_call.Observation`). Observed layers run tile by tile, without the fused kernel.
     observe_layers : iterable of int, optional
         Numbers of the layers that are observed; all if not given.
     calibration : Calibration, optional

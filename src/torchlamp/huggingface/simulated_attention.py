@@ -10,7 +10,8 @@ from torchlamp.arithmetic.operands import Operand
 from torchlamp.huggingface.attached_policy import AttachedPolicy, LayerContext, context_of
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.attention import AttentionCall, AttentionResult, attend
+from torchlamp.simulation.attention import attend
+from torchlamp.simulation.attention_call import AttentionCall, AttentionResult
 from torchlamp.simulation.stored_attention import KeyStorage, StoredValues
 from torchlamp.simulation.values import Values
 from torchlamp.simulation.visibility import visibility

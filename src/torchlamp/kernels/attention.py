@@ -1,6 +1,6 @@
 """Attention under a threshold rule in one native call.
 
-The native kernel does for the threshold rules what the torch tile loop of `torchlamp.simulation.attention` does for
+The native kernel does for the threshold rules what the torch loop of `torchlamp.simulation.attention_tiles` does for
 every rule; that loop is its reference. Scores, and therefore what a rule is shown, agree bit for bit; exponentials
 agree to about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry
 whose weight lies that close to the threshold may be decided otherwise.
