@@ -208,11 +208,3 @@ def test_evaluate_measures_a_decoding_policy_over_whole_windows(build, tokens):
     assert 0 < result.kl_mean < bare.kl_mean
     assert 0 < result.recompute_rate < 1
     assert result.policy == str(torchlamp.Policy.parse(policy))
-
-
-def test_what_is_not_simulated_is_refused(build):
-    with (
-        pytest.raises(ValueError, match="transform 'center' at site qkv with the stored operand 'int8'"),
-        torchlamp.lookahead(build("llama"), "qkv=int8.center"),
-    ):
-        pass

@@ -39,10 +39,26 @@ def test_transforms_are_exact_where_everything_is_recomputed(family, site, chang
     sizes = {"scores": 8, "mlp_down": 48}
     if "hadamard" in changes and sizes.get(site, 32) & (sizes.get(site, 32) - 1):
         changes = changes.replace("hadamard", "sort")
-    for precision in ("ps3", "int4@ps5", "fp32"):
+    for precision in ("ps3", "int4@ps5", "int4", "fp32"):
         rule = "none" if precision == "fp32" else "all"
         with lookahead(family, f"{site}={precision}.{changes}+{rule}"):
             torch.testing.assert_close(family(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("site", ["qkv", "attention_out", "mlp_up", "mlp_down", "lm_head"])
+def test_stored_weights_in_a_calibrated_representative(family, site, tokens):
+    ids = tokens(1, 30)
+    policy = f"{site}=int4.center.smooth"
+    before = family(ids).logits
+    calibration = torchlamp.calibrate(family, tokens(3, 30, seed=4), policy)
+    errors = {}
+    for name, spelling in (("plain", f"{site}=int4"), ("changed", policy)):
+        with lookahead(family, spelling, calibration=calibration):
+            errors[name] = float((family(ids).logits - before).norm())
+        with lookahead(family, spelling, calibration=calibration), torch.no_grad():
+            again = float((family(ids).logits - before).norm())
+        assert again == errors[name]
+    assert 0 < errors["changed"] != errors["plain"]
 
 
 class Watch:

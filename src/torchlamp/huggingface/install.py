@@ -36,7 +36,6 @@ def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     TypeError
         Weights that aren't float32.
     """
-    _check_simulated(attached.policies)
     sites = Sites(model)
     named = [site for site in attached.policies if site != "scores"]
     if not sites.layers:
@@ -62,18 +61,6 @@ def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     for number, layer in enumerate(sites.layers):
         forwards += _layer(sites, attached, number, layer)
     return forwards
-
-
-def _check_simulated(policies: dict[str, SitePolicy]) -> None:
-    """Refuse what the simulation would otherwise pass over in silence."""
-    for site, policy in policies.items():
-        precision = policy.precision
-        if precision.is_stored and precision.transforms and site != "scores":
-            first = precision.transforms[0]
-            raise ValueError(
-                f"transform '{first}' at site {site} with the stored operand '{precision.operand}': stored weights are "
-                f"read as they are; name an accumulator, for example '{precision.operand}@fp32.{first}'"
-            )
 
 
 def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 from torchlamp.huggingface.site_forwards import LinearGroup, linear_map
 from torchlamp.simulation.linear import LinearResult
-from torchlamp.simulation.stored_linear import StoredVocabulary, StoredWeights, for_the_top, stored_linears
+from torchlamp.simulation.stored_linear import (
+    StoredVocabulary,
+    StoredWeights,
+    changed_group,
+    for_the_top,
+    stored_linears,
+)
 from torchlamp.simulation.stored_mlp import (
     Neurons,
     OutputSize,
@@ -35,11 +41,20 @@ class StoredGroup(LinearGroup):
             self._stored = [StoredWeights.store(weights, operand) for weights in self.maps]
         return self._stored
 
+    def representative(self, x: Tensor) -> tuple[Tensor, list[StoredWeights]]:
+        """Inputs and stored maps, changed by the site's transforms if it has any."""
+        precision = self.policy.precision
+        if not precision.transforms:
+            return x, self.stored
+        moments = self.attached.input_moments(self.site, self.layer, x)
+        return changed_group(x, self.maps, precision.transforms, precision.operand, moments)
+
     def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
         """All layers of the group from their copies."""
+        x, stored = self.representative(x)
         return stored_linears(
             x,
-            self.stored,
+            stored,
             rule=self.policy.rule,
             next_function=self.looks_ahead(),
             generator=generator,
@@ -52,12 +67,13 @@ class StoredHead(StoredGroup):
 
     def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
         """The logits; tokens that could be the largest are read in full, too."""
+        x, stored = self.representative(x)
         return stored_linears(
             x,
-            self.stored,
+            stored,
             rule=self.policy.rule,
             next_function=StoredVocabulary(),
-            always=for_the_top(self.stored[0]),
+            always=for_the_top(stored[0]),
             generator=generator,
             layer=self.layer,
         )
@@ -82,9 +98,10 @@ class StoredNeurons(StoredGroup):
         """Gate and up, some neurons in full."""
         if self._neurons is None:
             self._neurons = Neurons(self.phi, self.gated, column_norms(linear_map(self.down)))
+        x, stored = self.representative(x)
         return stored_neurons(
             x,
-            self.stored,
+            stored,
             self._neurons,
             rule=self.policy.rule,
             size=self.size,
@@ -105,8 +122,9 @@ class StoredDown(StoredGroup):
 
     def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
         """The output, some columns in full."""
-        if self._columns is None:
-            self._columns = StoredColumns(self.stored[0])
+        x, stored = self.representative(x)
+        if self._columns is None or self.policy.precision.transforms:
+            self._columns = StoredColumns(stored[0])
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
         return stored_down(
             x,

@@ -3,6 +3,8 @@
 `qkv`, `attention_out` and `lm_head` are such layers; `torchlamp.simulation.stored_mlp` has the two of an MLP.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +13,9 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import Transform
+from torchlamp.arithmetic.transforms.chain import change_operands, fit
+from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.kernels.head_bounds import could_win, logit_bounds, max_norm
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
@@ -70,6 +75,48 @@ class StoredWeights:
 
 #: Entries that are recomputed whatever the rule says: from the low pass and its vectors (rows, inputs), bool.
 Always = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def changed_group(
+    x: Tensor,
+    maps: Sequence[Weights],
+    transforms: Sequence[Transform],
+    operand: Operand,
+    moments: Moments | None,
+) -> tuple[Tensor, list[StoredWeights]]:
+    """Inputs and maps of one group in the representative that transforms give, the maps stored.
+
+    A group has one representative, since its maps read the same inputs; it is fitted to all of the call's inputs, or to
+    calibrated statistics of them, and to the weights of all maps. What `center` takes off is added like a bias.
+
+    Parameters
+    ----------
+    x : Tensor
+        float32 (..., inputs).
+    maps : sequence of Weights
+        Linear maps of these inputs.
+    transforms, operand
+        The changes, in the order they are applied, and how the changed weights are stored.
+    moments : Moments, optional
+        Calibrated statistics of the inputs, (1, inputs).
+    """
+    rows = x.reshape(1, -1, x.shape[-1])
+    needs_products = any(transform.needs_products for transform in transforms)
+    left = Moments.of(rows, needs_products) if moments is None else moments
+    weights = [m.matrix.detach()[None] for m in maps]
+    right = functools.reduce(operator.add, (Moments.of(w.mT, needs_products) for w in weights))
+    changes = fit(transforms, left, right, "left")
+    moved, stored = rows, []
+    for own, weight in zip(maps, weights, strict=True):
+        changed = change_operands(changes, rows, weight)
+        bias = own.bias
+        if changed.column_shift is not None:
+            added = changed.column_shift[0, 0]
+            bias = added if bias is None else added + bias.detach()
+        moved = changed.left
+        stored.append(StoredWeights.store(Weights(changed.right[0], bias), operand))
+    return moved.reshape(x.shape), stored
 
 
 @torch.no_grad()
