@@ -96,3 +96,25 @@ def test_it_is_said_once(build, dtype, caplog):
                 pass
     assert len(caplog.records) == 1
     assert "computed in float32" in caplog.text
+
+
+@pytest.mark.parametrize("run", [torchlamp.attach, lambda *given: torchlamp.lookahead(*given).__enter__()])
+def test_what_is_no_module_is_refused_in_words(run):
+    with pytest.raises(TypeError, match="str is no transformers model"):
+        run("gpt2", "ps4+none")
+
+
+def test_full_memory_leaves_the_weights_as_they_were(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).bfloat16()
+    wide, calls = torch.Tensor.float, []
+
+    def until_full(tensor):
+        calls.append(tensor)
+        if len(calls) == 3:
+            raise MemoryError
+        return wide(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", until_full)
+    with pytest.raises(MemoryError):
+        widening.widened(model).__enter__()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -202,7 +202,7 @@ def detach(model: nn.Module) -> None:
 
 def _attached_to(model: nn.Module) -> AttachedPolicy | None:
     """The policy that is attached to a model, if there is one."""
-    context = context_of(model)
+    context = context_of(model) if isinstance(model, nn.Module) else None
     return None if context is None else context.attached
 
 

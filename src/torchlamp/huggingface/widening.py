@@ -18,7 +18,10 @@ class Widening:
     """The tensors that a model had before its weights were widened; `undo` puts these same tensors back."""
 
     def __init__(self, model: nn.Module) -> None:
-        tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+        # What isn't a module is refused, with words, by whoever runs it.
+        tensors: list[Tensor] = (
+            [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        )
         self._narrow = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in _NARROW]
         if self._narrow and type(model).__name__ not in _MENTIONED:
             _MENTIONED.add(type(model).__name__)
@@ -29,8 +32,10 @@ class Widening:
             )
         # A parameter can't take a tensor that inference mode made.
         with torch.inference_mode(False):
-            for tensor, narrow in self._narrow:
-                tensor.data = narrow.float()
+            wide = [narrow.float() for _, narrow in self._narrow]
+            # Nothing of the model is changed before all copies are there: memory may run out.
+            for (tensor, _), copied in zip(self._narrow, wide, strict=True):
+                tensor.data = copied
 
     def undo(self) -> None:
         """Give every parameter and buffer its own tensor back; a second call does nothing."""
