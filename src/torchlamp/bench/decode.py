@@ -21,6 +21,7 @@ from torchlamp.bench.llama_files import LlamaFiles, llama_files
 from torchlamp.bench.off_grid import off_grid
 from torchlamp.bench.turns import Bench, Target, Timing
 from torchlamp.data.text import cut_windows, default_text
+from torchlamp.evaluation.metrics import Comparer, Reference
 from torchlamp.huggingface.prepare import DEFAULT, FAST
 from torchlamp.models.load import load
 from torchlamp.policy.policy import Policy
@@ -111,7 +112,8 @@ def race(made: dict[str, Callable[[], Decoder]], tokens: Tensor, context: int) -
     try:
         for decoder in decoders.values():
             decoder.prefill(tokens[:context])
-        reference = torch.empty(0)
+        comparer = Comparer()
+        reference: Reference | None = None
         for begin in range(0, STEPS, TURN):
             turn = tokens[context + begin : context + min(begin + TURN, STEPS)]
             for label, decoder in decoders.items():
@@ -123,10 +125,11 @@ def race(made: dict[str, Callable[[], Decoder]], tokens: Tensor, context: int) -
                     if number:
                         steps[label].seconds.append(time.perf_counter() - start)
                 # Not between the steps: torch's threads would still be looking for work in the next one.
-                logs = torch.stack(logits).double().log_softmax(-1)
+                rows = torch.stack(logits)
                 if label == REFERENCE:
-                    reference = logs
-                steps[label].kl += (reference.exp() * (reference - logs)).sum(-1).tolist()
+                    reference = comparer.reference(rows, turn)
+                assert reference is not None
+                steps[label].kl += comparer.compare(reference, rows).kl.tolist()
         for label, decoder in decoders.items():
             if isinstance(decoder, PreparedDecoder):
                 steps[label].note = str(decoder.prepared.statistics)

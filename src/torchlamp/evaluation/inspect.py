@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.data.text import check_context
+from torchlamp.evaluation.metrics import Comparer
 from torchlamp.huggingface.lookahead import check_untouched, lookahead
 from torchlamp.huggingface.widening import widened
 from torchlamp.models.quiet import quiet_transformers
@@ -101,13 +102,13 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
                 tested = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         model.train(training)
-    p, q = (logits.double().log_softmax(dim=-1) for logits in (reference, tested))
-    kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).clamp_min(0)
+    comparer = Comparer()
+    kl = comparer.compare(comparer.reference(reference, ids[0]), tested).kl.clamp_min(0)
     return Inspection(
         policy=str(policy),
         tokens=[tokenizer.decode([token]) for token in ids[0].tolist()],
         layers=dict(sorted(recorder.layers.items())),
-        kl=kl.cpu(),
+        kl=kl,
         recompute_rate=statistics.rates["scores"],
     )
 
