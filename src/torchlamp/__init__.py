@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchlamp.results.result import Result
     from torchlamp.rules.rule import Rule
     from torchlamp.simulation.calibration import Calibration
+    from torchlamp.simulation.compose import compose
     from torchlamp.simulation.statistics import Statistics
 
 try:
@@ -43,6 +44,7 @@ _HOMES = {
     "Statistics": "simulation.statistics",
     "attach": "huggingface.lookahead",
     "calibrate": "huggingface.calibrate",
+    "compose": "simulation.compose",
     "detach": "huggingface.lookahead",
     "evaluate": "evaluation.evaluate",
     "load": "models.load",
@@ -66,6 +68,7 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "compose",
     "detach",
     "evaluate",
     "load",
