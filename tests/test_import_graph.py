@@ -113,3 +113,9 @@ def test_all_lists_the_public_names():
     assert dir(torchlamp) == torchlamp.__all__
     with pytest.raises(AttributeError, match="no attribute 'lookahed'"):
         torchlamp.lookahed  # noqa: B018
+
+
+def test_names_of_test_files_are_unique():
+    """There are no packages in tests/, so that two files of one name would be one module to pytest."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
