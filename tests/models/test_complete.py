@@ -67,9 +67,9 @@ def test_a_folder_whose_head_is_tied_is_whole(tmp_path):
     assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
 
 
-@pytest.fixture
-def gguf_file(tmp_path):
-    """A tied Llama in a GGUF file."""
+@pytest.fixture(params=[True])
+def gguf_file(tmp_path, request):
+    """A Llama in a GGUF file, tied unless the parameter is False."""
     tokens = tmp_path / "tokenizer.gguf"
     writer = gguf.GGUFWriter(tokens, "llama")
     writer.add_tokenizer_model("llama")
@@ -82,7 +82,7 @@ def gguf_file(tmp_path):
     writer.close()
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=request.param,
     )  # fmt: skip
     path = tmp_path / "model.gguf"
     write_gguf(LlamaForCausalLM(config).eval(), path, tokens)
@@ -104,13 +104,38 @@ def test_a_gguf_file_with_a_renamed_tensor(gguf_file):
         conversion.convert(gguf_file)
 
 
-def test_a_gguf_file_with_a_cut_tensor_count(gguf_file):
-    content = bytearray(gguf_file.read_bytes())
+def cut_count(path):
+    """Lower the tensor count of a GGUF file by one."""
+    content = bytearray(path.read_bytes())
     count = int.from_bytes(content[8:16], "little")  # after magic and version
     content[8:16] = (count - 1).to_bytes(8, "little")
-    gguf_file.write_bytes(content)
+    path.write_bytes(content)
+
+
+def test_a_gguf_file_with_a_cut_tensor_count(gguf_file):
+    cut_count(gguf_file)
     with pytest.raises(ValueError, match=r"isn't whole: .* missing|can't be loaded"):
         conversion.convert(gguf_file)
+
+
+@pytest.mark.parametrize("gguf_file", [False], indirect=True)
+def test_a_gguf_file_whose_head_falls_off_the_count(gguf_file):
+    assert gguf.GGUFReader(gguf_file).tensors[-1].name == "output.weight"
+    cut_count(gguf_file)  # transformers takes what is left for a tied model, its weights from wrong bytes
+    with pytest.raises(ValueError, match=r"isn't whole: \d+ bytes behind output_norm.weight") as raised:
+        conversion.convert(gguf_file)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("gguf_file", [False, True], indirect=True)
+@pytest.mark.parametrize("padding", [0, 31])
+def test_a_gguf_file_that_is_whole(gguf_file, padding):
+    with gguf_file.open("ab") as file:
+        file.write(bytes(padding))
+    model, _ = conversion.convert(gguf_file)
+    assert model.config.tie_word_embeddings == (
+        "output.weight" not in {tensor.name for tensor in gguf.GGUFReader(gguf_file).tensors}
+    )
 
 
 def test_a_cached_copy_that_lacks_a_weight_is_not_trusted(tmp_path, tiny):

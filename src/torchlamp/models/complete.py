@@ -1,6 +1,7 @@
 """Weights that a checkpoint lacks, has too many of or has in another shape: refused by name, never filled at random."""
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 #: Tensors of GGUF files that hold no weight of a layer: rotary frequencies, which the configuration gives too.
@@ -49,6 +50,33 @@ def unread_tensors(model: Any, names: Collection[str]) -> list[str]:
     kind = TENSOR_PROCESSORS.get(model.config.model_type, TensorProcessor)
     placed = get_gguf_hf_weights_map(model, kind(config=model.config.to_dict()))
     return sorted(set(names) - set(placed) - _NOT_WEIGHTS)
+
+
+def check_extent(gguf: Path, reader: Any) -> None:
+    """Refuse a GGUF file that goes on behind the last tensor of its header.
+
+    A tensor count cut by one moves the start of the data, hence all weights; where the tensor that falls off is an
+    untied `output.weight`, the rest is a whole tied model, and only the bytes left over tell.
+
+    Parameters
+    ----------
+    gguf : Path
+        The file.
+    reader : gguf.GGUFReader
+        Its header, with at least one tensor.
+
+    Raises
+    ------
+    ValueError
+        At least `reader.alignment` bytes, more than padding has, belong to no tensor.
+    """
+    last = max(reader.tensors, key=lambda tensor: int(tensor.data_offset))
+    left = gguf.stat().st_size - int(last.data_offset) - int(last.n_bytes)
+    if left >= reader.alignment:
+        raise ValueError(
+            f"model {str(gguf)!r} isn't whole: {left} bytes behind {last.name}, the last tensor that its header names; "
+            "get a checkpoint that has all weights of its model"
+        )
 
 
 def _names(names: Collection[str]) -> str:

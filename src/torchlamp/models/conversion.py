@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from torchlamp.models.complete import check_complete, unread_tensors
+from torchlamp.models.complete import check_complete, check_extent, unread_tensors
 
 #: Changes when `save` writes something else than before, or `convert` checks more; part of the cache's key.
-FORMAT = 2
+FORMAT = 3
 _TOKENIZER, _TOKENIZER_OPTIONS, _WEIGHTS = "tokenizer.json", "tokenizer_options.json", "model.safetensors"
 
 
@@ -34,6 +34,7 @@ def convert(gguf: Path) -> tuple[Any, Any]:
             )
         unread = unread_tensors(model, {tensor.name for reader in readers for tensor in reader.tensors})
         check_complete(str(gguf), {**report, "unexpected_keys": {*report["unexpected_keys"], *unread}})
+        check_extent(gguf, readers[0])
         with _readable(gguf):
             tokenizer = AutoTokenizer.from_pretrained(**source)
     # The weights are dense by now; the mark of a quantised model would only forbid saving and casting.
