@@ -48,7 +48,7 @@ def evaluate(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A float32 decoder; runs in eval mode, and keeps its mode afterwards.
+        A float32, bfloat16 or float16 decoder; runs in eval mode and float32, and is what it was afterwards.
     windows : Tensor
         int64 (n, length), length >= 2, on any device; `torchlamp.data.text.cut_windows` cuts them from text.
     policy : str or Policy

@@ -24,7 +24,7 @@ def choose_heads(model: Any, windows: Tensor, accumulate: str | Accumulator, rat
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A float32 decoder.
+        A float32, bfloat16 or float16 decoder.
     windows : Tensor
         int64 (n, length): calibration text, which shouldn't be the text that the choice is tested on.
     accumulate : str or Accumulator

@@ -59,7 +59,7 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A float32 decoder.
+        A float32, bfloat16 or float16 decoder.
     tokenizer : transformers tokenizer
         Its own.
     text : str
