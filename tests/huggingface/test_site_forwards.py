@@ -12,7 +12,7 @@ from torch import nn
 import torchlamp
 from torchlamp.huggingface.attached_policy import context_of
 from torchlamp.huggingface.lookahead import lookahead
-from torchlamp.site_names import SITES
+from torchlamp.policy.sites import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
