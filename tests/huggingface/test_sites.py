@@ -116,7 +116,7 @@ def test_selection_behind_the_residual_sum(families, name, site, tokens):
     sites = Sites(model)
     number = 0 if site == "attention_out" or name == "gemma3" else 1
     layer = sites.layers[number]
-    module = getattr(sites, site)(layer)
+    (module,) = sites.modules(SITES[site], layer)
     if name == "gemma3":
         norm = layer.post_attention_layernorm if site == "attention_out" else layer.post_feedforward_layernorm
     elif site == "attention_out":
