@@ -1,8 +1,7 @@
 // Packing of whole matrices, and a low-bit matrix times a few vectors.
 #pragma once
 
-#include "lowbit/products.hpp"
-#include "pool.hpp"
+#include "lowbit/tiles.hpp"
 
 namespace LAMP_ISA {
 
@@ -20,26 +19,42 @@ inline std::ptrdiff_t blocks_together(std::ptrdiff_t blocks) { return std::clamp
 // y[v] = matrix * vector v, for vectors that are quantised already.
 inline void products_of(const lamp::Blocks& matrix, std::ptrdiff_t rows, const Shorts& x, std::ptrdiff_t vectors,
                         float* y, int threads) {
+  if (vectors >= kMany) return tiled_products(matrix, rows, x, vectors, y, threads);
   const std::ptrdiff_t blocks = (rows + kRows - 1) / kRows, together = blocks_together(blocks);
   lamp::parallel(threads, (blocks + together - 1) / together, [&](std::ptrdiff_t item) {
-    alignas(64) float sums[4 * kRows];
-    for (std::ptrdiff_t b = item * together; b < std::min(blocks, (item + 1) * together); ++b)
-      for (std::ptrdiff_t v = 0; v < vectors; v += 4) {
-        const std::ptrdiff_t some = std::min<std::ptrdiff_t>(4, vectors - v);
-        block_dots(matrix, b, x, v, some, sums);
-        for (std::ptrdiff_t i = 0; i < some; ++i)
-          std::copy_n(sums + i * kRows, std::min<std::ptrdiff_t>(kRows, rows - b * kRows),
-                      y + (v + i) * rows + b * kRows);
-      }
+    alignas(64) float sums[kMany * kRows];
+    for (std::ptrdiff_t b = item * together; b < std::min(blocks, (item + 1) * together); ++b) {
+      block_dots(matrix, b, x, 0, vectors, sums);
+      for (std::ptrdiff_t v = 0; v < vectors; ++v)
+        std::copy_n(sums + v * kRows, std::min<std::ptrdiff_t>(kRows, rows - b * kRows), y + v * rows + b * kRows);
+    }
   });
 }
 
+// Vectors of `columns` numbers as 16-bit integers.
+inline void set_shorts(Shorts& shorts, const float* x, std::ptrdiff_t stride, std::ptrdiff_t vectors,
+                       std::ptrdiff_t columns, int threads) {
+  constexpr std::ptrdiff_t kWorthwhile = 1 << 14;  // numbers
+  const std::ptrdiff_t some = std::max<std::ptrdiff_t>(1, kWorthwhile / std::max<std::ptrdiff_t>(1, columns));
+  shorts.reserve(vectors, columns);
+  lamp::parallel(threads, (vectors + some - 1) / some, [&](std::ptrdiff_t item) {
+    for (std::ptrdiff_t v = item * some; v < std::min(vectors, (item + 1) * some); ++v)
+      shorts.set(v, x + v * stride, columns);
+  });
+}
+
+// Vectors whose integers are held at a time: those of a prompt of any length stay in the second cache.
+constexpr std::ptrdiff_t kVectorsOfPass = 4 * kVectorsTogether;
+
 inline void lowbit_products(const lamp::LowBitProducts& p) {
-  if (p.rows == 0 || p.vectors == 0) return;
-  thread_local Shorts x;
-  x.reserve(p.vectors, p.columns);
-  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) x.set(v, p.x + v * p.columns, p.columns);
-  products_of(p.matrix, p.rows, x, p.vectors, p.y, p.threads);
+  if (p.rows == 0) return;
+  thread_local Shorts own;
+  Shorts& x = own;
+  for (std::ptrdiff_t v = 0; v < p.vectors; v += kVectorsOfPass) {
+    const std::ptrdiff_t some = std::min(kVectorsOfPass, p.vectors - v);
+    set_shorts(x, p.x + v * p.columns, p.columns, some, p.columns, p.threads);
+    products_of(p.matrix, p.rows, x, some, p.y + v * p.rows, p.threads);
+  }
 }
 
 }  // namespace LAMP_ISA
