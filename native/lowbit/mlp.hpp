@@ -44,7 +44,7 @@ inline float activate_one(lamp::Activation kind, float a) {
 }
 
 struct MlpWork {
-  Shorts x, hidden;
+  Vectors x, hidden;
   std::vector<float> h, weight, squares, sizes, norms, partial;
   std::vector<std::int32_t> read;  // columns of down that are read in full, by item and vector
   std::vector<std::int64_t> selected;
@@ -56,14 +56,14 @@ inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, std::ptrdiff_t first, 
                     std::ptrdiff_t some, float* squares) {
   alignas(64) static thread_local float sums[kVectorsTogether * 2 * kRows];
   const std::ptrdiff_t padded = (p.neurons + kRows - 1) / kRows * kRows;
-  const bool many = some >= kMany;
+  const bool many = w.x.count >= kMany;
   const std::ptrdiff_t stride = many ? 2 * kRows : kRows, to_up = many ? kRows : some * kRows;
   for (std::ptrdiff_t b = first; b < last; ++b) {
     if (many) {
-      strip_dots({{&p.gate, &p.up}, {b, b}, 2}, w.x, v0, some, sums);
+      strip_dots({{&p.gate, &p.up}, {b, b}, 2}, w.x.tiles, v0, some, sums);
     } else {
-      block_dots(p.gate, b, w.x, v0, some, sums);
-      block_dots(p.up, b, w.x, v0, some, sums + to_up);
+      block_dots(p.gate, b, w.x.shorts, v0, some, sums);
+      block_dots(p.up, b, w.x.shorts, v0, some, sums + to_up);
     }
     for (std::ptrdiff_t i = 0; i < some; ++i) {
       const float *gate = sums + i * stride, *up = gate + to_up;
@@ -147,14 +147,14 @@ inline void mlp_pass(const lamp::LowBitMlp& p, MlpWork& w) {
       f(item % parts.items, first, std::min(kVectorsTogether, p.vectors - first));
     });
   };
-  set_shorts(w.x, p.x, p.columns, p.vectors, p.columns, p.threads);
+  w.x.set(p.x, p.columns, p.vectors, p.columns, p.threads);
   w.h.resize(static_cast<std::size_t>(p.vectors * padded));
   w.weight.resize(w.h.size());
   w.squares.assign(static_cast<std::size_t>(parts.items * p.vectors), 0.0f);
   w.norms.resize(static_cast<std::size_t>(p.vectors));
   for (std::ptrdiff_t v = 0; v < p.vectors; ++v)
     w.norms[static_cast<std::size_t>(v)] =
-        w.x.norms(v, p.x + v * p.columns, p.columns).norm / std::sqrt(static_cast<float>(p.columns));
+        w.x.shorts.norms(v, p.x + v * p.columns, p.columns).norm / std::sqrt(static_cast<float>(p.columns));
   everywhere([&](std::ptrdiff_t part, std::ptrdiff_t first, std::ptrdiff_t some) {
     mlp_low(p, w, part * parts.together, std::min(parts.blocks, (part + 1) * parts.together), first, some,
             w.squares.data() + part * p.vectors);
@@ -177,8 +177,8 @@ inline void mlp_pass(const lamp::LowBitMlp& p, MlpWork& w) {
       }
     });
   }
-  set_shorts(w.hidden, w.h.data(), padded, p.vectors, p.neurons, p.threads);
-  products_of(p.down, p.outputs, w.hidden, p.vectors, p.y, p.threads);
+  w.hidden.set(w.h.data(), padded, p.vectors, p.neurons, p.threads);
+  products_of(p.down, p.outputs, w.hidden, p.y, p.threads);
   for (std::ptrdiff_t at = 0; looks && at < parts.items * p.vectors; ++at) {
     p.selected[0] += w.selected[static_cast<std::size_t>(at)];
     const std::int32_t read = w.read[static_cast<std::size_t>(at)];

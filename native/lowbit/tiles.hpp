@@ -3,6 +3,8 @@
 // as `block_dot` does, in the same order: the results are those of one vector at a time, bit for bit.
 #pragma once
 
+#include <utility>
+
 #include "lowbit/products.hpp"
 #include "pool.hpp"
 
@@ -17,6 +19,30 @@ constexpr std::ptrdiff_t kPanelShorts = kPanelGroups * (kGroup / 2) * kPairShort
 constexpr std::ptrdiff_t kMany = 5;
 // Vectors whose sums are formed before the panel moves on.
 constexpr std::ptrdiff_t kVectorsTogether = 128;
+
+// Vectors in tiles: pairs of their integers [tile][group][pair][vector of the tile], scales [tile][group][vector].
+constexpr std::ptrdiff_t kTilePairs = kGroup / 2 * kTileVectors;  // of a group
+struct Tiles {
+  std::vector<std::int32_t> pairs;
+  std::vector<float> scales;
+  std::ptrdiff_t groups = 0;
+
+  void reserve(std::ptrdiff_t vectors, std::ptrdiff_t groups_) {
+    groups = groups_;
+    const std::ptrdiff_t tiles = (vectors + kTileVectors - 1) / kTileVectors;
+    pairs.resize(static_cast<std::size_t>(tiles * groups * kTilePairs));
+    scales.resize(static_cast<std::size_t>(tiles * groups * kTileVectors));
+  }
+  void set(std::ptrdiff_t vector, const Shorts& x) {
+    const std::ptrdiff_t tile = vector / kTileVectors, lane = vector % kTileVectors;
+    std::int32_t* to = pairs.data() + tile * groups * kTilePairs + lane;
+    const std::int16_t* from = x.at(vector);
+    for (std::ptrdiff_t pair = 0; pair < groups * kGroup / 2; ++pair, to += kTileVectors)
+      std::memcpy(to, from + 2 * pair, sizeof *to);
+    for (std::ptrdiff_t g = 0; g < groups; ++g)
+      scales[static_cast<std::size_t>((tile * groups + g) * kTileVectors + lane)] = x.scale(vector)[g];
+  }
+};
 
 // Blocks of one or two matrices of the same size, sixteen rows each: what a tile multiplies.
 struct Strip {
@@ -34,40 +60,40 @@ inline void unpack_panel(const std::uint8_t* codes, std::ptrdiff_t pairs, std::i
   }
 }
 
-// sums[v][block][row] += panel * vector v, over the groups of the panel, which begins at rows[block]; `stride` from a
-// vector's sums to the next's.
+// f.operator()<0>() ... f.operator()<n - 1>(), written out one after the other: sums in arrays become registers.
+template <int n, class F>
+[[gnu::always_inline]] inline void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f.template operator()<I>(), ...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+// sums[v][block][row] += panel * vector v of a tile, over the groups of the panel, which begins at rows[block]; `stride`
+// from a vector's sums to the next's.
 template <int Blocks, int Vectors>
 LAMP_OWN_FUNCTION inline void panel_dot(const std::int16_t* const* rows, const std::uint16_t* const* scales,
-                      std::ptrdiff_t groups, const std::int16_t* const* x, const float* const* x_scale, float* sums,
+                      std::ptrdiff_t groups, const std::int32_t* x, const float* x_scale, float* sums,
                       std::ptrdiff_t stride) {
   const std::int16_t *first = rows[0], *second = rows[Blocks - 1];
-  for (std::ptrdiff_t g = 0; g < groups; ++g) {
+  for (std::ptrdiff_t g = 0; g < groups; ++g, x_scale += kTileVectors) {
     vsums integers[Vectors * Blocks];
-    for (auto& s : integers) s = sums_zero();
-    for (int pair = 0; pair < kGroup / 2; ++pair, first += kPairShorts, second += kPairShorts) {
+    unrolled<Vectors * Blocks>([&]<int i>() __attribute__((always_inline)) { integers[i] = sums_zero(); });
+    for (int pair = 0; pair < kGroup / 2; ++pair, first += kPairShorts, second += kPairShorts, x += kTileVectors) {
       vpairs columns[Blocks];
       columns[0] = load_pairs(first);
       if constexpr (Blocks == 2) columns[1] = load_pairs(second);
-      for (int v = 0; v < Vectors; ++v) {
-        std::int32_t both;
-        std::memcpy(&both, x[v] + g * kGroup + 2 * pair, sizeof both);
-        for (int b = 0; b < Blocks; ++b) {
-          vsums& s = integers[v * Blocks + b];
-          s = multiply_add(columns[b], both, s);
-          pin(s);
-        }
-      }
+      unrolled<Vectors * Blocks>([&]<int i>() __attribute__((always_inline)) {
+        integers[i] = multiply_add(columns[i % Blocks], x[i / Blocks], integers[i]);
+        pin(integers[i]);
+      });
     }
-    for (int b = 0; b < Blocks; ++b) {
-      const vrows scale = load_scales(scales[b] + g * kRows);
-      for (int v = 0; v < Vectors; ++v) {
-        const vrows sum = to_rows(integers[v * Blocks + b]);
-        const vf own = set1(x_scale[v][g]);
-        float* to = sums + v * stride + b * kRows;
-        for (int i = 0; i < kRowVectors; ++i, to += vf::width)
-          store(to, fma(sum.v[i], scale.v[i] * own, load(to)));
-      }
-    }
+    unrolled<Vectors * Blocks>([&]<int i>() __attribute__((always_inline)) {
+      constexpr int kVector = i / Blocks, kBlock = i % Blocks;
+      const vrows scale = load_scales(scales[kBlock] + g * kRows), sum = to_rows(integers[i]);
+      const vf own = set1(x_scale[kVector]);
+      float* to = sums + kVector * stride + kBlock * kRows;
+      for (int k = 0; k < kRowVectors; ++k, to += vf::width) store(to, fma(sum.v[k], scale.v[k] * own, load(to)));
+    });
   }
 }
 
@@ -91,23 +117,18 @@ struct Panel {
 
 // Blocks of a panel from `block` on times vectors, tile after tile.
 template <int Blocks>
-inline void panel_dots(const Panel& panel, int block, const Shorts& x, std::ptrdiff_t first, std::ptrdiff_t vectors,
+inline void panel_dots(const Panel& panel, int block, const Tiles& x, std::ptrdiff_t first, std::ptrdiff_t vectors,
                        float* sums, std::ptrdiff_t stride) {
   for (std::ptrdiff_t v = 0; v < vectors; v += kTileVectors)
     with_count<kTileVectors>(std::min<std::ptrdiff_t>(kTileVectors, vectors - v), [&]<int Vectors>() {
-      const std::int16_t* at[Vectors];
-      const float* scale[Vectors];
-      for (int i = 0; i < Vectors; ++i) {
-        at[i] = x.at(first + v + i) + panel.group * kGroup;
-        scale[i] = x.scale(first + v + i) + panel.group;
-      }
-      panel_dot<Blocks, Vectors>(panel.rows + block, panel.scales + block, panel.groups, at, scale,
-                                 sums + v * stride + block * kRows, stride);
+      const std::ptrdiff_t at = (first + v) / kTileVectors * x.groups + panel.group;
+      panel_dot<Blocks, Vectors>(panel.rows + block, panel.scales + block, panel.groups, x.pairs.data() + at * kTilePairs,
+                                 x.scales.data() + at * kTileVectors, sums + v * stride + block * kRows, stride);
     });
 }
 
-// sums[v][block of the strip][row] = rows of the strip * vector first + v.
-inline void strip_dots(const Strip& strip, const Shorts& x, std::ptrdiff_t first, std::ptrdiff_t vectors, float* sums) {
+// sums[v][block of the strip][row] = rows of the strip * vector first + v; `first` begins a tile.
+inline void strip_dots(const Strip& strip, const Tiles& x, std::ptrdiff_t first, std::ptrdiff_t vectors, float* sums) {
   alignas(64) static thread_local std::int16_t codes[2][kPanelShorts];
   const std::ptrdiff_t all = x.groups, stride = strip.count * kRows;
   std::fill_n(sums, vectors * stride, 0.0f);
@@ -138,7 +159,7 @@ inline void strip_dots(const Strip& strip, const Shorts& x, std::ptrdiff_t first
 
 // y[v] = matrix * vector v, for vectors that are quantised already: the rows of a pair of blocks and some vectors are
 // an item of work.
-inline void tiled_products(const lamp::Blocks& matrix, std::ptrdiff_t rows, const Shorts& x, std::ptrdiff_t vectors,
+inline void tiled_products(const lamp::Blocks& matrix, std::ptrdiff_t rows, const Tiles& x, std::ptrdiff_t vectors,
                            float* y, int threads) {
   const std::ptrdiff_t blocks = (rows + kRows - 1) / kRows, strips = (blocks + 1) / 2;
   const std::ptrdiff_t chunks = (vectors + kVectorsTogether - 1) / kVectorsTogether;

@@ -79,7 +79,9 @@ inline vpairs nibbles_less_8(const std::uint8_t* p) {
 inline vpairs join(vpairs high, vpairs low) { return {_mm512_or_si512(_mm512_slli_epi16(high.v, 4), low.v)}; }
 inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {
 #if defined(__AVX512VNNI__)
-  return {_mm512_dpwssd_epi32(c.v, a.v, _mm512_set1_epi32(pair))};
+  // As assembly, since GCC copies every sum before and after the intrinsic, which costs a quarter of the time.
+  asm("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(_mm512_set1_epi32(pair)));
+  return c;
 #else
   return {_mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, _mm512_set1_epi32(pair)))};
 #endif
