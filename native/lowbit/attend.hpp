@@ -53,12 +53,12 @@ inline void prepare(const lamp::Attend& p, DecodeWork& work) {
       x = work.rotated.data();
     }
     work.shorts.set(r, x, store.size);
-    row.error_scale = std::fabs(p.scaling) * work.shorts.norm / root;
+    row.error_scale = std::fabs(p.scaling) * work.shorts.norms(r, x, store.size).norm / root;
     row.offset = store.mean ? full_dot(store.mean_of(kv), row.q, store.size) * p.scaling : 0.0f;
   }
 }
 
-// A row from the full copies alone, for the rare one whose low-bit scores misled.
+// A row from the full copies alone: for the rare row in which recomputation raises a logit by too much.
 inline void attend_in_full(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t r, float* out) {
   const QueryRow& row = work.rows[static_cast<std::size_t>(r)];
   const std::ptrdiff_t kv = r / work.per_head;
