@@ -13,6 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from torchlamp.huggingface.decode_layer import NativeLayer, norm_formula
+from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache
 from torchlamp.huggingface.masks import seen_keys
 from torchlamp.huggingface.plain_modules import PlainModules
@@ -33,9 +34,12 @@ class StepDecode(Forward):
         layers: Sequence[NativeLayer],
         forwards: Mapping[nn.Module, Forward],
         statistics: Statistics,
+        weights: FileWeights | None = None,
     ) -> None:
         super().__init__(decoder)
         self.layers, self.statistics = list(layers), statistics
+        #: Where the model's own weights stay in their file: let go after whatever isn't a step.
+        self.weights = weights
         model: Any = decoder
         called = (model.embed_tokens, model.rotary_emb)
         self.inside = PlainModules(decoder, forwards, called=called, captures=False)
@@ -78,7 +82,7 @@ class StepDecode(Forward):
                 return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
             # The embedding's hooks have run: its output goes on.
             input_ids, inputs_embeds = None, x
-        return self.original(
+        output = self.original(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -87,6 +91,9 @@ class StepDecode(Forward):
             use_cache=use_cache,
             **kwargs,
         )
+        if self.weights is not None:
+            self.weights.settle()
+        return output
 
     def _is_step(self, cache: LookaheadCache, mask: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether nobody could tell that the layers' modules don't run, and the cache takes one more token as it is."""
@@ -177,6 +184,7 @@ class StepDecode(Forward):
             part.appended(flags)
             record("scores", layer.number, scores, keys * layer.heads)
             record("values", layer.number, values, keys * layer.kv_heads)
+            layer.mlp.note_rows(2 * neurons)
             record("mlp_up", layer.number, neurons, batch * layer.mlp.mlp.gate.rows)
             record("mlp_down", layer.number, columns, batch * layer.mlp.mlp.gate.rows)
             now = y
