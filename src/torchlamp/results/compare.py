@@ -59,7 +59,9 @@ def check_comparable(base: Result, other: Result) -> None:
     """ValueError, with the reason, if the two runs can't be paired."""
     for one in (base, other):
         if not one.kl_by_window:
-            raise ValueError(f"{one.policy}: the result has no KL by window; evaluate it anew with this version")
+            raise ValueError(
+                f"{one.policy}: the result has no KL by window; evaluate it anew with this version"
+            )
     if base.tokens_sha256 != other.tokens_sha256 or base.windows != other.windows:
         raise ValueError(
             f"{other.policy} and {base.policy} ran on different tokens ({_windows(other)}, {_windows(base)}): evaluate "
@@ -106,7 +108,9 @@ def _discordant(base: Result, other: Result) -> tuple[int, int] | None:
         return None
     only_base = only_other = 0
     for first, second in zip(base.flip_bits_by_window, other.flip_bits_by_window, strict=True):
-        pairs = zip(unpack_bits(first, base.window_length), unpack_bits(second, base.window_length), strict=True)
+        pairs = zip(
+            unpack_bits(first, base.window_length), unpack_bits(second, base.window_length), strict=True
+        )
         for a, b in pairs:
             only_base += a and not b
             only_other += b and not a

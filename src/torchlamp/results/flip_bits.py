@@ -6,7 +6,9 @@ from collections.abc import Sequence
 def pack_bits(bits: Sequence[bool]) -> str:
     """Two digits for each 8 bits, the first bit the highest; the last byte is filled with zeros."""
     padded = [*bits, *[False] * (-len(bits) % 8)]
-    return "".join(f"{sum(int(padded[at + i]) << (7 - i) for i in range(8)):02x}" for at in range(0, len(padded), 8))
+    return "".join(
+        f"{sum(int(padded[at + i]) << (7 - i) for i in range(8)):02x}" for at in range(0, len(padded), 8)
+    )
 
 
 def unpack_bits(digits: str, length: int) -> list[bool]:
