@@ -87,7 +87,7 @@ class Result:
     #: Which tokens of each window flip: a bit a token, the first one the highest bit of the first byte, in
     #: hexadecimal digits. `torchlamp.results.compare` reads them.
     flip_bits_by_window: list[str] = field(default_factory=list)
-    #: Length of the model's vectors: "head", "hidden", "mlp". Empty in results older than this figure.
+    #: Length of the model's vectors: "head", "hidden", "mlp", and "attention" (all heads'). Empty in older results.
     sizes: dict[str, int] = field(default_factory=dict)
     #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.
     calibration: str | None = None

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.plain_table import PlainTable
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.blocks import count_blocks
-from torchlamp.site_names import SITES
 
 
 @dataclass
