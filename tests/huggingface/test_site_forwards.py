@@ -146,7 +146,7 @@ class TestRefused:
 
         model.model.layers[1].mlp.up_proj = Adapted(32, 48)
         with pytest.raises(
-            ValueError, match=r"model.layers.1.mlp.up_proj is a Adapted: only torch.nn.Linear"
+            ValueError, match=r"model.layers.1.mlp.up_proj is a \w+\.Adapted: only torch.nn.Linear"
         ):
             lookahead(model, "mlp_up=ps4+none").__enter__()
 
