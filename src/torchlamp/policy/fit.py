@@ -66,6 +66,11 @@ def check_precision(site: str, precision: Precision) -> None:
             f"operand '{precision.operand}' can't be used at the site {site}, which has no product of two operands; "
             f"it fits {', '.join(_PRODUCTS)}"
         )
+    if precision.sums.fuse is not None and site not in _PRODUCTS:
+        raise ValueError(
+            f"accumulator '{precision.sums}' can't be used at the site {site}, where nothing is multiplied: a unit sums "
+            f"products; it fits {', '.join(_PRODUCTS)}"
+        )
     if precision.transforms and site not in _CHANGED:
         raise ValueError(
             f"transform '{precision.transforms[0]}' can't be used at the site {site}; it fits {', '.join(_CHANGED)}"
