@@ -89,7 +89,7 @@ def fused_attention(
     """
     served = (mask is None or (mask.shape[1] == 1 and not causal)) and not (
         weight == "relaxed" and sinks is not None
-    )
+    ) and accumulation.fuse is None
     optional = (exact_query, exact_key, shift, row_error, key_error)
     native = native_for(query, key, value, mask, sinks, *optional) if served else None
     if native is None:

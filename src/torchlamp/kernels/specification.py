@@ -133,11 +133,8 @@ _LONGEST = 2**31 - 1
 
 
 def accumulation_numbers(accumulation: Accumulation) -> tuple[int | bool, ...]:
-    """An accumulation as the native kernels are told it; a unit of length 0 is none."""
-    g, fuse = accumulation.grid, accumulation.fuse
-    unit = (0, 1, False, 0, 0, 0) if fuse is None else (
-        fuse.length, fuse.bits, fuse.nearest, *fuse.floors, fuse.zero_exponent(g)
-    )  # fmt: skip
+    """An accumulation as the native kernels are told it."""
+    g = accumulation.grid
     return (
         g.mantissa_bits,
         g.min_exponent,
@@ -150,5 +147,4 @@ def accumulation_numbers(accumulation: Accumulation) -> tuple[int | bool, ...]:
         accumulation.fused,
         min(accumulation.block, _LONGEST),
         min(accumulation.promote, _LONGEST),
-        *unit,
     )
