@@ -92,7 +92,9 @@ class Accumulator:
                 f"accumulator {spelling!r}: /blockB and /promoteB exclude each other, use only one of them"
             )
         if fuse is not None and (not fused or "block" in counts):
-            raise ValueError(f"accumulator {spelling!r}: a unit's sum, /fuseL/F, takes no option but /promoteB")
+            raise ValueError(
+                f"accumulator {spelling!r}: a unit's sum, /fuseL/F, takes no option but /promoteB"
+            )
         return cls(Format.parse(name), fused, counts.get("block", 1), counts.get("promote", 0), fuse)
 
     @classmethod

@@ -77,7 +77,9 @@ def matmul(
         raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
     check_no_gradient("matmul", a, b)
     a, b = a.detach(), b.detach()
-    chosen = chosen.taking(*(stored if operands is not None else (held(chosen.name, a), held(chosen.name, b))))
+    chosen = chosen.taking(
+        *(stored if operands is not None else (held(chosen.name, a), held(chosen.name, b)))
+    )
     left = a.unsqueeze(0) if a.dim() == 1 else a
     right = b.unsqueeze(1) if b.dim() == 1 else b
     if left.dim() == 0 or right.dim() == 0 or left.shape[-1] != right.shape[-2]:

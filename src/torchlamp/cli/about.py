@@ -70,6 +70,7 @@ def formats() -> None:
     from torchlamp.arithmetic.formats import NAMED, Format
     from torchlamp.arithmetic.operands import BLOCKS, Operand
     from torchlamp.arithmetic.transforms import TRANSFORMS
+    from torchlamp.arithmetic.units import UNITS
 
     print("formats        bits  largest      smallest normal  unit roundoff")
     for name in ("ps1", "ps4", "ps23", *NAMED, "e5m2"):
@@ -79,9 +80,10 @@ def formats() -> None:
             f"2^-{format.grid.mantissa_bits + 1}"
         )
     print("  and ps1..ps23, eXmY, ueXmY (X 2..8, Y 1..23), with -sat and -flush")
-    print("accumulators: a format, also with /unfused, /blockB or /promoteB; and by name")
+    print("accumulators: a format, also with /unfused, /blockB, /promoteB or /fuseL/F; and by name")
     for name, spelling in accumulators.NAMED.items():
-        print(f"  {name:12} {spelling}")
+        takes = f"  takes {', '.join(UNITS[name].lengths)}" if name in UNITS else ""
+        print(f"  {name:14} {spelling:15}{takes}")
     print("operands       bits  element, and the numbers that share a scale")
     for name in (*_OPERANDS, *BLOCKS):
         operand = Operand.parse(name)
@@ -91,4 +93,4 @@ def formats() -> None:
     for name, transform in TRANSFORMS.items():
         print(f"  {name:12} {transform.summary}")
     print("A policy spells them site=[operand@]accumulator[.transform...][+rule], for example")
-    print("'ps4.center.sort+strict:0.1' or 'mlp_up=mxfp4@ps13/promote128'.")
+    print("'ps4.center.sort+strict:0.1' or 'mlp_up=mxfp4@hopper-fp8+output:0.01'.")

@@ -66,7 +66,9 @@ def _exponent(x: Tensor, floor: int, zero: int | None) -> Tensor:
     """max(floor(log2 |x|), floor) of float64 numbers, float64; `zero` (None: far below all) for zeros."""
     _, exponent = torch.frexp(x)
     known = (exponent - 1).clamp_min(floor).double()
-    return known.masked_fill(~x.isfinite(), float(floor)).masked_fill(x == 0, -4096.0 if zero is None else zero)
+    return known.masked_fill(~x.isfinite(), float(floor)).masked_fill(
+        x == 0, -4096.0 if zero is None else zero
+    )
 
 
 def _rounded(x: Tensor, grid: Grid, nearest: bool) -> Tensor:

@@ -81,7 +81,9 @@ class Fuse:
 
     def __post_init__(self) -> None:
         if not 1 <= self.length <= 1024 or not 1 <= self.bits <= 40:
-            raise ValueError(f"fuse{self.length}/{self.bits}: allowed are 1 to 1024 products and 1 to 40 bits")
+            raise ValueError(
+                f"fuse{self.length}/{self.bits}: allowed are 1 to 1024 products and 1 to 40 bits"
+            )
 
     def zero_exponent(self, grid: Grid) -> int:
         """The exponent of a zero term: five to seven below the smallest normal exponent, by the unit's bits."""
