@@ -227,7 +227,8 @@ def test_no_units(spelling):
 
 @pytest.mark.parametrize(
     ("spelling", "canonical"),
-    [("fp32/fuse16/25", "fuse16/25"), ("fuse4/23", "fuse4/23"), (" PS13/Fuse32/13/Promote64 ", "ps13/fuse32/13/promote64"),
+    [("fp32/fuse16/25", "fuse16/25"), ("fuse4/23", "fuse4/23"),
+     (" PS13/Fuse32/13/Promote64 ", "ps13/fuse32/13/promote64"),
      ("ps13/promote64/fuse32/13", "ps13/fuse32/13/promote64"), ("hopper-fp8/promote128", "hopper-fp8/promote128"),
      ("fp16/fuse16/25/nearest", "fp16/fuse16/25/nearest")],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Accumulators by name: a format and the way in which sums are formed in it."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 
@@ -113,7 +114,7 @@ class Accumulator:
         return replace(known, name=name)
 
     def taking(self, left: Operand, right: Operand) -> "Accumulator":
-        """This accumulator for operands that are stored so: what a unit sums at a time depends on them.
+        """The same for operands that are stored so: what a unit sums at a time depends on them.
 
         Raises
         ------
@@ -150,7 +151,7 @@ class Accumulator:
 
     @property
     def unit_roundoff(self) -> float:
-        """u of the expected error (u / 2) sqrt(sum of squares of the accumulator after each rounding).
+        """U of the expected error (u / 2) sqrt(sum of squares of the accumulator after each rounding).
 
         Half the spacing of the format at 1. A unit truncates L products and its accumulator to multiples of
         q = 2^(E - F): at random their errors have the root mean square q sqrt((L + 1) / 3), about
@@ -158,12 +159,13 @@ class Accumulator:
         """
         if self.fuse is None:
             return self.format.unit_roundoff
-        return max(2.0**-self.fuse.bits * (self.fuse.length + 1) ** 0.5, 2 * self.format.unit_roundoff)
+        terms = math.sqrt(self.fuse.length + 1)
+        return max(2.0**-self.fuse.bits * terms, 2 * self.format.unit_roundoff)
 
     @property
     def unit_roundoff_of_a_product(self) -> float:
         """The same where a rounding is counted for each product, as if sums were strict."""
-        return self.unit_roundoff / (1 if self.fuse is None else self.fuse.length) ** 0.5
+        return self.unit_roundoff / math.sqrt(1 if self.fuse is None else self.fuse.length)
 
 
 def _options(options: list[str], spelling: str) -> tuple[bool, dict[str, int]]:

@@ -13,8 +13,8 @@ from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.rounding import check_no_gradient, check_tensor
 from torchlamp.arithmetic.transforms import Transform, in_order
-from torchlamp.arithmetic.units import held
 from torchlamp.arithmetic.transforms.chain import transformed
+from torchlamp.arithmetic.units import held
 from torchlamp.kernels.products import products
 
 Operands = str | Operand | tuple[str | Operand, str | Operand]

@@ -29,7 +29,7 @@ class Unit:
 
 def _unit(spelling: str, *formats: str, **lengths: int) -> Unit:
     length = int(spelling.partition("fuse")[2].partition("/")[0])
-    return Unit(spelling, {name: length for name in formats} | lengths)
+    return Unit(spelling, dict.fromkeys(formats, length) | lengths)
 
 
 _FP8 = ("e4m3fn", "e5m2")

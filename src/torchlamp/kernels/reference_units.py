@@ -22,6 +22,8 @@ def unit_chain(left: Tensor, right: Tensor, grid: Grid, fuse: Fuse, start: int, 
         float64 (..., rows, K, 1) and (..., 1, K, columns), float32 numbers.
     grid, fuse
         What sums are rounded to, and the unit.
+    start, stop
+        The range of k.
 
     Returns
     -------

@@ -171,8 +171,8 @@ def _unknown(name: str, spelling: str, what: str) -> ValueError:
     where = "" if spelling.strip() == name else f" in {spelling.strip()!r}"
     return ValueError(
         f"{name!r}{where} is {what}: {hint}accumulators are ps1..ps23, {', '.join(NAMED)}, eXmY, ueXmY, with "
-        f"options such as /block32, units as fuse16/25, and {', '.join(accumulators.NAMED)}; operands float32, int2..int16 (or with "
-        "/G, /row, /tensor), these formats (as they "
+        f"options such as /block32, units as fuse16/25, and {', '.join(accumulators.NAMED)}; operands float32, "
+        "int2..int16 (or with /G, /row, /tensor), these formats (as they "
         f"are, or with /row, /tensor), {', '.join(BLOCKS)}"
     )
 
