@@ -59,20 +59,20 @@ def stream(build: LayerBuild, site: Site) -> None:
 def activation(build: LayerBuild, site: Site) -> None:
     """Up projection, and gate if there is one, into the activation; a number counts as the down projection reads it."""
     group = LinearGroup(build.attached, site.name, build.number, build.policies[site.name])
+    build.install(site, group)
     down = build.sites.weights(_down(build, site)).matrix.detach()
     look = gated if build.sites.is_gated(build.module) else activated
     group.next_function = look(build.sites.activation(build.module), down.norm(dim=1))
-    build.install(site, group)
 
 
 def neurons(build: LayerBuild, site: Site) -> None:
     """The same of stored weights: a rule picks neurons, whose rows are read in full."""
     group = StoredNeurons(build.attached, site.name, build.number, build.policies[site.name])
+    build.install(site, group)
     group.phi = build.sites.activation(build.module)
     group.gated, group.down = build.sites.is_gated(build.module), _down(build, site)
     policy = build.policies.get(site.partner or "")
     group.size = build.size if policy is not None and policy.precision.is_stored else None
-    build.install(site, group)
 
 
 def columns(build: LayerBuild, site: Site) -> None:
