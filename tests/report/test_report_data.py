@@ -177,3 +177,10 @@ def test_one_name_for_two_texts_is_refused(results, tmp_path):
     lines = [line(results, "ps3+none"), line(results, "ps3+strict:0.1", result=other)]
     with pytest.raises(ValueError, match="different tokens"):
         read_report_data([folder_of(tmp_path, lines)])
+
+
+@pytest.mark.parametrize("layers", ["<img src=x>", ["<img src=x>"], [True], {"a": 1}, 3])
+def test_layers_are_numbers(results, tmp_path, layers):
+    lines = [line(results, "ps3+none", layers=layers)]
+    with pytest.raises(ValueError, match="a list of layer numbers is expected, or null"):
+        read_report_data([folder_of(tmp_path, lines)])

@@ -122,3 +122,12 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "b.jsonl").mkdir()
     with pytest.raises(OSError, match=r"can't read .*: Is a directory"):
         Journal(tmp_path / "b.jsonl", "test/1").read()
+
+
+def test_lines_that_were_read_are_not_parsed_again(journal, monkeypatch):
+    data = journal.path.read_bytes()
+    journal.path.write_bytes(data + b"{")
+    lines = journal.lines()
+    monkeypatch.setattr("torchlamp.results.journal.read_lines", lambda *_: pytest.fail("parsed again"))
+    assert journal.recover(lines) == whole(RECORDS)
+    assert journal.path.read_bytes() == data

@@ -119,9 +119,13 @@ def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _layers(point: dict[str, Any]) -> str:
-    """The numbers of the layers that ran under the policy, or "all"."""
+    """The numbers of the layers that ran under the policy, or "all". ValueError for anything else."""
     layers = point.get("layers")
-    return "all" if layers is None else ", ".join(str(layer) for layer in layers)
+    if layers is None:
+        return "all"
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"a point's layers are {layers!r}: a list of layer numbers is expected, or null")
+    return ", ".join(map(str, layers))
 
 
 def _row(result: Result) -> dict[str, Any]:

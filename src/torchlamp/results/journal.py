@@ -96,17 +96,22 @@ class Journal:
         ValueError
             A line is of another version, or is broken and not the last one.
         """
-        return self._lines().records
+        return self.lines().records
 
-    def recover(self) -> list[dict[str, Any]]:
+    def recover(self, lines: Lines | None = None) -> list[dict[str, Any]]:
         """All whole records; a torn last line is moved to a file of its own, with a warning.
+
+        Parameters
+        ----------
+        lines : Lines, optional
+            What `lines` returned, if the file was read already and nobody has written to it since.
 
         Raises
         ------
         OSError, ValueError
             As for `read`; then nothing was changed.
         """
-        lines = self._lines()
+        lines = self.lines() if lines is None else lines
         if lines.torn:
             aside = free_name(self.path.with_suffix(".torn"))
             logger.warning(
@@ -158,8 +163,8 @@ class Journal:
                 "the same command continues from there"
             ) from error
 
-    def _lines(self) -> Lines:
-        """The file's lines; none if there is no file yet."""
+    def lines(self) -> Lines:
+        """The file's lines; none if there is no file yet. Raises as `read`, and changes nothing."""
         try:
             return read_lines(self.path, self.schema)
         except FileNotFoundError:

@@ -26,7 +26,8 @@ class Outcome:
     result: dict[str, Any] | None
     error: str | None
     seconds: float
-    #: The calibration that was made for it, if one was: "key", "calibration", "policy", "rate", "passes".
+    #: The calibration that was made for it, if one was: "key", "calibration", "policy", "rate", "tries" (thresholds
+    #: that were tried).
     calibration: dict[str, Any] | None = None
 
 
@@ -56,11 +57,10 @@ class Folder:
         self.path = path
         self._results = Journal(path / RESULTS, SCHEMA)
         self._calibrations = Journal(path / CALIBRATIONS, CALIBRATION_SCHEMA)
-        # Both are read before either is changed.
-        self._results.read()
-        self._calibrations.read()
-        self.records = last_of_each(self._results.recover())
-        self.calibrations = {c["key"]: str(c["policy"]) for c in self._calibrations.recover()}
+        # Both are read before either is changed: an error leaves both as they were.
+        results, calibrations = self._results.lines(), self._calibrations.lines()
+        self.records = last_of_each(self._results.recover(results))
+        self.calibrations = {c["key"]: str(c["policy"]) for c in self._calibrations.recover(calibrations)}
 
     def done(self, point: Point) -> bool:
         """Whether the point has a result; a failed one has none."""
