@@ -12,7 +12,7 @@ from torchlamp.evaluation.cost import GRANULARITIES, CostModel, Shape, costs
 from torchlamp.policy.policy import Policy
 from torchlamp.results.journal import read_lines
 from torchlamp.results.result import Result
-from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
+from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each, record_problem
 from torchlamp.rules.rule import Rule
 
 #: `Result.sizes` of the packaged models, for results that are older than this figure.
@@ -110,10 +110,7 @@ def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     if lines.torn:
         notes.append(f"The last line of {path} is torn and was left out.")
     for number, record in enumerate(lines.records, start=1):
-        missing = [name for name in ("key", "point", "status", "result") if name not in record]
-        missing += [name for name in (*GROUP, "policy") if name not in (record.get("point") or ())]
-        if missing or record["status"] not in ("done", "failed"):
-            reason = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
+        if (reason := record_problem(record)) is not None:
             raise ValueError(f"line {number} of {str(path)!r} {reason}: it is no point of a sweep")
     return lines.records
 

@@ -55,12 +55,14 @@ def read_lines(path: Path, schema: str) -> Lines:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("a JSON object is expected")
-        except ValueError as error:
+        except (ValueError, RecursionError) as stop:
+            # Brackets in brackets by the thousand: no line of ours.
+            error = ValueError("nested too deeply") if isinstance(stop, RecursionError) else stop
             if number == len(lines):
                 return Lines(records, size, data[size:])
             raise ValueError(
                 f"{str(path)!r}, line {number}: {error}; repair or remove that line, or give another folder"
-            ) from error
+            ) from stop
         if record.get("schema") != schema:
             raise ValueError(
                 f"{str(path)!r}, line {number}: schema {record.get('schema')!r} was written by another "
