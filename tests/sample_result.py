@@ -12,7 +12,7 @@ def make(role="tested", **changes) -> Result:
         "kl_percentiles": {"50": 0.1, "max": 1.0}, "recompute_rate_by_layer": [0.5, 0.25], "comparisons": (),
         "recompute_rate_by_site": {"scores": 0.25}, "recompute_rate_by_head": [[0.5, 0.5], [0.25, 0.25]],
         "recompute_rate_by_position": [0.25], "block_rates": {"entry": 0.25}, "kl_by_window": [0.25, 0.25],
-        "flip_by_window": [0.0, 0.5], "sizes": {"head": 16, "hidden": 32, "mlp": 64},
+        "flip_by_window": [0.0, 0.5], "sizes": {"head": 16, "hidden": 32, "mlp": 64}, "calibration": None,
     }  # fmt: skip
     return Result(**(values | changes))
 

@@ -16,7 +16,9 @@ def test_scripts_make_no_html_of_strings(script):
 
 
 def test_the_content_policy_names_exactly_the_pages_scripts():
-    page = render("inspect", {"a": "</script>"}, model="m", policy="p", length=1, rate="0", shares={}, version="0")
+    page = render(
+        "inspect", {"a": "</script>"}, model="m", policy="p", length=1, rate="0", shares={}, version="0"
+    )
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
     scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]

@@ -158,7 +158,9 @@ def test_long_names_of_models_and_texts(tiny, tmp_path, length):
     ).to_dict()
     ends = ("one", "two")
     lines = [
-        point_line(point_of("ps3+strict:1", model=f"{end}/" + "m" * length, text=f"{end}/" + "ä" * length), result)
+        point_line(
+            point_of("ps3+strict:1", model=f"{end}/" + "m" * length, text=f"{end}/" + "ä" * length), result
+        )
         for end in ends
     ]
     (tmp_path / "results.jsonl").write_text("".join(lines))

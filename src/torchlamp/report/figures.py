@@ -34,7 +34,7 @@ _TITLES = {
 #: Kind of figure -> the beginning of its file's name, where it isn't the kind.
 _FILES = {"mu": "kl-mu", "positions": "position"}
 
-#: Characters of a name in a file name at most: systems allow 255 bytes, and four names, a kind and an ending share them.
+#: Characters of a name in a file name at most: four names, a kind and an ending share the 255 bytes that systems allow.
 _MAX_WORD = 48
 
 
