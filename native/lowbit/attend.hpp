@@ -58,7 +58,7 @@ inline void prepare(const lamp::Attend& p, DecodeWork& work) {
   }
 }
 
-// A row from the full copies alone, for the rare one whose low-bit scores misled.
+// A row from the full copies alone: for the rare row in which recomputation raises a logit by too much.
 inline void attend_in_full(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t r, float* out) {
   const QueryRow& row = work.rows[static_cast<std::size_t>(r)];
   const std::ptrdiff_t kv = r / work.per_head;

@@ -110,8 +110,7 @@ struct Running {
   }
 };
 
-// What a logit needs that isn't plain: scores that are no number come from the full copies at once, there may be a
-// softcap, and some positions aren't seen.
+// Slow path: softcap, mask, and scores that aren't finite, which come from the full copies at once.
 inline vrows finish(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t kv, std::ptrdiff_t r, std::ptrdiff_t s,
                     std::ptrdiff_t at, const vrows& plain, unsigned seen, unsigned finite) {
   const QueryRow& row = work.rows[static_cast<std::size_t>(r)];

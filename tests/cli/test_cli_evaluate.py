@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,14 @@ def test_interruption_at_once(tiny_evaluate, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of Unix")
-def test_control_c_in_a_process_of_its_own(tiny_folder, text, tmp_path):
+@pytest.mark.parametrize(
+    ("signals", "code", "said"),
+    [
+        ([signal.SIGINT] * 3, 130, "interrupted"),
+        ([signal.SIGTERM, signal.SIGINT], 143, "terminated"),
+    ],
+)
+def test_whatever_ends_it_writes_what_is_finished(tiny_folder, text, tmp_path, signals, code, said):
     out = tmp_path / "out.json"
     text.write_text(TEXT * 200)
     command = [sys.executable, "-m", "torchlamp", "evaluate", tiny_folder, "--text", text, "--json", out]
@@ -229,11 +237,14 @@ def test_control_c_in_a_process_of_its_own(tiny_folder, text, tmp_path):
     ) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("window 1/1000")
-        process.send_signal(signal.SIGINT)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.03)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "PARTIAL" in output
     assert "Traceback" not in errors
+    assert f"torchlamp: {said} after " in errors.splitlines()[-1]
     record = json.loads(out.read_text())
     assert record["partial"]
     assert 1 <= record["windows"] < 1000

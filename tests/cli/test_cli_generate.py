@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from commands import error_line, run
 from typer.testing import CliRunner
@@ -68,25 +70,112 @@ def test_generate_simulates_operands_beside_an_accumulator(tiny_folder):
     assert "3 tokens under qkv=int8@ps7+none: " in result.stdout
 
 
-def test_chat(tmp_path):
-    folder = save_chat_folder(tmp_path)
-    arguments = ["chat", str(folder), "--tokens", "4", "--system", "fox"]
-    result = CliRunner().invoke(app, arguments, input="the quick\nbrown fox\n\nnever read\n")
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    return save_chat_folder(tmp_path_factory.mktemp("chat"))
+
+
+def made(*arguments, **more) -> dict:
+    result = CliRunner().invoke(app, ["generate", *map(str, arguments), "--json", "-"], **more)
     assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()
-    assert lines[-2].startswith("8 tokens: ")
-    assert lines[-1].startswith("in full precision: scores ")
-    alone = CliRunner().invoke(app, [*arguments, "--policy", "ps4+none"], input="the quick")
-    assert alone.exit_code == 0, alone.output
-    assert "4 tokens: " in alone.stdout
-    nothing = CliRunner().invoke(app, arguments, input="")
-    assert nothing.exit_code == 0
-    assert nothing.stdout == ""
+    return json.loads(result.stdout)
 
 
-def test_chat_refuses(tiny_folder, tmp_path):
-    assert "has no chat template" in error_line(run("chat", tiny_folder))
-    assert "'qvk'" in error_line(run("chat", tiny_folder, "--policy", "qvk=int8"))
-    folder = save_chat_folder(tmp_path)
-    long = CliRunner().invoke(app, ["chat", str(folder)], input="the quick brown\n")
-    assert "is longer than the model's context of 128 tokens" in error_line(long)
+def test_a_message_is_answered_where_the_model_has_a_template(chatty, tiny_folder):
+    record = made(chatty, "the quick", "--tokens", "5")
+    assert record["chat"]
+    assert record["finish"] == "length"
+    assert (record["tokens"], len(record["token_ids"])) == (5, 5)
+    assert made(chatty, "the quick", "--tokens", "5", "--chat")["token_ids"] == record["token_ids"]
+    continued = made(chatty, "the quick", "--tokens", "5", "--no-chat")
+    assert not continued["chat"]
+    assert continued["prompt_tokens"] < record["prompt_tokens"]
+    assert (
+        made(chatty, "the quick", "--tokens", "5", "--system", "over")["prompt_tokens"]
+        > record["prompt_tokens"]
+    )
+    assert not made(tiny_folder, "the quick", "--tokens", "5")["chat"]
+    shown = run("generate", chatty, "the quick", "--tokens", "5").stdout
+    assert shown.startswith(record["text"] + "\n\n5 tokens under look-ahead: ")  # the message isn't repeated
+    assert "has no chat template" in error_line(run("generate", tiny_folder, "the", "--chat"))
+    assert "only a chat has one" in error_line(
+        run("generate", chatty, "the", "--no-chat", "--system", "over")
+    )
+
+
+def test_a_prompt_from_a_file_and_from_standard_input(tiny_folder, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("the quick\nbrown\n")
+    one = made(tiny_folder, "--file", path, "--tokens", "3")
+    assert one["prompt"] == "the quick\nbrown"
+    assert (
+        made(tiny_folder, "-", "--tokens", "3", input="the quick\nbrown\n")["token_ids"] == one["token_ids"]
+    )
+    for wrong in ([], ["the", "--file", str(path)]):
+        assert "give one of PROMPT, '-' for standard input, and --file FILE" in error_line(
+            run("generate", tiny_folder, *wrong)
+        )
+    assert "can't be read" in error_line(run("generate", tiny_folder, "--file", tmp_path / "none.txt"))
+    latin = CliRunner().invoke(app, ["generate", str(tiny_folder), "-"], input=b"abc \xe9")
+    assert "standard input is not UTF-8" in error_line(latin)
+
+
+def test_json(tiny_folder, tmp_path):
+    out = tmp_path / "out.json"
+    result = run("generate", tiny_folder, "the quick", "--tokens", "4", "--compare", "--json", out)
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    assert record["policy"] == "look-ahead"
+    assert (record["float32"]["tokens"], record["tokens"]) == (4, 4)
+    assert set(record["recompute_rate_by_site"]) >= {"scores", "lm_head"}
+    assert result.stdout.startswith("the quick")
+    assert "no folder" in error_line(
+        run("generate", "no.gguf", "the", "--json", tmp_path / "no" / "out.json")
+    )
+
+
+def test_sampling(tiny_folder):
+    """A seed repeats its text; other seeds, and nearly equal probabilities, give others."""
+    options = (tiny_folder, "the quick", "--tokens", "20", "--temperature")
+    hot = [made(*options, "100", "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    greedy = made(*options[:-1])["token_ids"]
+    assert made(*options, "1e-4")["token_ids"] == greedy
+    assert made(*options, "100", "--top-p", "1e-9")["token_ids"] == greedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--temperature -1", "temperature -1.0: give 0"),
+        ("--temperature nan", "temperature nan: give 0"),
+        ("--temperature 1 --top-p 0", "top-p 0.0: give more than 0"),
+        ("--top-p 0.9", "top-p 0.9 at temperature 0"),
+        ("--seed -1", "seed -1: give 0 or more"),
+        ("--tokens 0", "0 tokens to generate"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_model_is_loaded(arguments, said):
+    for command in (["generate", "no.gguf", "the"], ["chat", "no.gguf"]):
+        assert said in error_line(run(*command, *arguments.split()))
+
+
+def test_what_ctrl_c_stops_is_kept(tiny_folder, tmp_path, monkeypatch):
+    """The tokens made until then, as text and in the JSON."""
+    from torchlamp.evaluation import text_stream
+
+    original = text_stream.TextStream.put
+
+    def put(self, value):
+        original(self, value)
+        if len(self.ids) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_stream.TextStream, "put", put)
+    out = tmp_path / "out.json"
+    result = run("generate", tiny_folder, "the quick", "--tokens", "9", "--json", out)
+    assert result.exit_code == 130
+    record = json.loads(out.read_text())
+    assert (record["finish"], record["tokens"]) == ("interrupted", 3)
+    assert result.stdout.startswith("the quick" + record["text"])
+    assert "3 tokens under look-ahead, interrupted: " in result.stdout

@@ -90,7 +90,7 @@ def test_a_chat_refuses_what_can_not_be(chatty, tiny):
     with pytest.raises(ValueError, match="has no chat template"):
         Chat(*tiny)
     with Chat(*chatty, FLOAT32) as talk:
-        with pytest.raises(ValueError, match="0 tokens of an answer"):
+        with pytest.raises(ValueError, match="0 tokens to generate"):
             talk.say("the", 0, str)
         with pytest.raises(ValueError, match="longer than the model's context of 128 tokens"):
             talk.say("the", 128, str)

@@ -1,6 +1,6 @@
 """Policies at every site, and what tests of them share."""
 
-from torchlamp.site_names import SITES
+from torchlamp.policy.sites import SITES
 
 FAMILIES = ("llama", "gemma3", "gpt2", "qwen3", "mistral", "phi3")
 ALL_SITES = ", ".join(f"{site}={{}}" for site in SITES)

@@ -14,6 +14,7 @@ from torchlamp.kernels import native
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.policy.decodable import settings
 from torchlamp.policy.policy import Policy
+from torchlamp.policy.sites import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -25,9 +26,9 @@ def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
     sites = Sites(other)
     bits = {site: told.bits for site, told in settings(Policy.parse(policy)).items()}
     for layer in sites.layers:
-        by_site = {"qkv": sites.qkv(layer), "attention_out": [sites.attention_out(layer)]}
+        by_site = {name: sites.modules(SITES[name], layer) for name in ("qkv", "attention_out")}
         if "mlp_up" in bits:
-            by_site |= {"mlp_up": sites.mlp_up(layer)[0], "mlp_down": [sites.mlp_down(layer)]}
+            by_site |= {name: sites.modules(SITES[name], layer) for name in ("mlp_up", "mlp_down")}
         for site, modules in by_site.items():
             for module in modules:
                 rows = sites.weights(module).matrix.T
@@ -78,7 +79,7 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
         got = decoded(model, x, prepared.cache(), mask=mask)
         counts = prepared.statistics
     assert calls == [0, 1] * 21
-    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
+    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer, rows: False)
     with prepare(model, policy) as prepared:
         want = decoded(model, x, prepared.cache(), mask=mask)
     assert calls == [0, 1] * 21

@@ -62,7 +62,7 @@ def everywhere_before(module):
 
 def module_by_module(monkeypatch, fused):
     if not fused:
-        monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
+        monkeypatch.setattr(decode_plan, "can_fuse", lambda layer, rows: False)
 
 
 def run(build, tokens, monkeypatch, change, when, fused=True, at="mlp", name="llama"):

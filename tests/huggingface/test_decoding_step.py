@@ -164,7 +164,7 @@ def test_early_exit_leaves_the_last_layers_out(build, tokens, monkeypatch):
     both = logits()
     model.config.num_hidden_layers = 1
     got = logits()
-    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
+    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer, rows: False)
     want = logits()
     assert (got - want).norm() < 2e-4 * want.norm() < 0.1 * (both - want).norm()
 
@@ -181,7 +181,7 @@ def test_a_sliding_window_and_growing_memory(build, tokens, monkeypatch, padded)
         got = decoded(model, x, cache, mask=mask)
         assert cache.layers[0].dropped > 100
     want = decoded(model, x, DynamicCache(config=model.config), mask=mask)
-    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer: False)
+    monkeypatch.setattr(decode_plan, "can_fuse", lambda layer, rows: False)
     with prepare(model, STEADY) as prepared:
         slow = decoded(model, x, prepared.cache(), mask=mask)
     assert_near(got, slow, 1e-3)

@@ -12,7 +12,7 @@ from torch import nn
 import torchlamp
 from torchlamp.huggingface.attached_policy import context_of
 from torchlamp.huggingface.lookahead import lookahead
-from torchlamp.site_names import SITES
+from torchlamp.policy.sites import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -119,7 +119,10 @@ class TestNothingIsLeftBehind:
 class TestRefused:
     def test_names_that_are_not_known(self, build):
         model = build("gpt_oss")
-        words = r"GptOssForCausalLM: no up projection found in model.layers.0.mlp \(GptOssMLP\); looked for c_fc, fc1"
+        words = (
+            r"GptOssForCausalLM: no up projection and gate into the activation found in model.layers.0.mlp "
+            r"\(GptOssMLP\); looked for gate_proj \+ up_proj, gate_up_proj, c_fc, fc1"
+        )
         with pytest.raises(ValueError, match=words):
             lookahead(model, "mlp_up=ps4+none").__enter__()
         assert not any("forward" in vars(m) or context_of(m) for m in model.modules())

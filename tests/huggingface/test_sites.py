@@ -9,9 +9,9 @@ import torchlamp
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.site_forwards import plain
 from torchlamp.huggingface.sites import Sites
-from torchlamp.policy.fit import SHOWS
+from torchlamp.policy.fit import shows
+from torchlamp.policy.sites import SITES
 from torchlamp.rules import RULES, Rule
-from torchlamp.site_names import SITES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -88,15 +88,9 @@ def low_output(module, x, accumulator):
 
 def modules_of(model, site):
     sites = Sites(model)
-    find = {
-        "qkv": sites.qkv,
-        "attention_out": lambda layer: [sites.attention_out(layer)],
-        "mlp_up": lambda layer: sites.mlp_up(layer)[0],
-        "mlp_down": lambda layer: [sites.mlp_down(layer)],
-    }
-    if site == "lm_head":
-        return [sites.lm_head()[0]]
-    return [module for layer in sites.layers for module in find[site](layer)]
+    if not SITES[site].place.in_layers:
+        return sites.modules(SITES[site])
+    return [module for layer in sites.layers for module in sites.modules(SITES[site], layer)]
 
 
 @pytest.mark.parametrize("site", ["qkv", "attention_out", "mlp_up", "mlp_down", "lm_head"])
@@ -122,7 +116,7 @@ def test_selection_behind_the_residual_sum(families, name, site, tokens):
     sites = Sites(model)
     number = 0 if site == "attention_out" or name == "gemma3" else 1
     layer = sites.layers[number]
-    module = getattr(sites, site)(layer)
+    (module,) = sites.modules(SITES[site], layer)
     if name == "gemma3":
         norm = layer.post_attention_layernorm if site == "attention_out" else layer.post_feedforward_layernorm
     elif site == "attention_out":
@@ -187,7 +181,7 @@ def test_every_rule_at_every_site_that_shows_what_it_needs(families, name, site,
     model, ids = families[name], tokens(1, 6)
     for rule in RULES.values():
         spelling = f"{site}=ps3+{rule.examples[0]}"
-        if Rule.parse(rule.examples[0]).looks_through in ("any", *SHOWS[site]):
+        if Rule.parse(rule.examples[0]).looks_through in shows(site, False):
             with lookahead(model, spelling) as stats:
                 assert model(ids).logits.isfinite().all()
             assert stats.sites == [site]

@@ -11,6 +11,7 @@ from torch import nn
 from torchlamp.huggingface.attached_policy import context_of
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.sites import SITES
 
 FAMILIES = ("llama", "gemma2", "gemma3", "gpt2")
 
@@ -48,8 +49,8 @@ def observe(model, ids, policy):
     for number, layer in enumerate(sites.layers):
         watched = {
             "first_norm": sites.norms(layer).attention[1],
-            "values": sites.qkv(layer)[-1],
-            "out": sites.attention_out(layer),
+            "values": sites.modules(SITES["qkv"], layer)[-1],
+            "out": sites.modules(SITES["attention_out"], layer)[0],
         }
         handles += [m.register_forward_hook(note((number, name))) for name, m in watched.items()]
 

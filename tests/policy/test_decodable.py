@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchlamp.policy.decodable import KERNELS, Settings, nearest, settings, threshold
+from torchlamp.policy.decodable import Settings, kernels, nearest, settings, threshold
 from torchlamp.policy.policy import Policy
 from torchlamp.rules import Rule
-from torchlamp.site_names import SITES
 
 
 def test_what_kernels_are_told():
@@ -102,7 +101,7 @@ def test_a_policy_of_no_site_with_a_kernel():
     assert nearest(Policy.parse("norm=ps4")) is None
 
 
-@pytest.mark.parametrize("site", [site for site in SITES if site in KERNELS])
+@pytest.mark.parametrize("site", list(kernels()))
 @pytest.mark.parametrize(
     "spelling", ["ps4", "ps23/block32", "int2", "int8.center", "nvfp4", "mxfp8@fp32", "bf16/row"]
 )
@@ -118,7 +117,7 @@ def test_the_nearest_policy_runs(site, spelling, rule):
 def test_the_page_has_the_table_of_the_kernels():
     page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
     rows = []
-    for site, kernel in KERNELS.items():
+    for site, kernel in kernels().items():
         rules = ["none"] if kernel.rule is None else ["none", f"{kernel.rule.name}:T", "all"]
         cells = ([site], [f"int{bits}" for bits in kernel.bits], kernel.transforms, rules)
         rows.append(

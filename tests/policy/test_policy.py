@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torchlamp.arithmetic import Accumulator
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.transforms import TRANSFORMS
-from torchlamp.policy.fit import SHOWS, SHOWS_TERMS
+from torchlamp.policy.fit import shows
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
+from torchlamp.policy.sites import SITES
 from torchlamp.rules import RULES, Rule
-from torchlamp.site_names import SITES
 
 ACCUMULATORS = [
     "ps4",
@@ -46,8 +46,8 @@ def precisions(site):
 def site_policies(draw, site):
     """A policy with a rule that fits the site."""
     precision = draw(precisions(site))
-    shows = SHOWS_TERMS if precision.is_stored else SHOWS
-    fitting = [rule for rule in map(Rule.parse, SPELLINGS) if rule.looks_through in ("any", *shows[site])]
+    seen = shows(site, precision.is_stored)
+    fitting = [rule for rule in map(Rule.parse, SPELLINGS) if rule.looks_through in seen]
     numbers = st.floats(0, 1e30, allow_nan=False).map(
         lambda t: Rule.parse(f"running:{t!r}".replace("e+", "e"))
     )

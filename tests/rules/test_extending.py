@@ -8,15 +8,17 @@ import pytest
 import torch
 from rule_checks import CHECKS
 
-from torchlamp import Accumulator, Operand, Policy, quantise
+from torchlamp import Accumulator, Operand, Policy, lookahead, prepare, quantise
 from torchlamp.arithmetic.accumulators import NAMED
 from torchlamp.arithmetic.operands import BLOCKS
 from torchlamp.arithmetic.transforms import TRANSFORMS
+from torchlamp.policy.decodable import settings
+from torchlamp.policy.sites import SITES
 from torchlamp.rules import RULES, Rule
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
-REGISTRIES = (RULES, BLOCKS, NAMED, TRANSFORMS)
+REGISTRIES = (RULES, BLOCKS, NAMED, TRANSFORMS, SITES)
 
 
 class _Module:
@@ -31,7 +33,7 @@ def names():
     """What the page's code defines, run top to bottom; the registries are as before afterwards."""
     before = [dict(registry) for registry in REGISTRIES]
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 14
     names = {"__name__": "extending"}
     sys.modules["extending"] = _Module(names)
     try:
@@ -46,7 +48,9 @@ def names():
 
 
 def test_each_registry_has_one_entry_more(names):
-    for registry, name in zip(REGISTRIES, ("sensitivity", "mxfp4-16", "bf16-adder8", "descend"), strict=True):
+    for registry, name in zip(
+        REGISTRIES, ("sensitivity", "mxfp4-16", "bf16-adder8", "descend", "queries"), strict=True
+    ):
         assert list(registry)[-1] == name
 
 
@@ -81,15 +85,23 @@ def test_the_block_format_is_a_power_of_two_times_an_element(names):
         assert max(abs(number) / scale for number in block) >= 4
 
 
-def test_the_table_of_a_site_is_complete():
-    """The files that the page lists are those that name the site qkv, and the one that finds its modules."""
-    section = PAGE.read_text(encoding="utf-8").split("\n## A site\n")[1]
-    listed = set(re.findall(r"^\| \[`[^`]+`\]\(\.\./src/torchlamp/([^)]+)\)", section, re.MULTILINE))
-    sources = ROOT / "src" / "torchlamp"
-    naming = {
-        str(path.relative_to(sources))
-        for path in sources.rglob("*.py")
-        if '"qkv"' in path.read_text(encoding="utf-8")
-    }
-    assert listed == naming | {"huggingface/sites.py"}
-    assert "def qkv(" in (sources / "huggingface" / "sites.py").read_text(encoding="utf-8")
+def test_the_site_is_one_record(names):
+    """It is read in policies, and no other file names it."""
+    policy = Policy.parse("queries=ps3+output:0.1, scores=int8")
+    assert str(policy) == "scores=int8, queries=ps3+output:0.1"
+    with pytest.raises(ValueError, match=r"rule 'sink-recent:4,4' can't run at the site queries"):
+        Policy.parse("queries=ps3+sink-recent:4,4")
+    with pytest.raises(ValueError, match=r"operand 'int2' at site queries has no decoding kernel"):
+        settings(Policy.parse("queries=int2"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    assert '"queries"' not in sources
+
+
+def test_one_module_of_two_sites_is_refused(names):
+    llama = names["llama"]
+    for attach in (lookahead, prepare):
+        with pytest.raises(
+            ValueError, match=r"q_proj belongs to the sites qkv and queries: name one of them"
+        ):
+            attach(llama, "qkv=int8, queries=int8").__enter__()
+    assert "forward" not in vars(llama.model.layers[0].self_attn.q_proj)

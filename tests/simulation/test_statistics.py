@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
-from torchlamp.site_names import SITES
 
 LAYERS, HEADS = 3, 2
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchlamp.evaluation.metrics import Comparer
 from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.sites import SITES
 
 #: Steps between the ends of a 4-bit code's range.
 _STEPS = 15
@@ -100,12 +101,16 @@ def _rotate(model: Any, sites: Sites, generator: torch.Generator) -> None:
     norm: Any
     folded: list[tuple[Any, Any]] = [(sites.final_norm(), [head])]
     last: list[Any] = []
+
+    def found(site: str, layer: nn.Module) -> list[Any]:
+        return sites.modules(SITES[site], layer)
+
     for layer in sites.layers:
         norms = sites.norms(layer)
-        folded += [(norms.attention[1], sites.qkv(layer)), (norms.mlp[1], sites.mlp_up(layer)[0])]
-        last += [sites.attention_out(layer), sites.mlp_down(layer)]
+        folded += [(norms.attention[1], found("qkv", layer)), (norms.mlp[1], found("mlp_up", layer))]
+        last += [*found("attention_out", layer), *found("mlp_down", layer)]
     for norm, _ in folded:
-        _check_norm(sites, norm, size)
+        _check_norm(sites, norm)
     for linear in [*last, *(linear for _, linears in folded for linear in linears)]:
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(linear).__name__}: only the weights of torch.nn.Linear can be rotated")
@@ -126,8 +131,8 @@ def _rotate(model: Any, sites: Sites, generator: torch.Generator) -> None:
             linear.bias.copy_(linear.bias.double() @ q)
 
 
-def _check_norm(sites: Sites, norm: Any, size: int) -> None:
-    found = sites.norm(norm, size)
+def _check_norm(sites: Sites, norm: Any) -> None:
+    found = sites.norm(norm)
     # Of Gemma's first two, the factor is 1 + weight.
     if found.kind != "rms" or not torch.allclose(found.weight, norm.weight, rtol=1e-3, atol=1e-5):
         raise ValueError(

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import typer
 
 import torchlamp
+from torchlamp.cli.signals import exit_code, process_ends_with_command, signals_of_command, word
 
 P = ParamSpec("P")
-INTERRUPTED = 130
 #: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
 MAX_THREADS = 1024
 
@@ -41,6 +41,7 @@ PolicyOption = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    process_ends_with_command()
     app()
 
 
@@ -50,7 +51,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors that a user can mend into one line and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn the errors that a user can mend into one line and exit code 2, Ctrl-C and SIGTERM into 130 and 143."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -59,13 +60,14 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         logger = logging.getLogger("torchlamp")
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError) as error:
-            _fail(str(error) or type(error).__name__)
-        except KeyboardInterrupt:
-            print("torchlamp: interrupted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        with signals_of_command():
+            try:
+                command(*args, **kwargs)
+            except (ValueError, TypeError, OSError, MemoryError) as error:
+                _fail(str(error) or type(error).__name__)
+            except KeyboardInterrupt:
+                print(f"torchlamp: {word()}", file=sys.stderr)
+                raise typer.Exit(exit_code()) from None
 
     return wrapped
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchlamp.cli.common import (
-    INTERRUPTED,
     ModelName,
     PolicyOption,
     Threads,
@@ -17,11 +16,13 @@ from torchlamp.cli.common import (
     set_threads,
     text_files,
 )
+from torchlamp.cli.signals import exit_code, hold_signals, word
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from torchlamp.data.text import Text
+    from torchlamp.evaluation.loop import Progress
     from torchlamp.results.result import Result
 
 #: Columns of the table where standard output is no terminal.
@@ -84,15 +85,22 @@ def evaluate(
 
     language_model, tokenizer = load(model)
     tokens, names = _cut(language_model, tokenizer, texts, dataset or [], windows, window_length)
-    with reporter(Console(stderr=True, emoji=False)) as progress:
+    with reporter(Console(stderr=True, emoji=False)) as shown:
+
+        def progress(state: "Progress") -> None:
+            shown(state)
+            if state.windows == state.total_windows:
+                hold_signals()  # nothing is left to stop
+
         result = run_evaluation(
             language_model, tokens, chosen, baselines=baselines, compare=others, seed=seed, progress=progress,
             model_name=model, text=names,
         )  # fmt: skip
+    hold_signals()
     _show(result, output, to_stdout)
     if result.partial:
-        print(f"torchlamp: interrupted after {result.windows} of {len(tokens)} windows", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED)
+        print(f"torchlamp: {word()} after {result.windows} of {len(tokens)} windows", file=sys.stderr)
+        raise typer.Exit(exit_code())
 
 
 def _check_inputs(

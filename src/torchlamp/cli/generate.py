@@ -1,11 +1,14 @@
-"""``torchlamp generate`` and ``torchlamp chat``."""
+"""``torchlamp generate``."""
 
+import json as json_module
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from torchlamp.cli.common import ModelName, Threads, app, one_line_errors, set_threads
+from torchlamp.cli.signals import exit_code
 
 GenerationPolicy = Annotated[
     str | None,
@@ -14,102 +17,164 @@ GenerationPolicy = Annotated[
         "models), accumulators are simulated ('ps4+strict:0.1'); docs/policy.md."
     ),
 ]
+Temperature = Annotated[
+    float, typer.Option(help="0 takes the most probable token; more draws from the probabilities.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Draw from the most probable tokens that reach this share.")
+]
+SamplingSeed = Annotated[int, typer.Option(help="Of the draws.")]
 
 
 @app.command()
 @one_line_errors
 def generate(
     model: ModelName,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="A message or a text; '-' is standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read the prompt from a UTF-8 file instead.")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put the prompt into the model's chat template, or continue it as a text. "
+            "[default: --chat where the model has a template]",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the message (--chat).")
+    ] = None,
     policy: GenerationPolicy = None,
     tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Run float32 first, and show the first token that differs, if any."),
     ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option(metavar="OUT", help="Write text, tokens and figures there; '-' is standard output."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
-    """Continue a prompt greedily; ends with tokens per second, recompute rates and memory."""
+    """Answer a message or continue a text; ends with tokens per second, recompute rates and memory."""
+    from torchlamp.evaluation.generation import Sampling, check_tokens, read_any_policy
     from torchlamp.evaluation.generation import generate as run_generation
-    from torchlamp.evaluation.generation import read_any_policy
+    from torchlamp.results.output import check_writable, write_text
 
     chosen = read_any_policy(policy)
+    sampling = Sampling(temperature, top_p, seed)
+    check_tokens(tokens)
+    to_stdout = json in ("-", "/dev/stdout")
+    output = None if json is None or to_stdout else Path(json).expanduser()
+    if output is not None:
+        check_writable(output)
+    words = read_prompt(prompt, file)
     set_threads(threads)
 
     from torchlamp.models.load import load
 
     language_model, tokenizer = load(model)
+    out = sys.stderr if to_stdout else sys.stdout
+
+    def write(piece: str) -> None:
+        out.write(piece)
+        out.flush()
 
     def run(full_precision: bool) -> Any:
         done = run_generation(
-            language_model, tokenizer, prompt, chosen, tokens, _write, full_precision=full_precision
+            language_model,
+            tokenizer,
+            words,
+            chosen,
+            tokens,
+            write,
+            full_precision=full_precision,
+            chat=chat,
+            system=system,
+            sampling=sampling,
         )
         label = "float32" if full_precision else "under " + ("look-ahead" if chosen is None else str(chosen))
+        stopped = ", interrupted" if done.finish == "interrupted" else ""
+        plural = "s" if done.tokens > 1 else ""
         print(
-            f"\n\n{done.tokens} tokens {label}: {done.tokens_per_second:.1f} tokens/s behind a prompt of "
-            f"{done.prompt_seconds:.2f} s"
+            f"\n\n{done.tokens} token{plural} {label}{stopped}: {done.tokens_per_second:.1f} tokens/s behind a prompt "
+            f"of {done.prompt_seconds:.2f} s",
+            file=out,
         )
-        _print_rates(done.rates)
+        print_rates(done.rates, out)
         if done.memory:
-            print(f"memory: {done.memory}")
+            print(f"memory: {done.memory}", file=out)
         return done
 
-    if not compare:
-        run(False)
-        return
-    full, low = run(True), run(False)
-    print(_difference(tokenizer, full.ids, low.ids))
-    if full.tokens_per_second > 0:
-        print(f"{low.tokens_per_second / full.tokens_per_second:.2f} times the tokens per second of float32")
+    full = run(True) if compare else None
+    low = run(False) if full is None or full.finish != "interrupted" else full
+    if full is not None and low.finish != "interrupted":
+        print(difference(tokenizer, full.ids, low.ids), file=out)
+        if full.tokens_per_second > 0:
+            times = low.tokens_per_second / full.tokens_per_second
+            print(f"{times:.2f} times the tokens per second of float32", file=out)
+    if json is not None:
+        asked = {
+            "model": model,
+            "prompt": words,
+            "chat": low.chat,
+            "system": system,
+            "policy": "float32" if low is full else "look-ahead" if chosen is None else str(chosen),
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        beside = {} if full is None or full is low else {"float32": full.to_dict()}
+        text = json_module.dumps(asked | low.to_dict() | beside, indent=2, ensure_ascii=False) + "\n"
+        if output is None:
+            sys.stdout.write(text)
+        else:
+            write_text(output, text)
+    if low.finish == "interrupted":
+        raise typer.Exit(exit_code())
 
 
-@app.command()
-@one_line_errors
-def chat(
-    model: ModelName,
-    policy: GenerationPolicy = None,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told before the first message.")
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="New tokens of an answer at most.")] = 256,
-    threads: Threads = None,
-) -> None:
-    """Talk to a model, greedily: a message a line, an empty one or the end of the input ends."""
-    from torchlamp.evaluation.chat import Chat
-    from torchlamp.evaluation.generation import read_any_policy
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt's words: as given, of standard input ("-") or of a file, there without the last line end.
 
-    chosen = read_any_policy(policy)
-    set_threads(threads)
+    Raises
+    ------
+    ValueError
+        None or two are given, or it is not UTF-8.
+    OSError
+        The file can't be read.
+    """
+    if (prompt is None) == (file is None):
+        given = f"prompt {prompt!r} and --file {str(file)!r}: give one" if file else "no prompt: give one"
+        raise ValueError(f"{given} of PROMPT, '-' for standard input, and --file FILE")
+    if file is not None:
+        from torchlamp.data.text import read_text
 
-    from torchlamp.models.load import load
-
-    with Chat(*load(model), chosen, system=system) as talk:
-        while message := _read_message():
-            talk.say(message, tokens, _write)
-            print()
-        if talk.answered:
-            print(f"\n{talk.answered} tokens: {talk.tokens_per_second:.1f} tokens/s behind the messages")
-            _print_rates(talk.rates)
+        return read_text(file).content.removesuffix("\n")
+    assert prompt is not None
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}; convert it to UTF-8") from error
 
 
-def _read_message() -> str:
-    """A line of the input without its blanks; empty at the end of the input."""
-    if sys.stdin.isatty():
-        _write("> ")
-    return sys.stdin.readline().strip()
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def _print_rates(rates: dict[str, float]) -> None:
+def print_rates(rates: dict[str, float], out: Any = None) -> None:
+    """One line with the recompute rate of each site, if there is any."""
     if rates:
-        print("in full precision: " + ", ".join(f"{site} {rate:.2%}" for site, rate in rates.items()))
+        print(
+            "in full precision: " + ", ".join(f"{site} {rate:.2%}" for site, rate in rates.items()), file=out
+        )
 
 
-def _difference(tokenizer: Any, full: list[int], low: list[int]) -> str:
+def difference(tokenizer: Any, full: list[int], low: list[int]) -> str:
     """The first new token that isn't the same, in words."""
     for number, (one, other) in enumerate(zip(full, low, strict=False), start=1):
         if one != other:

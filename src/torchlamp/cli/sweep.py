@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchlamp.cli.common import INTERRUPTED, Threads, app, check_threads, one_line_errors
+from torchlamp.cli.common import Threads, app, check_threads, one_line_errors
+from torchlamp.cli.signals import exit_code, word
 
 if TYPE_CHECKING:
     from torchlamp.sweep.config import SweepConfig
@@ -74,11 +75,11 @@ def sweep(
         except KeyboardInterrupt:
             finished = sum(folder.done(point) for point in plan.points)
             print(
-                f"torchlamp: interrupted; {finished} of {len(plan.points)} points are done, and the same command "
+                f"torchlamp: {word()}; {finished} of {len(plan.points)} points are done, and the same command "
                 "goes on from there",
                 file=sys.stderr,
             )
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(exit_code()) from None
     print(
         f"{summary.total} points: {summary.done} computed in {duration(summary.seconds)}, {summary.skipped} had a "
         f"result, {summary.failed} failed, {summary.left} left; results in {output}"

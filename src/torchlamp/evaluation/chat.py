@@ -1,12 +1,23 @@
-"""A conversation with a model, answered greedily; the cache is kept from turn to turn."""
+"""A conversation with a model; the cache is kept from turn to turn."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from torchlamp.evaluation.generation import AnyPolicy, rates_of, running_under, stream
+from torchlamp.evaluation.generation import (
+    GREEDY,
+    AnyPolicy,
+    Sampling,
+    check_tokens,
+    rates_of,
+    running_under,
+    stream,
+    text_of,
+)
+from torchlamp.evaluation.prompts import Message, chat_tokens
 
 
 class Chat:
@@ -20,23 +31,31 @@ class Chat:
         As for `generation.generate`; None is `prepare`'s default.
     system : str, optional
         The system message before the first one.
+    sampling : Sampling
+        How tokens are chosen, the most probable ones by default; the seed grows by 1 with every answer.
 
     Raises
     ------
     ValueError
-        A tokenizer without a chat template.
+        A tokenizer without a chat template, or one that refuses the system message.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, policy: AnyPolicy = None, *, system: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        policy: AnyPolicy = None,
+        *,
+        system: str | None = None,
+        sampling: Sampling = GREEDY,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the model's tokenizer has no chat template, so it can't chat: use `torchlamp generate`"
-            )
-        self.model, self.tokenizer, self.policy = model, tokenizer, policy
+        self.model, self.tokenizer, self.policy, self.sampling = model, tokenizer, policy, sampling
+        self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        chat_tokens(tokenizer, [*self._opening, {"role": "user", "content": "?"}])
         #: The conversation so far, as chat templates take it.
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self._opening)
+        #: Messages that got an answer.
+        self.turns = 0
         #: New tokens of all answers, and the seconds of those behind each first one.
         self.answered = 0
         self._timed, self._seconds = 0, 0.0
@@ -54,41 +73,68 @@ class Chat:
     ) -> None:
         self._block.__exit__(kind, error, trace)
 
-    def say(self, message: str, tokens: int, write: Callable[[str], None]) -> str:
+    def say(
+        self,
+        message: str,
+        tokens: int,
+        write: Callable[[str], None],
+        *,
+        stop: Callable[[], bool] | None = None,
+    ) -> str:
         """Answer a message with `tokens` at most, handing each finished piece to `write`; returns the answer.
+
+        `stop` is asked after each token whether it was the last one. An answer that it, or a KeyboardInterrupt, cuts
+        short stays in the conversation as far as it goes.
 
         Raises
         ------
         ValueError
             A number of tokens below 1, or a conversation longer than the model's context.
+        KeyboardInterrupt
+            Interrupted before the first token; the conversation is then as it was.
         """
         from torchlamp.data.text import check_context
 
-        if tokens < 1:
-            raise ValueError(f"{tokens} tokens of an answer: give at least 1")
+        check_tokens(tokens)
         messages = [*self.messages, {"role": "user", "content": message}]
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+        ids = chat_tokens(self.tokenizer, messages)
         check_context(
             self.model, len(ids) + tokens, f"the conversation and its answer, {len(ids)} + {tokens} ="
         )
         self._forget_all_but(ids[:-1])
-        done = stream(
-            self.model,
-            self.tokenizer,
-            torch.tensor([ids]),
-            tokens,
-            write,
-            cache=self._cache,
-            skip_prompt=True,
-        )
-        self._cache, self._seen = done.cache, [*ids, *done.ids[:-1]]
+        cache, self._cache, seen, self._seen = self._cache, None, self._seen, []
+        try:
+            done = stream(
+                self.model,
+                self.tokenizer,
+                torch.tensor([ids]),
+                tokens,
+                write,
+                echo=False,
+                cache=cache,
+                sampling=replace(self.sampling, seed=self.sampling.seed + self.turns),
+                stop=stop,
+            )
+        except ValueError:  # refused before anything was read
+            self._cache, self._seen = cache, seen
+            raise
+        self._cache = done.cache
+        self._seen = [] if done.cache is None else [*ids, *done.ids[:-1]]
+        self.turns += 1
         self.answered += len(done.ids)
         self._timed, self._seconds = self._timed + len(done.ids) - 1, self._seconds + done.seconds
-        answer: str = self.tokenizer.decode(done.ids, skip_special_tokens=True)
+        answer = text_of(self.tokenizer, done.ids)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
+
+    def clear(self) -> None:
+        """Begin a new conversation: the system message stays, the cache and the rest are forgotten."""
+        self.messages, self._seen, self._cache = list(self._opening), [], None
+
+    @property
+    def held(self) -> int:
+        """Tokens in the cache."""
+        return len(self._seen)
 
     def _forget_all_but(self, ids: list[int]) -> None:
         """Keep what the cache holds of the beginning of `ids`; the rest is read again.

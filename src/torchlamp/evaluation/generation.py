@@ -1,26 +1,72 @@
-"""Greedy generation, streamed as it comes: under a simulated policy, with low-bit decoding, or in float32."""
+"""Generation, streamed as it comes: under a simulated policy, with low-bit decoding, or in float32."""
 
-import time
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from torchlamp.evaluation.prompts import end_tokens, has_chat_template, prompt_tokens
+from torchlamp.evaluation.text_stream import TextStream
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.decodable import settings
 from torchlamp.policy.policy import Policy
 
 AnyPolicy = Policy | None
+#: Why a text ends: an end token, the number of tokens that was asked for, or Ctrl-C.
+Finish = Literal["end", "length", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the most probable one at temperature 0, else drawn from softmax(logits / T).
+
+    Raises
+    ------
+    ValueError
+        A temperature below 0, a `top_p` that is no share, or a seed below 0.
+    """
+
+    temperature: float = 0.0
+    #: Only the most probable tokens that together reach this share are drawn.
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature {self.temperature}: give 0 (the most probable token) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p {self.top_p}: give more than 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: give 0 or more, and less than 2^63")
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError(
+                f"top-p {self.top_p} at temperature 0, where nothing is drawn: give a temperature"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' `generate`; what a model's own config says of sampling doesn't count."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a generation gave: the new tokens, seconds until the first and from there to the last, rates, memory."""
+    """New tokens and their text, seconds until the first and from there to the last, recompute rates, memory."""
 
     ids: list[int]
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    #: Whether the prompt was put into the chat template.
+    chat: bool
     prompt_seconds: float
     seconds: float
     #: Site -> recomputed / eligible.
@@ -37,6 +83,21 @@ class Generated:
     def tokens_per_second(self) -> float:
         """New tokens per second once the prompt is read, which also gives the first token."""
         return (self.tokens - 1) / self.seconds if self.seconds > 0 and self.tokens > 1 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dictionaries, lists, strings and numbers, for JSON."""
+        return {
+            "text": self.text,
+            "token_ids": self.ids,
+            "finish": self.finish,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_seconds": self.prompt_seconds,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "recompute_rate_by_site": self.rates,
+            "memory": self.memory or None,
+        }
 
 
 def read_any_policy(text: str | None) -> AnyPolicy:
@@ -64,15 +125,18 @@ def generate(
     write: Callable[[str], None],
     *,
     full_precision: bool = False,
+    chat: bool | None = None,
+    system: str | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Generated:
-    """Continue a prompt greedily, handing each finished piece of text to `write`.
+    """Answer a message or continue a text, handing each finished piece to `write`.
 
     Parameters
     ----------
     model, tokenizer
         As `torchlamp.load` gives them.
     prompt : str
-        Text to continue.
+        A message, which the model's chat template makes a prompt of, or a text to continue, which is written, too.
     policy : str or Policy, optional
         One with stored operands runs on the decoding kernels, any other is simulated; None is `prepare`'s default.
     tokens : int
@@ -81,19 +145,28 @@ def generate(
         Is handed each piece of text.
     full_precision : bool
         Run the model as it is, in float32, whatever the policy.
+    chat : bool, optional
+        Whether the prompt is a message; None: where the tokenizer has a chat template.
+    system : str, optional
+        What the model is told before the message.
+    sampling : Sampling
+        How tokens are chosen; the most probable ones by default.
+
+    Returns
+    -------
+    Generated
+        After a KeyboardInterrupt that came behind the first new token, those made until then.
 
     Raises
     ------
     ValueError
-        An empty prompt, a number of tokens below 1, or more than the model's context holds.
+        An empty prompt, a number of tokens below 1, or more than the model's context holds; a chat without a template.
     """
     from torchlamp.data.text import check_context
 
-    if tokens < 1:
-        raise ValueError(f"{tokens} tokens to generate: give at least 1")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if ids.shape[-1] == 0:
-        raise ValueError("the prompt is empty: give at least one word")
+    check_tokens(tokens)
+    chatting = has_chat_template(tokenizer) if chat is None else chat
+    ids = prompt_tokens(tokenizer, prompt, chat=chatting, system=system)
     length = ids.shape[-1]
     check_context(model, length + tokens, f"prompt tokens and new ones, {length} + {tokens} =")
     chosen = read_any_policy(policy) if isinstance(policy, str) else policy
@@ -102,15 +175,35 @@ def generate(
         torch.inference_mode(),
         running_under(model, chosen, full_precision) as running,
     ):
-        done = stream(model, tokenizer, ids, tokens, write)
-    return Generated(done.ids, done.prompt_seconds, done.seconds, rates_of(running), _memory(running))
+        done = stream(model, tokenizer, ids, tokens, write, echo=not chatting, sampling=sampling)
+    return Generated(
+        done.ids,
+        text_of(tokenizer, done.ids),
+        done.finish,
+        length,
+        chatting,
+        done.prompt_seconds,
+        done.seconds,
+        rates_of(running),
+        _memory(running),
+    )
+
+
+def check_tokens(tokens: int) -> None:
+    """ValueError for a number of new tokens below 1."""
+    if tokens < 1:
+        raise ValueError(f"{tokens} tokens to generate: give at least 1")
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """New tokens, seconds until the first and from there to the last, and the cache that holds all but the last."""
+    """New tokens, seconds until the first and from there to the last, and the cache that holds all but the last.
+
+    An interrupted step leaves a cache that holds it in some layers: then there is none.
+    """
 
     ids: list[int]
+    finish: Finish
     prompt_seconds: float
     seconds: float
     cache: Any
@@ -123,40 +216,57 @@ def stream(
     tokens: int,
     write: Callable[[str], None],
     *,
+    echo: bool,
     cache: Any = None,
-    skip_prompt: bool = False,
+    sampling: Sampling = GREEDY,
+    stop: Callable[[], bool] | None = None,
 ) -> Streamed:
-    """Greedy `tokens` behind `ids`, int64 (1, length), whose first ones a cache may hold already."""
-    from transformers import TextStreamer
+    """Up to `tokens` behind `ids`, int64 (1, length), whose first ones a cache may hold already.
 
-    times: list[float] = []
+    `echo` writes the prompt, too. `stop` is asked after each new token whether it was the last; a KeyboardInterrupt
+    ends the text at once, and is raised only if there is no new token yet.
+    """
+    ends = end_tokens(model, tokenizer)
+    streamer = TextStream(tokenizer, write, echo=echo)
+    stopped = False
 
-    class Streamer(TextStreamer):  # type: ignore[misc]
-        def put(self, value: Any) -> None:
-            times.append(time.perf_counter())
-            super().put(value)
+    def stopping(sequences: Tensor, *_: Any, **__: Any) -> Tensor:
+        nonlocal stopped
+        stopped = stop is not None and stop()
+        return torch.full((len(sequences),), stopped, device=sequences.device)
 
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            write(text)
-
-    more = {} if cache is None else {"past_key_values": cache}
-    with quiet_transformers(), torch.inference_mode():
-        start = time.perf_counter()
-        output = model.generate(
-            ids.to(model.device),
-            attention_mask=torch.ones_like(ids).to(model.device),
-            max_new_tokens=tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            streamer=Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True),
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
-            **more,
-        )
+    pad = tokenizer.pad_token_id
+    with quiet_transformers(), torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sampling.seed)
+        try:
+            output = model.generate(
+                ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                max_new_tokens=tokens,
+                return_dict_in_generate=True,
+                streamer=streamer,
+                stopping_criteria=[stopping],
+                eos_token_id=ends or None,
+                pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+                **sampling.options(),
+                **({} if cache is None else {"past_key_values": cache}),
+            )
+            kept = output.past_key_values
+        except KeyboardInterrupt:
+            if not streamer.ids:
+                raise
+            streamer.end()
+            stopped, kept = True, None
     # The streamer is handed the prompt first, then token after token.
-    new = output.sequences[0, ids.shape[-1] :].tolist()
-    return Streamed(new, times[1] - start, times[-1] - times[1], output.past_key_values)
+    new, times = streamer.ids, streamer.times
+    finish: Finish = "end" if new[-1] in ends else "interrupted" if stopped else "length"
+    return Streamed(new, finish, times[1] - times[0], times[-1] - times[1], kept)
+
+
+def text_of(tokenizer: Any, ids: list[int]) -> str:
+    """The text of new tokens, special ones left out: the pieces of a `TextStream` joined."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def running_under(model: Any, policy: AnyPolicy, full_precision: bool = False) -> AbstractContextManager[Any]:

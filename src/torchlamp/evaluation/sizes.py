@@ -4,7 +4,7 @@ from typing import Any
 
 
 def model_sizes(model: Any) -> dict[str, int]:
-    """Length of a head's vectors, of the hidden states and of the MLP's inner vectors: ``head``, ``hidden``, ``mlp``.
+    """Length of the vectors that are summed over: ``head``, ``attention`` (all heads'), ``hidden``, ``mlp`` (inside).
 
     As the config of a transformers model says it, in the names of Llama's or GPT-2's; what it doesn't say is left out.
     """
@@ -16,5 +16,6 @@ def model_sizes(model: Any) -> dict[str, int]:
     mlp = getattr(config, "intermediate_size", None)
     if mlp is None and hasattr(config, "n_inner"):
         mlp = config.n_inner or (4 * hidden if hidden else None)
-    sizes = {"head": head, "hidden": hidden, "mlp": mlp}
+    attention = head * heads if head and heads else None
+    sizes = {"head": head, "attention": attention, "hidden": hidden, "mlp": mlp}
     return {name: size for name, size in sizes.items() if isinstance(size, int)}

@@ -16,6 +16,7 @@ from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.policy.decodable import Settings
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
 
 
@@ -61,6 +62,7 @@ class LinearsDecode:
     """Linear layers with the same input as one low-bit matrix: their rows one below the other."""
 
     def __init__(self, sites: Sites, modules: list[nn.Module], settings: Settings) -> None:
+        self.modules = modules
         maps = [sites.weights(module) for module in modules]
         rows = [m.matrix.detach().T for m in maps]
         self.sizes = [len(r) for r in rows]
@@ -161,9 +163,9 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
     ValueError
         No gated MLP, one with biases or another formula, or an activation that the kernel doesn't know.
     """
-    modules, gated = sites.mlp_up(layer)
-    maps = [sites.weights(module) for module in [*modules, sites.mlp_down(layer)]]
-    if not gated or any(m.bias is not None for m in maps):
+    modules = [module for site in ("mlp_up", "mlp_down") for module in sites.modules(SITES[site], layer)]
+    maps = [sites.weights(module) for module in modules]
+    if not sites.is_gated(layer) or any(m.bias is not None for m in maps):
         raise ValueError(
             "sites mlp_up and mlp_down of decoding: the kernel runs gated MLPs without biases only; leave both out"
         )

@@ -21,6 +21,8 @@ FAMILIES = {
     "qwen3": ("Qwen3", 0.0),
     "gemma3": ("Gemma3", 1.0),
 }
+#: The sites whose low-bit rows the kernel of a layer reads.
+ROW_SITES = ("qkv", "attention_out")
 #: Models of those families that hand hidden states from layer to layer untouched.
 DECODERS = {
     name: f"{prefix}{'Text' if name == 'gemma3' else ''}Model" for name, (prefix, _) in FAMILIES.items()
@@ -30,13 +32,14 @@ DECODERS = {
 class NativeLayer:
     """A decoder layer over its low-bit copies and its own norms; made of a layer that `can_fuse` knows."""
 
-    def __init__(self, module: nn.Module, qkv: LinearsDecode, out: LinearsDecode, mlp: MlpDecode) -> None:
-        self.module, self.qkv, self.out, self.mlp = module, qkv, out, mlp
+    def __init__(self, module: nn.Module, rows: dict[str, LinearsDecode], mlp: MlpDecode) -> None:
+        self.module, self.mlp = module, mlp
+        self.qkv, self.out = (rows[site] for site in ROW_SITES)
         attention: Any = module.self_attn
         self.attention = attention
         self.family = family_of(module) or ""
         self.size = int(attention.head_dim)
-        queries, keys, _ = (n // self.size for n in qkv.sizes)
+        queries, keys, _ = (n // self.size for n in self.qkv.sizes)
         self.heads, self.kv_heads = queries, keys
         self.scaling = float(attention.scaling)
         self.number = int(attention.layer_idx)
@@ -79,10 +82,14 @@ class NativeLayer:
         return {**vars(self), "_native": NativeObject()}
 
 
-def can_fuse(layer: nn.Module) -> bool:
-    """Whether a layer's parts are those of one of `FAMILIES`, all the way down, so that its formula is known."""
+def can_fuse(layer: nn.Module, rows: dict[str, LinearsDecode]) -> bool:
+    """Whether a layer's parts are those of one of `FAMILIES`, all the way down, so that its formula is known.
+
+    `rows` are the low-bit rows of the layer by their sites: the kernel needs those of `ROW_SITES`, queries, keys and
+    values apart, and no others.
+    """
     family = family_of(layer)
-    if family is None:
+    if family is None or set(rows) != set(ROW_SITES) or len(rows[ROW_SITES[0]].sizes) != 3:
         return False
     prefix, _ = FAMILIES[family]
     parts = {"self_attn": "Attention", "mlp": "MLP", "input_layernorm": "RMSNorm"}

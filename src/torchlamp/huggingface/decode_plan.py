@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,8 @@ from torchlamp.huggingface.lookahead_cache import LookaheadCache, full_dtype
 from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.decodable import Settings
+from torchlamp.policy.site import Site
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
 
 logger = logging.getLogger("torchlamp.decoding")
@@ -66,6 +68,18 @@ class _WithLookaheadCache:
         )
 
 
+@dataclass
+class Layer:
+    """A decoder layer, or what the model has once (number -1), and what decodes its sites."""
+
+    number: int
+    module: nn.Module
+    #: Low-bit rows by their sites.
+    rows: dict[str, LinearsDecode] = field(default_factory=dict)
+    mlp: MlpDecode | None = None
+    has_attention: bool = False
+
+
 class DecodePlan:
     """The forwards that a policy gives a model; made at once, put in place by `put`, taken away by `undo`.
 
@@ -100,7 +114,7 @@ class DecodePlan:
         top: int = 1,
     ) -> None:
         self.model, self.settings, self.statistics, self.memory = model, settings, statistics, memory
-        self.full = full_dtype(full)
+        self.full, self.top = full_dtype(full), top
         self.sites = Sites(model)
         if not self.sites.layers:
             raise ValueError(
@@ -117,10 +131,9 @@ class DecodePlan:
             and decoder not in self.forwards
         ):
             self._add(StepDecode(decoder, whole, dict(self.forwards), statistics))
-        if "lm_head" in settings:
-            head = head_decode(self.sites, settings["lm_head"], top, statistics)
-            self._add(head)
-            memory.low_bit += head.head.head.bytes
+        for name in settings:
+            if not SITES[name].place.in_layers:
+                self._decode(SITES[name], Layer(-1, model))
         self._undo: list[Callable[[], object]] = []
 
     def put(self, cache: Callable[[], LookaheadCache] | None) -> None:
@@ -145,47 +158,57 @@ class DecodePlan:
     def _add(self, forward: Forward) -> None:
         self.forwards[forward.module] = forward
 
-    def _layer(self, number: int, layer: nn.Module) -> NativeLayer | None:
+    def _layer(self, number: int, module: nn.Module) -> NativeLayer | None:
         """Add the forwards of a layer's modules; the whole layer, where nothing but them need run."""
-        told, before = self.settings, set(self.forwards)
-        groups = {
-            site: self._linears(modules, told[site])
-            for site, modules in (
-                ("qkv", self.sites.qkv(layer) if "qkv" in told else []),
-                ("attention_out", [self.sites.attention_out(layer)] if "attention_out" in told else []),
-            )
-            if site in told
-        }
-        if "scores" in told:
-            self._add(
-                AttentionDecode(
-                    self.sites.attention(layer), self.model.config.get_text_config(decoder=True), number
-                )
-            )
-        mlp = self._mlp(number) if "mlp_up" in told else None
+        layer, before = Layer(number, module), set(self.forwards)
+        for name in self.settings:
+            if SITES[name].place.in_layers:
+                self._decode(SITES[name], layer)
         new = [forward for module, forward in self.forwards.items() if module not in before]
         own = any(forward.own is not None for forward in new)
-        if mlp is None or len(groups) < 2 or "scores" not in told or own or not can_fuse(layer):
+        if own or layer.mlp is None or not layer.has_attention or not can_fuse(module, layer.rows):
             return None
-        if len(groups["qkv"].sizes) != 3:
-            return None
-        return NativeLayer(layer, groups["qkv"], groups["attention_out"], mlp)
+        return NativeLayer(module, layer.rows, layer.mlp)
 
-    def _linears(self, modules: list[nn.Module], told: Settings) -> LinearsDecode:
-        forwards, group = linears_decode(self.sites, modules, told)
+    def _decode(self, site: Site, layer: "Layer") -> None:
+        """Add what decodes a site; the partner of a site has its kernel."""
+        assert site.kernel is not None
+        if site.kernel.form is not None:
+            FORMS[site.kernel.form](self, site, layer)
+
+    def _rows(self, site: Site, layer: "Layer") -> None:
+        """Linear layers whose copies are read as they are."""
+        modules = self.sites.modules(site, layer.module)
+        for other, rows in layer.rows.items():
+            for module in set(modules) & set(rows.modules):
+                self.sites.check_free(module, other, site.name)
+        forwards, group = linears_decode(self.sites, modules, self.settings[site.name])
         for forward in forwards:
             self._add(forward)
         self.memory.low_bit += group.bytes
-        return group
+        layer.rows[site.name] = group
 
-    def _mlp(self, number: int) -> MlpDecode:
-        told = self.settings
-        mlp = mlp_decode(self.sites, number, told["mlp_up"], told["mlp_down"], self.statistics, self.full)
-        self._add(mlp)
-        low, full = mlp.mlp.bytes
+    def _attention(self, site: Site, layer: "Layer") -> None:
+        """Keys and values of a look-ahead cache."""
+        config = self.model.config.get_text_config(decoder=True)
+        self._add(AttentionDecode(self.sites.modules(site, layer.module)[0], config, layer.number))
+        layer.has_attention = True
+
+    def _mlp(self, site: Site, layer: "Layer") -> None:
+        """A gated MLP: the site and its partner."""
+        assert site.partner is not None
+        up, down = self.settings[site.name], self.settings[site.partner]
+        layer.mlp = mlp_decode(self.sites, layer.number, up, down, self.statistics, self.full)
+        self._add(layer.mlp)
+        low, full = layer.mlp.mlp.bytes
         self.memory.low_bit += low
         self.memory.extra_full += full
-        return mlp
+
+    def _head(self, site: Site, layer: "Layer") -> None:
+        """The output embedding."""
+        head = head_decode(self.sites, self.settings[site.name], self.top, self.statistics)
+        self._add(head)
+        self.memory.low_bit += head.head.head.bytes
 
     def _put(self, forward: Forward) -> None:
         module = forward.module
@@ -208,3 +231,12 @@ class DecodePlan:
         setattr(model, _GENERATE, _WithLookaheadCache(model, own, cache))
         give_back = functools.partial(delattr, model, _GENERATE)
         self._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))
+
+
+#: What decodes a site, by the names that the kernels of sites' records use.
+FORMS: dict[str, Callable[[DecodePlan, Site, Layer], None]] = {
+    "attention": DecodePlan._attention,
+    "rows": DecodePlan._rows,
+    "mlp": DecodePlan._mlp,
+    "head": DecodePlan._head,
+}

@@ -1,29 +1,13 @@
 """From a policy to replaced forwards: built and checked before anything of the model is changed."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchlamp.huggingface.attached_policy import AttachedPolicy
-from torchlamp.huggingface.residual_stream import residual_ahead
-from torchlamp.huggingface.site_forwards import (
-    Forward,
-    LayerForward,
-    LinearGroup,
-    NormForward,
-    Residual,
-    group_forwards,
-)
+from torchlamp.huggingface.compositions import COMPOSITIONS
+from torchlamp.huggingface.layer_build import LayerBuild
+from torchlamp.huggingface.site_forwards import Forward, LayerForward
 from torchlamp.huggingface.sites import Sites
-from torchlamp.huggingface.stored_groups import StoredDown, StoredGroup, StoredHead, StoredNeurons
-from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.activation import activated, gated
-from torchlamp.simulation.linear import HeadVectors
-from torchlamp.simulation.stored_mlp import OutputSize
-from torchlamp.simulation.vocabulary import Vocabulary
-
-#: Sites that run in the attention function; all others in replaced forwards.
-IN_ATTENTION = ("scores", "values")
-_RESIDUAL = ("attention_out", "mlp_down")
+from torchlamp.policy.sites import SITES
 
 
 def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
@@ -36,153 +20,50 @@ def build(model: nn.Module, attached: AttachedPolicy) -> list[Forward]:
     TypeError
         Weights that aren't float32.
     """
-    sites = Sites(model)
-    named = [site for site in attached.policies if site != "scores"]
-    if not sites.layers:
-        inner = [site for site in named if site != "lm_head"]
-        rule = attached.policies["scores"].rule if "scores" in attached.policies else None
-        if rule is not None and rule.reads_residual_stream:
+    sites, layers = Sites(model), list(Sites(model).layers)
+    if not layers:
+        _check_no_layers(model, attached)
+    outside = [n for n in sorted(attached.only or ()) if not 0 <= n < len(layers)]
+    if outside and layers:
+        raise ValueError(f"layers={outside}: the model has the layers 0 to {len(layers) - 1}")
+    forwards = _forwards(LayerBuild(sites, attached, -1, model), in_layers=False)
+    if any(site != "scores" for site in attached.policies):
+        forwards += [LayerForward(layer, attached) for layer in layers]
+    for number, layer in enumerate(layers):
+        forwards += _forwards(LayerBuild(sites, attached, number, layer), in_layers=True)
+    return forwards
+
+
+def is_in_attention(attached: AttachedPolicy) -> bool:
+    """Whether a site runs in the attention function; all others run in replaced forwards."""
+    return any(_in_attention(site) for site in attached.policies)
+
+
+def _forwards(build: LayerBuild, *, in_layers: bool) -> list[Forward]:
+    for name, policy in build.policies.items():
+        site = SITES[name]
+        if site.place.in_layers == in_layers:
+            COMPOSITIONS[site.look(policy.precision.is_stored).composition](build, site)
+    return build.finish()
+
+
+def _in_attention(site: str) -> bool:
+    place = SITES[site].place
+    return place.parent == "attention" and not place.names
+
+
+def _check_no_layers(model: nn.Module, attached: AttachedPolicy) -> None:
+    """ValueError for sites and rules that need to know the model's layers; scores and what it has once don't."""
+    kind = type(model).__name__
+    for policy in attached.policies.values():
+        if policy.rule.reads_residual_stream:
             raise ValueError(
-                f"{type(model).__name__}: no list of decoder layers found, so rule {str(rule)!r} can't look as far as "
-                "the residual stream; running looks through the softmax alone"
+                f"{kind}: no list of decoder layers found, so rule {str(policy.rule)!r} can't look as far as the "
+                "residual stream; running looks through the softmax alone"
             )
-        if inner:
-            raise ValueError(
-                f"{type(model).__name__}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} "
-                f"{', '.join(inner)} can't run in low precision; `scores` can"
-            )
-        return _lm_head(sites, attached) if named else []
-    outside = [n for n in sorted(attached.only or ()) if not 0 <= n < len(sites.layers)]
-    if outside:
-        raise ValueError(f"layers={outside}: the model has the layers 0 to {len(sites.layers) - 1}")
-    forwards = _lm_head(sites, attached)
-    if named:
-        forwards += [LayerForward(layer, attached) for layer in sites.layers]
-    for number, layer in enumerate(sites.layers):
-        forwards += _layer(sites, attached, number, layer)
-    return forwards
-
-
-def _layer(sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module) -> list[Forward]:
-    policies = {
-        site: policy for site in attached.policies if (policy := attached.policy(site, number)) is not None
-    }
-    forwards: list[Forward] = []
-    if "values" in policies and not policies["values"].precision.is_stored:
-        attached.value_norms[number] = _value_norms(sites, layer)
-    if "qkv" in policies:
-        group = _group(attached, "qkv", number, policies["qkv"])
-        group.next_function = HeadVectors(sites.head_size(layer))
-        forwards += _install(sites, group, sites.qkv(layer))
-    forwards += _mlp(sites, attached, number, layer, policies)
-    if "mlp_down" in policies and policies["mlp_down"].precision.is_stored:
-        del policies["mlp_down"]  # it looks at its own columns, not at the stream
-    far = "scores" in policies and policies["scores"].rule.reads_residual_stream
-    if far or "norm" in policies or any(site in policies for site in _RESIDUAL):
-        forwards += _residual_stream(sites, attached, number, layer, policies)
-    return forwards
-
-
-def _mlp(
-    sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
-) -> list[Forward]:
-    """The up projection, and the down projection if it is stored."""
-    up, down = policies.get("mlp_up"), policies.get("mlp_down")
-    size = OutputSize() if down is not None and down.precision.is_stored else None
-    forwards: list[Forward] = []
-    if up is not None:
-        modules, is_gated = sites.mlp_up(layer)
-        phi, module = sites.activation(layer), sites.mlp_down(layer)
-        if up.precision.is_stored:
-            neurons = StoredNeurons(attached, "mlp_up", number, up)
-            neurons.phi, neurons.gated, neurons.down = phi, is_gated, module
-            neurons.size = size
-            forwards += _install(sites, neurons, modules)
-        else:
-            group = LinearGroup(attached, "mlp_up", number, up)
-            look = gated if is_gated else activated
-            group.next_function = look(phi, sites.weights(module).matrix.detach().norm(dim=1))
-            forwards += _install(sites, group, modules)
-    if size is not None and down is not None:
-        columns = StoredDown(attached, "mlp_down", number, down)
-        columns.size = size
-        forwards += _install(sites, columns, [sites.mlp_down(layer)])
-    return forwards
-
-
-def _group(attached: AttachedPolicy, site: str, number: int, policy: SitePolicy) -> LinearGroup:
-    kind = StoredGroup if policy.precision.is_stored else LinearGroup
-    return kind(attached, site, number, policy)
-
-
-def _residual_stream(
-    sites: Sites, attached: AttachedPolicy, number: int, layer: nn.Module, policies: dict[str, SitePolicy]
-) -> list[Forward]:
-    """The sublayers' output projections and the norms around them."""
-    norms = sites.norms(layer)
-    last = number + 1 == len(sites.layers)
-    size = sites.weights(sites.attention_out(layer)).matrix.shape[1]
-    forwards: list[Forward] = []
-    streams = {"attention_out": Residual(), "mlp_down": Residual()}
-    norm_policy = policies.get("norm")
-    far = "scores" in policies and policies["scores"].rule.reads_residual_stream
-    if far:
-        attached.aheads[number] = residual_ahead(sites, layer, streams["attention_out"])
-    own = (
-        ("attention_out", norms.attention[1], norms.after_attention),
-        ("mlp_down", norms.mlp[1], norms.after_mlp),
-    )
-    for site, reads, after in own:
-        # A norm behind the sublayer reads the sublayer's output alone.
-        wants_stream = (site in policies and after is None) or (far and site == "attention_out")
-        if norm_policy is not None or wants_stream:
-            stream = streams[site] if wants_stream else None
-            forwards.append(
-                NormForward(reads, attached, number, sites.norm(reads, size), norm_policy, stream)
-            )
-    if norm_policy is not None and last:
-        final = sites.final_norm()
-        forwards.append(NormForward(final, attached, number, sites.norm(final, size), norm_policy, None))
-    if "attention_out" in policies:
-        group = _group(attached, "attention_out", number, policies["attention_out"])
-        following = norms.mlp if norms.after_attention is None else norms.after_attention
-        group.norm = sites.norm(following[1], size)
-        group.residual = streams["attention_out"] if norms.after_attention is None else None
-        forwards += _install(sites, group, [sites.attention_out(layer)])
-    if "mlp_down" in policies:
-        group = LinearGroup(attached, "mlp_down", number, policies["mlp_down"])
-        if norms.after_mlp is not None:
-            following_norm = norms.after_mlp[1]
-        else:
-            following_norm = (
-                sites.final_norm() if last else sites.norms(sites.layers[number + 1]).attention[1]
-            )
-            group.residual = streams["mlp_down"]
-        group.norm = sites.norm(following_norm, size)
-        forwards += _install(sites, group, [sites.mlp_down(layer)])
-    return forwards
-
-
-def _lm_head(sites: Sites, attached: AttachedPolicy) -> list[Forward]:
-    policy = attached.policies.get("lm_head")
-    if policy is None:
-        return []
-    head, softcap = sites.lm_head()
-    if policy.precision.is_stored:
-        return _install(sites, StoredHead(attached, "lm_head", -1, policy), [head])
-    group = LinearGroup(attached, "lm_head", -1, policy)
-    group.next_function = Vocabulary(softcap)
-    return _install(sites, group, [head])
-
-
-def _install(sites: Sites, group: LinearGroup, modules: list[nn.Module]) -> list[Forward]:
-    for module in modules:
-        sites.weights(module)  # refuses what can't run
-    return group_forwards(modules, group)
-
-
-def _value_norms(sites: Sites, layer: nn.Module) -> Tensor:
-    """||W e|| of every number of every head's output, float32 (heads, value size)."""
-    rows = sites.weights(sites.attention_out(layer)).matrix.detach()
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.view(-1, sites.head_size(layer))
+    inner = [site for site in attached.policies if site != "scores" and SITES[site].place.in_layers]
+    if inner:
+        raise ValueError(
+            f"{kind}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} {', '.join(inner)} can't "
+            "run in low precision; `scores` can"
+        )

@@ -23,7 +23,7 @@ from torchlamp.huggingface.attached_policy import (
     context_of,
     set_context,
 )
-from torchlamp.huggingface.install import IN_ATTENTION, build
+from torchlamp.huggingface.install import build, is_in_attention
 from torchlamp.huggingface.lookahead_cache import NAME as DECODING
 from torchlamp.huggingface.simulated_attention import lamp_attention
 from torchlamp.huggingface.site_forwards import Forward, SimulatedForward, own_forward, set_forward
@@ -129,7 +129,7 @@ def _attached_within(model: nn.Module, policy: str | Policy, how: _How) -> Itera
         before = [(module, context_of(module), vars(module).get("forward")) for module in model.modules()]
         try:
             _put_in_place(model, attached, forwards)
-            if _in_attention(attached):
+            if is_in_attention(attached):
                 model.set_attn_implementation(NAME)  # type: ignore[operator]
                 if implementations[0][0]._attn_implementation != NAME:
                     raise _no_interface(model)
@@ -223,7 +223,7 @@ def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[At
         calibration=how.calibration,
         collect=how.collect,
     )
-    if _in_attention(attached) and not any(_dispatches(type(module)) for module in model.modules()):
+    if is_in_attention(attached) and not any(_dispatches(type(module)) for module in model.modules()):
         raise _no_interface(model)
     return attached, build(model, attached)
 
@@ -264,10 +264,6 @@ def _numbers(name: str, layers: Iterable[int] | None) -> frozenset[int] | None:
     if not fits or isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"{name}={layers!r}: give layer numbers in a list, for example {name}=[0, 3]")
     return frozenset(given)
-
-
-def _in_attention(attached: AttachedPolicy) -> bool:
-    return any(site in attached.policies for site in IN_ATTENTION)
 
 
 def _put_in_place(model: nn.Module, attached: AttachedPolicy, forwards: list[Forward]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from torchlamp.huggingface.site_forwards import Residual
 from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.ahead import Ahead, gram_factor
 from torchlamp.simulation.norms import Norm
 
@@ -58,15 +59,15 @@ def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
     ValueError, TypeError
         As from `Sites`.
     """
-    projection = sites.weights(sites.attention_out(layer))
+    projection = sites.weights(sites.modules(SITES["attention_out"], layer)[0])
     weight = projection.matrix.detach().T
     heads = weight.shape[1] // sites.head_size(layer)
     norms = sites.norms(layer)
-    reads = sites.norm(norms.mlp[1], weight.shape[0])
+    reads = sites.norm(norms.mlp[1])
     if reads.kind == "layer":
         weight = weight - weight.mean(dim=0)
     after: Tensor | None = None
     if norms.after_attention is not None:
-        after, weight = weight, weight * sites.norm(norms.after_attention[1], weight.shape[0]).weight[:, None]
+        after, weight = weight, weight * sites.norm(norms.after_attention[1]).weight[:, None]
     bias = None if projection.bias is None else projection.bias.detach()
     return Ahead(gram_factor(weight * reads.weight[:, None], heads), _Scale(stream, reads, after, bias))

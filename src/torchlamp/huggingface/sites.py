@@ -1,11 +1,13 @@
 """Where the sites of a transformers decoder are: its layers, and in each the linear layers and norms of a site.
 
 Modules are found by the names that transformers gives them in Llama, Mistral, Qwen, Gemma, Phi-3 and GPT-2 (and in the
-many models written after these). What isn't found by its name is refused, never guessed.
+many models written after these); `policy.sites` has those of each site. What isn't found by its name is refused, never
+guessed.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +15,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.site_forwards import linear_map, plain
+from torchlamp.policy.site import Site
+from torchlamp.policy.sites import GATED
 from torchlamp.simulation.linear import Weights
 from torchlamp.simulation.norms import Norm
 
 _LAYERS = ("layers", "h")
 _ATTENTION = ("self_attn", "attn")
-_QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",))
-_ATTENTION_OUT = ("o_proj", "c_proj")
-_GATED = (("gate_proj", "up_proj"), ("gate_up_proj",))
-_UNGATED = (("c_fc",), ("fc1",))
-_DOWN = ("down_proj", "c_proj", "fc2")
+_MLP = ("mlp",)
 _ACTIVATION = ("act_fn", "activation_fn", "act")
 _FINAL_NORM = ("norm", "ln_f", "final_layernorm")
 #: Beside `input_layernorm`, of layers with a norm behind each sublayer.
@@ -66,9 +66,30 @@ class Sites:
         """The self-attention of a layer."""
         return self._child(layer, _ATTENTION, "attention")
 
-    def qkv(self, layer: nn.Module) -> list[nn.Module]:
-        """The projections to queries, keys and values: three modules, or one that does all."""
-        return self._group(self.attention(layer), _QKV, "query, key and value projections")
+    def mlp(self, layer: nn.Module) -> nn.Module:
+        """The MLP of a layer."""
+        return self._child(layer, _MLP, "MLP")
+
+    def modules(self, site: Site, layer: nn.Module | None = None) -> list[nn.Module]:
+        """The modules that form a site's sums together; `layer` is a decoder layer if the site is in every one."""
+        place = site.place
+        if not place.in_layers:
+            return [self.lm_head()[0]]
+        assert layer is not None
+        found = {"attention": self.attention, "mlp": self.mlp}.get(place.parent)
+        parent = layer if found is None else found(layer)
+        if place.last:
+            self._check_last(parent)
+        return self._group(parent, place.names, site.summary) if place.names else [parent]
+
+    def is_gated(self, layer: nn.Module) -> bool:
+        """Whether the MLP is a GLU: the gate comes first, or both halves are one module."""
+        mlp = self.mlp(layer)
+        return any(all(hasattr(mlp, name) for name in names) for names in GATED)
+
+    def activation(self, layer: nn.Module) -> nn.Module:
+        """The elementwise function of the MLP."""
+        return self._child(self.mlp(layer), _ACTIVATION, "activation")
 
     def head_size(self, layer: nn.Module) -> int:
         """Length of a query's, key's or value's vector."""
@@ -76,24 +97,6 @@ class Sites:
         if not isinstance(size, int):
             raise self._missing(self.attention(layer), ["head_dim"], "head size")
         return size
-
-    def attention_out(self, layer: nn.Module) -> nn.Module:
-        """The output projection of the attention."""
-        return self._child(self._direct(self.attention(layer)), _ATTENTION_OUT, "output projection")
-
-    def mlp_up(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
-        """What feeds the activation, and whether it is a GLU (the gate comes first, or both halves are one module)."""
-        mlp = self._child(layer, ("mlp",), "MLP")
-        gated = any(all(hasattr(mlp, name) for name in names) for names in _GATED)
-        return self._group(mlp, _GATED if gated else _UNGATED, "up projection"), gated
-
-    def activation(self, layer: nn.Module) -> nn.Module:
-        """The elementwise function of the MLP."""
-        return self._child(self._child(layer, ("mlp",), "MLP"), _ACTIVATION, "activation")
-
-    def mlp_down(self, layer: nn.Module) -> nn.Module:
-        """The down projection of the MLP."""
-        return self._child(self._direct(self._child(layer, ("mlp",), "MLP")), _DOWN, "down projection")
 
     def norms(self, layer: nn.Module) -> Norms:
         """The norms of a layer; refuses layers whose sublayers don't follow one after the other, each added at once."""
@@ -136,6 +139,13 @@ class Sites:
                 )
         return head, getattr(config, "final_logit_softcapping", None)
 
+    def check_free(self, module: nn.Module, site: str, other: str) -> None:
+        """ValueError for a module that forms sums of two sites of a policy."""
+        if site != other:
+            raise ValueError(
+                f"{self._path(module)} belongs to the sites {site} and {other}: name one of them"
+            )
+
     def weights(self, module: nn.Module) -> Weights:
         """The linear map of a module."""
         kind = type(module)
@@ -153,12 +163,13 @@ class Sites:
         return linear_map(module)
 
     @torch.no_grad()
-    def norm(self, module: nn.Module, size: int) -> Norm:
+    def norm(self, module: nn.Module) -> Norm:
         """The formula of a norm module; RMSNorms, of which every model has its own class, are probed."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         found = None
         weight = getattr(module, "weight", None)
         if isinstance(eps, float) and isinstance(weight, Tensor):
+            size = weight.numel()
             if isinstance(module, nn.LayerNorm):
                 found = Norm(
                     "layer", weight.detach(), None if module.bias is None else module.bias.detach(), eps
@@ -197,19 +208,19 @@ class Sites:
 
     def _group(self, parent: nn.Module, choices: Iterable[tuple[str, ...]], what: str) -> list[nn.Module]:
         for names in choices:
-            if all(isinstance(getattr(parent, name, None), nn.Module) for name in names):
-                return [getattr(parent, name) for name in names]
+            found = [_at(parent, name) for name in names]
+            if all(isinstance(module, nn.Module) for module in found):
+                return found
         raise self._missing(parent, [" + ".join(names) for names in choices], what)
 
-    def _direct(self, sublayer: nn.Module) -> nn.Module:
-        """Refuses a sublayer with a norm of its own in front of its last projection (BitNet)."""
+    def _check_last(self, sublayer: nn.Module) -> None:
+        """Refuse a sublayer with a norm of its own in front of its last projection (BitNet)."""
         for name, _ in sublayer.named_children():
             if name.endswith("sub_norm"):
                 raise ValueError(
                     f"{self._path(sublayer)}.{name}: a norm in front of the last projection, which the look-ahead "
                     "doesn't know; the rules strict and running at the site scores don't need it"
                 )
-        return sublayer
 
     def _child(self, parent: nn.Module, names: Iterable[str], what: str) -> nn.Module:
         for name in names:
@@ -226,6 +237,13 @@ class Sites:
 
     def _path(self, module: nn.Module) -> str:
         return self._paths.get(id(module)) or "the model"
+
+
+def _at(parent: Any, path: str) -> Any:
+    """What hangs below a module under a name with dots; None: nothing does."""
+    for name in path.split("."):
+        parent = getattr(parent, name, None)
+    return parent
 
 
 def _decoder(model: nn.Module) -> nn.Module:

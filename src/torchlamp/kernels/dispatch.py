@@ -4,6 +4,7 @@ Every room asks here, and nowhere else: `native_for(...)` gives the native kerne
 or None, and then the reference runs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels import native
+
+_TAKEN = (torch.float32, torch.bool)
 
 
 class NativeKernels(NamedTuple):
@@ -27,13 +30,17 @@ def native_for(*tensors: Tensor | None) -> NativeKernels | None:
     that isn't there; without any tensor the answer is for this machine.
     """
     instruction_set = native.instruction_set()
-    if instruction_set is None or not all(t is None or _fits(t) for t in tensors):
+    if instruction_set is None:
         return None
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in _TAKEN):
+            return None
+    return _kernels(instruction_set)
+
+
+@functools.cache
+def _kernels(instruction_set: str) -> NativeKernels:
     return NativeKernels(instruction_set, native.extension())
-
-
-def _fits(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bool)
 
 
 def as_native(tensor: Tensor, contiguous: Literal["any", "last", "all"] = "last") -> Tensor:
@@ -43,7 +50,10 @@ def as_native(tensor: Tensor, contiguous: Literal["any", "last", "all"] = "last"
     ("any"), the last dimension is contiguous ("last"), or all of it is ("all"). bool becomes uint8. Nothing is copied
     where nothing must be.
     """
-    plain = tensor.detach().resolve_neg()
+    # Asked first: of a short call each operation of torch is a part that shows.
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    if plain.is_neg():
+        plain = plain.resolve_neg()
     if contiguous == "all" or (contiguous == "last" and plain.shape[-1] > 1 and plain.stride(-1) != 1):
         plain = plain.contiguous()
     return plain.view(torch.uint8) if plain.dtype == torch.bool else plain

@@ -6,36 +6,10 @@ from dataclasses import dataclass
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
-from torchlamp.rules.condition import Output
-from torchlamp.rules.none_all import Everything, Nothing
+from torchlamp.policy.site import Kernel
+from torchlamp.policy.sites import SITES
+from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import NumberRule, Rule
-from torchlamp.rules.running import Running
-from torchlamp.rules.topz import TopZ
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What the kernel of a site has: integers of so many bits in groups of 32, transforms, and one rule.
-
-    Every kernel runs `none`, those with a rule `all`, too.
-    """
-
-    bits: tuple[int, ...]
-    #: The rule with a threshold that suits most models; None: the copy is read as it is.
-    rule: NumberRule | None
-    transforms: tuple[str, ...] = ()
-
-    def has(self, rule: Rule) -> bool:
-        """Whether the kernel runs a rule; subclasses are other rules."""
-        if self.rule is None:
-            return isinstance(rule, Nothing)
-        return type(rule) in (Nothing, Everything, type(self.rule))
-
-    def __str__(self) -> str:
-        formats = ", ".join(f"int{bits}" for bits in self.bits)
-        changes = "".join(f"[.{name}]" for name in self.transforms)
-        rules = "no rule" if self.rule is None else f"the rules none, {self.rule.name}:T, all"
-        return f"{formats}{' with ' + changes if changes else ''} and {rules}"
 
 
 @dataclass(frozen=True)
@@ -51,19 +25,14 @@ class Settings:
     hadamard: bool = False
 
 
-_ALL_BITS = (4, 8, 12)
-#: The sites that decoding has kernels for.
-KERNELS = {
-    "scores": Kernel((4, 8), Running(0.001), ("center", "hadamard")),
-    "values": Kernel((4, 8), TopZ(0.003)),
-    "qkv": Kernel(_ALL_BITS, None),
-    "attention_out": Kernel(_ALL_BITS, None),
-    "mlp_up": Kernel(_ALL_BITS, Output(0.0006)),
-    "mlp_down": Kernel(_ALL_BITS, Output(0.0006)),
-    "lm_head": Kernel(_ALL_BITS, Running(1e-05)),
-}
-#: Sites that one kernel runs together: both or neither.
-TOGETHER = (("scores", "values"), ("mlp_up", "mlp_down"))
+def kernels() -> dict[str, Kernel]:
+    """The kernel of each site that decoding has one for."""
+    return {name: site.kernel for name, site in SITES.items() if site.kernel is not None}
+
+
+def together() -> list[tuple[str, str]]:
+    """Pairs of sites that one kernel runs together: a policy names both, or neither."""
+    return [(name, site.partner) for name, site in SITES.items() if site.partner is not None]
 
 
 def settings(policy: Policy) -> dict[str, Settings]:
@@ -76,7 +45,7 @@ def settings(policy: Policy) -> dict[str, Settings]:
     """
     sites = policy.sites
     told = {site: site_settings(site, part, policy) for site, part in sites.items()}
-    for one, other in TOGETHER:
+    for one, other in together():
         if (one in sites) != (other in sites):
             raise ValueError(
                 f"sites {one} and {other} are decoded by one kernel: name both, or neither; {_nearest_words(policy)}"
@@ -89,7 +58,7 @@ def site_settings(site: str, part: SitePolicy, policy: Policy | None = None) -> 
     wrong = _wrong(site, part)
     if wrong is not None:
         whole = Policy(sites={site: part}) if policy is None else policy
-        kernel = f": allowed at {site} are {KERNELS[site]}" if site in KERNELS else ""
+        kernel = f": allowed at {site} are {kernels()[site]}" if site in kernels() else ""
         raise ValueError(f"{wrong} has no decoding kernel{kernel}; {_nearest_words(whole, policy is None)}")
     precision = part.precision
     assert precision.operand.kernel_bits is not None
@@ -113,19 +82,19 @@ def nearest(policy: Policy, *, alone: bool = False) -> Policy | None:
 
     `alone` leaves out the site that one goes together with.
     """
-    sites = {site: _nearest(site, part) for site, part in policy.sites.items() if site in KERNELS}
-    for pair in () if alone else TOGETHER:
+    sites = {site: _nearest(site, part) for site, part in policy.sites.items() if site in kernels()}
+    for pair in () if alone else together():
         for one, other in (pair, pair[::-1]):
             if one in sites and other not in sites:
                 sites[other] = SitePolicy(
-                    Precision(sites[one].precision.operand), KERNELS[other].rule or Nothing()
+                    Precision(sites[one].precision.operand), kernels()[other].rule or Nothing()
                 )
     return Policy(sites=sites) if sites else None
 
 
 def _wrong(site: str, part: SitePolicy) -> str | None:
     """The part of a site's policy that its kernel doesn't have, in words."""
-    kernel, precision = KERNELS.get(site), part.precision
+    kernel, precision = kernels().get(site), part.precision
     if kernel is None:
         return f"site {site} ('{site}={part}')"
     if not precision.is_stored:
@@ -145,7 +114,7 @@ def _wrong(site: str, part: SitePolicy) -> str | None:
 
 
 def _nearest(site: str, part: SitePolicy) -> SitePolicy:
-    kernel, precision = KERNELS[site], part.precision
+    kernel, precision = kernels()[site], part.precision
     block = precision.operand.block
     wanted = 8 if block is None else block.element_bits
     bits = next((b for b in kernel.bits if wanted <= b), kernel.bits[-1])
@@ -157,5 +126,5 @@ def _nearest(site: str, part: SitePolicy) -> SitePolicy:
 def _nearest_words(policy: Policy, alone: bool = False) -> str:
     found = nearest(policy, alone=alone)
     if found is None:
-        return f"sites with kernels are {', '.join(KERNELS)}"
+        return f"sites with kernels are {', '.join(kernels())}"
     return f"the nearest policy that runs is '{found}'"

@@ -8,9 +8,9 @@ from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import Format
 from torchlamp.policy.fit import check_precision, check_rule, check_site
 from torchlamp.policy.precision import Precision
+from torchlamp.policy.sites import SITES
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
-from torchlamp.site_names import SITES
 
 _NOTHING = Nothing()
 # A rule's parameters may hold commas, so only a comma that starts the next `site=` separates two sites.

@@ -10,6 +10,7 @@ import pandas as pd
 
 from torchlamp.evaluation.cost import GRANULARITIES, CostModel, Shape, costs
 from torchlamp.policy.policy import Policy
+from torchlamp.policy.sites import SITES
 from torchlamp.results.journal import read_lines
 from torchlamp.results.result import Result
 from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each, record_problem
@@ -186,7 +187,8 @@ def _costs(result: Result, policy: Policy) -> dict[str, Any]:
     ((site, part),) = policy.sites.items()
     sizes = ASSUMED_SIZES | _known_sizes(result)
     length = result.window_length
-    depth = {"scores": sizes["head"], "values": length, "mlp_down": sizes["mlp"]}.get(site, sizes["hidden"])
+    # Results that are older than a size have the hidden states' in its place.
+    depth = ({"window": length} | sizes).get(SITES[site].length, sizes["hidden"])
     shape = Shape(length, length, depth, causal=site == "scores")
     for end, model in (("", CostModel()), ("_narrow", CostModel(error=None, distance=None))):
         by_name = costs(shape, part.accumulate, part.rule, result.recompute_rate, result.block_rates, model)

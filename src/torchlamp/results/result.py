@@ -77,7 +77,7 @@ class Result:
     #: Mean KL of each window in nats, and the share of its tokens that flip.
     kl_by_window: list[float] = field(default_factory=list)
     flip_by_window: list[float] = field(default_factory=list)
-    #: Length of the model's vectors: "head", "hidden", "mlp". Empty in results older than this figure.
+    #: Length of the model's vectors: "head", "hidden", "mlp", and "attention" (all heads'). Empty in older results.
     sizes: dict[str, int] = field(default_factory=dict)
     #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.
     calibration: str | None = None

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.blocks import count_blocks
-from torchlamp.site_names import SITES
 
 
 @dataclass
