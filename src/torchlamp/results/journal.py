@@ -57,11 +57,11 @@ def read_lines(path: Path, schema: str) -> Lines:
                 raise ValueError("a JSON object is expected")
         except (ValueError, RecursionError) as stop:
             # Brackets in brackets by the thousand: no line of ours.
-            error = ValueError("nested too deeply") if isinstance(stop, RecursionError) else stop
+            wrong = "nested too deeply" if isinstance(stop, RecursionError) else str(stop)
             if number == len(lines):
                 return Lines(records, size, data[size:])
             raise ValueError(
-                f"{str(path)!r}, line {number}: {error}; repair or remove that line, or give another folder"
+                f"{str(path)!r}, line {number}: {wrong}; repair or remove that line, or give another folder"
             ) from stop
         if record.get("schema") != schema:
             raise ValueError(
