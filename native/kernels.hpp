@@ -21,6 +21,7 @@ const Kernels& portable_kernels();
 #if defined(LAMP_X86)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_vnni_kernels();
 #endif
 
 }  // namespace lamp

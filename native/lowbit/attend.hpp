@@ -53,7 +53,7 @@ inline void prepare(const lamp::Attend& p, DecodeWork& work) {
       x = work.rotated.data();
     }
     work.shorts.set(r, x, store.size);
-    row.error_scale = std::fabs(p.scaling) * work.shorts.norm / root;
+    row.error_scale = std::fabs(p.scaling) * work.shorts.norms(r, x, store.size).norm / root;
     row.offset = store.mean ? full_dot(store.mean_of(kv), row.q, store.size) * p.scaling : 0.0f;
   }
 }

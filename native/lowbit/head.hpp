@@ -72,12 +72,13 @@ inline void head(const lamp::LowBitHead& p) {
     float* logits = p.logits + v * p.tokens;
     w.x.reserve(1, p.columns);
     w.x.set(0, x, p.columns);
+    const ShortNorms norms = w.x.norms(0, x, p.columns);
     // Floors, so that norms among subnormal numbers, whose own rounding is large, are upper bounds too.
-    const float norm = std::max(w.x.norm * (1.0f + 1e-6f), kLeastNormal);
+    const float norm = std::max(norms.norm * (1.0f + 1e-6f), kLeastNormal);
     const float longest = std::max(p.largest_norm, kLeastNormal), root = std::sqrt(static_cast<float>(p.columns));
     const float unit = 0x1p-24f * (static_cast<float>(p.columns) / 8 + 40.0f);
     const float tiny = static_cast<float>(w.x.groups) * 0x1p-118f;
-    const float slack = longest * (w.x.residual + norm * unit) + tiny;
+    const float slack = longest * (norms.residual + norm * unit) + tiny;
     // Where a sum could overflow, and where x isn't finite, nothing is known of any token: all are recomputed.
     const bool safe = longest * norm <= 0x1p125f;
     const float best =

@@ -44,38 +44,46 @@ inline float activate_one(lamp::Activation kind, float a) {
 }
 
 struct MlpWork {
-  Shorts x, hidden;
-  std::vector<float> h, weight, squares, partial;
+  Vectors x, hidden;
+  std::vector<float> h, weight, squares, sizes, norms, partial;
+  std::vector<std::int32_t> read;  // columns of down that are read in full, by item and vector
+  std::vector<std::int64_t> selected;
 };
 
-// Low-bit pass over the blocks [first, last): hidden values, weights, and each vector's sum of (h_j ||W e_j||)^2.
-inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, const float* norms, std::ptrdiff_t first,
-                    std::ptrdiff_t last, float* squares) {
+// Low-bit pass over the blocks [first, last) for `some` vectors from v0 on: hidden values, weights, and each vector's
+// sum of (h_j ||W e_j||)^2.
+inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, std::ptrdiff_t first, std::ptrdiff_t last, std::ptrdiff_t v0,
+                    std::ptrdiff_t some, float* squares) {
+  alignas(64) static thread_local float sums[kVectorsTogether * 2 * kRows];
   const std::ptrdiff_t padded = (p.neurons + kRows - 1) / kRows * kRows;
-  alignas(64) float gate[4 * kRows], up[4 * kRows];
-  for (std::ptrdiff_t b = first; b < last; ++b)
-    for (std::ptrdiff_t v = 0; v < p.vectors; v += 4) {
-      const std::ptrdiff_t some = std::min<std::ptrdiff_t>(4, p.vectors - v);
-      block_dots(p.gate, b, w.x, v, some, gate);
-      block_dots(p.up, b, w.x, v, some, up);
-      for (std::ptrdiff_t i = 0; i < some; ++i) {
-        const vf spread = set1(norms[v + i]);
-        vf total = zero();
-        for (int lane = 0; lane < kRows; lane += vf::width) {
-          const std::ptrdiff_t j = b * kRows + lane;
-          const vf up_value = load(up + i * kRows + lane), norm = load(p.down_norms + j);
-          const Slope f = activate(p.activation, load(gate + i * kRows + lane));
-          const vf h = f.value * up_value;
-          const vf from_gate = f.slope * up_value * load(p.gate.errors + j), from_up = f.value * load(p.up.errors + j);
-          const vf size = h * norm;
-          total = fma(size, size, total);
-          store(w.h.data() + (v + i) * padded + j, h);
-          store(w.weight.data() + (v + i) * padded + j,
-                norm * spread * sqrt(fma(from_gate, from_gate, from_up * from_up)));
-        }
-        squares[v + i] += sum(total);
-      }
+  const bool many = w.x.count >= kMany;
+  const std::ptrdiff_t stride = many ? 2 * kRows : kRows, to_up = many ? kRows : some * kRows;
+  for (std::ptrdiff_t b = first; b < last; ++b) {
+    if (many) {
+      strip_dots({{&p.gate, &p.up}, {b, b}, 2}, w.x.tiles, v0, some, sums);
+    } else {
+      block_dots(p.gate, b, w.x.shorts, v0, some, sums);
+      block_dots(p.up, b, w.x.shorts, v0, some, sums + to_up);
     }
+    for (std::ptrdiff_t i = 0; i < some; ++i) {
+      const float *gate = sums + i * stride, *up = gate + to_up;
+      const vf spread = set1(w.norms[static_cast<std::size_t>(v0 + i)]);
+      vf total = zero();
+      for (int lane = 0; lane < kRows; lane += vf::width) {
+        const std::ptrdiff_t j = b * kRows + lane;
+        const vf up_value = load(up + lane), norm = load(p.down_norms + j);
+        const Slope f = activate(p.activation, load(gate + lane));
+        const vf h = f.value * up_value;
+        const vf from_gate = f.slope * up_value * load(p.gate.errors + j), from_up = f.value * load(p.up.errors + j);
+        const vf size = h * norm;
+        total = fma(size, size, total);
+        store(w.h.data() + (v0 + i) * padded + j, h);
+        store(w.weight.data() + (v0 + i) * padded + j,
+              norm * spread * sqrt(fma(from_gate, from_gate, from_up * from_up)));
+      }
+      squares[v0 + i] += sum(total);
+    }
+  }
 }
 
 // What a weight is compared with. Weights that are infinite or NaN exceed every limit, and all exceed a limit of NaN.
@@ -86,75 +94,112 @@ inline float limit(float threshold, float size) {
 }
 
 // Neurons [first, last) of one vector: flagged ones again, and the large terms of the output in full precision, which
-// leave zeros behind for the low-bit down projection.
+// leave zeros behind for the low-bit down projection. `out` is written where there are such terms.
 inline void mlp_look_ahead(const lamp::LowBitMlp& p, const float* x, const float* weight, float size,
-                           std::ptrdiff_t first, std::ptrdiff_t last, float* h, float* out, std::int64_t* selected) {
+                           std::ptrdiff_t first, std::ptrdiff_t last, float* h, float* out, std::int64_t& recomputed,
+                           std::int32_t& read) {
   const float up_limit = limit(p.up_threshold, size), down_limit = limit(p.down_threshold, size);
   for (std::ptrdiff_t j = first; j < last; ++j) {
     if (!(weight[j] <= up_limit)) {
       h[j] = activate_one(p.activation, full_dot(p.gate_full, j, x, p.columns)) * full_dot(p.up_full, j, x, p.columns);
-      ++selected[0];
+      ++recomputed;
     }
     if (!(std::fabs(h[j]) * p.down_errors[j] <= down_limit)) {
+      if (!read) std::fill_n(out, p.outputs, 0.0f);
       add_full(p.down_full, j, h[j], p.outputs, out);
       h[j] = 0.0f;
-      ++selected[1];
+      ++read;
     }
+  }
+}
+
+// Sums are formed in eight parts, whatever the threads and vectors, so that they stay the same.
+struct MlpParts {
+  std::ptrdiff_t blocks, together, items;
+
+  explicit MlpParts(std::ptrdiff_t neurons)
+      : blocks((neurons + kRows - 1) / kRows), together(std::max<std::ptrdiff_t>(1, (blocks + 7) / 8)),
+        items((blocks + together - 1) / together) {}
+};
+
+// Each vector's norm of the output if its terms were orthogonal.
+inline void mlp_sizes(const lamp::LowBitMlp& p, MlpWork& w, const MlpParts& parts) {
+  w.sizes.resize(static_cast<std::size_t>(p.vectors));
+  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
+    float total = 0.0f;
+    for (std::ptrdiff_t item = 0; item < parts.items; ++item)
+      total += w.squares[static_cast<std::size_t>(item * p.vectors + v)];
+    // Where the sum overflows or a term isn't finite, nothing is known of any neuron.
+    const bool known = total <= std::numeric_limits<float>::max();
+    w.sizes[static_cast<std::size_t>(v)] = known ? std::sqrt(total) : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+// The MLP of vectors whose work is held at a time; adds to p.selected.
+inline void mlp_pass(const lamp::LowBitMlp& p, MlpWork& w) {
+  const MlpParts parts(p.neurons);
+  const std::ptrdiff_t padded = parts.blocks * kRows;
+  const std::ptrdiff_t chunks = (p.vectors + kVectorsTogether - 1) / kVectorsTogether;
+  // f(part, first vector, vectors): in parallel, over all parts and vectors.
+  const auto everywhere = [&](auto&& f) {
+    lamp::parallel(p.threads, parts.items * chunks, [&](std::ptrdiff_t item) {
+      const std::ptrdiff_t first = item / parts.items * kVectorsTogether;
+      f(item % parts.items, first, std::min(kVectorsTogether, p.vectors - first));
+    });
+  };
+  w.x.set(p.x, p.columns, p.vectors, p.columns, p.threads);
+  w.h.resize(static_cast<std::size_t>(p.vectors * padded));
+  w.weight.resize(w.h.size());
+  w.squares.assign(static_cast<std::size_t>(parts.items * p.vectors), 0.0f);
+  w.norms.resize(static_cast<std::size_t>(p.vectors));
+  for (std::ptrdiff_t v = 0; v < p.vectors; ++v)
+    w.norms[static_cast<std::size_t>(v)] =
+        w.x.shorts.norms(v, p.x + v * p.columns, p.columns).norm / std::sqrt(static_cast<float>(p.columns));
+  everywhere([&](std::ptrdiff_t part, std::ptrdiff_t first, std::ptrdiff_t some) {
+    mlp_low(p, w, part * parts.together, std::min(parts.blocks, (part + 1) * parts.together), first, some,
+            w.squares.data() + part * p.vectors);
+  });
+  const auto blind = [](float threshold) { return threshold > std::numeric_limits<float>::max(); };
+  const bool looks = !(blind(p.up_threshold) && blind(p.down_threshold));
+  if (looks) {
+    mlp_sizes(p, w, parts);
+    w.partial.resize(static_cast<std::size_t>(parts.items * p.vectors * p.outputs));
+    w.read.assign(static_cast<std::size_t>(parts.items * p.vectors), 0);
+    w.selected.assign(static_cast<std::size_t>(parts.items * p.vectors), 0);
+    everywhere([&](std::ptrdiff_t part, std::ptrdiff_t from, std::ptrdiff_t some) {
+      const std::ptrdiff_t first = part * parts.together * kRows;
+      const std::ptrdiff_t last = std::min(p.neurons, first + parts.together * kRows);
+      for (std::ptrdiff_t v = from; v < from + some; ++v) {
+        const std::ptrdiff_t at = part * p.vectors + v;
+        mlp_look_ahead(p, p.x + v * p.columns, w.weight.data() + v * padded, w.sizes[static_cast<std::size_t>(v)], first,
+                       last, w.h.data() + v * padded, w.partial.data() + at * p.outputs,
+                       w.selected[static_cast<std::size_t>(at)], w.read[static_cast<std::size_t>(at)]);
+      }
+    });
+  }
+  w.hidden.set(w.h.data(), padded, p.vectors, p.neurons, p.threads);
+  products_of(p.down, p.outputs, w.hidden, p.y, p.threads);
+  for (std::ptrdiff_t at = 0; looks && at < parts.items * p.vectors; ++at) {
+    p.selected[0] += w.selected[static_cast<std::size_t>(at)];
+    const std::int32_t read = w.read[static_cast<std::size_t>(at)];
+    if (!read) continue;
+    p.selected[1] += read;
+    float* y = p.y + at % p.vectors * p.outputs;
+    const float* part = w.partial.data() + at * p.outputs;
+    for (std::ptrdiff_t k = 0; k < p.outputs; ++k) y[k] += part[k];
   }
 }
 
 inline void mlp(const lamp::LowBitMlp& p) {
   p.selected[0] = p.selected[1] = 0;
-  if (p.vectors == 0) return;
-  thread_local MlpWork own;
-  MlpWork& w = own;
-  const std::ptrdiff_t blocks = (p.neurons + kRows - 1) / kRows, padded = blocks * kRows;
-  const std::ptrdiff_t together = std::max<std::ptrdiff_t>(1, (blocks + 7) / 8);
-  const std::ptrdiff_t items = (blocks + together - 1) / together;  // whatever the threads: sums stay the same
-  w.x.reserve(p.vectors, p.columns);
-  w.h.resize(static_cast<std::size_t>(p.vectors * padded));
-  w.weight.resize(w.h.size());
-  w.squares.assign(static_cast<std::size_t>(items * p.vectors), 0.0f);
-  w.partial.assign(static_cast<std::size_t>(items * p.vectors * p.outputs), 0.0f);
-  std::vector<float> norms(static_cast<std::size_t>(p.vectors)), sizes(norms);
-  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
-    w.x.set(v, p.x + v * p.columns, p.columns);
-    norms[static_cast<std::size_t>(v)] = w.x.norm / std::sqrt(static_cast<float>(p.columns));
+  thread_local MlpWork work;
+  for (std::ptrdiff_t v = 0; v < p.vectors; v += kVectorsOfPass) {
+    lamp::LowBitMlp pass = p;
+    pass.vectors = std::min(kVectorsOfPass, p.vectors - v);
+    pass.x = p.x + v * p.columns;
+    pass.y = p.y + v * p.outputs;
+    mlp_pass(pass, work);
   }
-  lamp::parallel(p.threads, items, [&](std::ptrdiff_t item) {
-    mlp_low(p, w, norms.data(), item * together, std::min(blocks, (item + 1) * together),
-            w.squares.data() + item * p.vectors);
-  });
-  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) {
-    float total = 0.0f;
-    for (std::ptrdiff_t item = 0; item < items; ++item) total += w.squares[static_cast<std::size_t>(item * p.vectors + v)];
-    // Where the sum overflows or a term isn't finite, nothing is known of any neuron.
-    const bool known = total <= std::numeric_limits<float>::max();
-    sizes[static_cast<std::size_t>(v)] = known ? std::sqrt(total) : std::numeric_limits<float>::quiet_NaN();
-  }
-  const auto blind = [](float threshold) { return threshold > std::numeric_limits<float>::max(); };
-  if (!(blind(p.up_threshold) && blind(p.down_threshold))) {
-    std::vector<std::int64_t> selected(static_cast<std::size_t>(2 * items), 0);
-    lamp::parallel(p.threads, items, [&](std::ptrdiff_t item) {
-      const std::ptrdiff_t first = item * together * kRows, last = std::min(p.neurons, first + together * kRows);
-      for (std::ptrdiff_t v = 0; v < p.vectors; ++v)
-        mlp_look_ahead(p, p.x + v * p.columns, w.weight.data() + v * padded, sizes[static_cast<std::size_t>(v)], first,
-                       last, w.h.data() + v * padded, w.partial.data() + (item * p.vectors + v) * p.outputs,
-                       selected.data() + 2 * item);
-    });
-    for (std::ptrdiff_t item = 0; item < items; ++item) {
-      p.selected[0] += selected[static_cast<std::size_t>(2 * item)];
-      p.selected[1] += selected[static_cast<std::size_t>(2 * item + 1)];
-    }
-  }
-  w.hidden.reserve(p.vectors, p.neurons);
-  for (std::ptrdiff_t v = 0; v < p.vectors; ++v) w.hidden.set(v, w.h.data() + v * padded, p.neurons);
-  products_of(p.down, p.outputs, w.hidden, p.vectors, p.y, p.threads);
-  if (p.selected[1])
-    for (std::ptrdiff_t item = 0; item < items; ++item) {
-      const float* part = w.partial.data() + item * p.vectors * p.outputs;
-      for (std::ptrdiff_t k = 0; k < p.vectors * p.outputs; ++k) p.y[k] += part[k];
-    }
 }
 
 }  // namespace LAMP_ISA

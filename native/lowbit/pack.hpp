@@ -104,14 +104,30 @@ inline float short_scale(float m) {
   return below ? std::nextafter(s, std::numeric_limits<float>::infinity()) : s;
 }
 
-// A vector as 16-bit integers with a float32 scale for each group: x ~ scale * codes, |error| <= scale (1/2 + 2^-10):
+// max |x| of a whole group, infinite if any element is no finite number.
+inline float whole_group_magnitude(const float* x) {
+  constexpr unsigned kAll = (1u << vf::width) - 1;
+  unsigned finite = kAll;
+  vf most = zero();
+  for (int i = 0; i < kGroup; i += vf::width) {
+    const vf a = abs(load(x + i));
+    finite &= bits(le(a, set1(std::numeric_limits<float>::max())));
+    most = max(a, most);
+  }
+  return finite == kAll ? largest_halves(most) : std::numeric_limits<float>::infinity();
+}
+
+// 2-norm of a vector, and of what its integers leave out, an upper bound.
+struct ShortNorms {
+  float norm = 0.0f, residual = 0.0f;
+};
+
+// Vectors as 16-bit integers with a float32 scale for each group: x ~ scale * codes, |error| <= scale (1/2 + 2^-10):
 // the quotient x / scale is itself rounded.
 struct Shorts {
   std::vector<std::int16_t> codes;
   std::vector<float> scales;
   std::ptrdiff_t groups = 0;
-  float norm = 0.0f;      // 2-norm of the vector
-  float residual = 0.0f;  // 2-norm of what the integers leave out, an upper bound
 
   const std::int16_t* at(std::ptrdiff_t vector) const { return codes.data() + vector * groups * kGroup; }
   const float* scale(std::ptrdiff_t vector) const { return scales.data() + vector * groups; }
@@ -122,26 +138,52 @@ struct Shorts {
     scales.resize(static_cast<std::size_t>(vectors * groups));
   }
   void set(std::ptrdiff_t vector, const float* x, std::ptrdiff_t columns) {
-    double squares = 0.0, left = 0.0;
     for (std::ptrdiff_t g = 0; g < groups; ++g) {
+      alignas(64) float padded[kGroup] = {};
       const float* from = x + g * kGroup;
-      const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
-      std::int16_t* c = codes.data() + (vector * groups + g) * kGroup;
-      float& s = scales[static_cast<std::size_t>(vector * groups + g)];
-      s = short_scale(group_magnitude(from, count));
-      const bool plain = s > 0.0f && s <= std::numeric_limits<float>::max();
-      for (std::ptrdiff_t i = 0; i < kGroup; ++i) {
-        const float v = i < count ? from[i] : 0.0f;
-        const float q = plain ? std::clamp(std::nearbyint(v / s), -kLargestShort, kLargestShort) : 0.0f;
-        c[i] = static_cast<std::int16_t>(q);
-        const double d = static_cast<double>(v) - static_cast<double>(s) * q;
-        squares += static_cast<double>(v) * v;
-        left += plain || s == 0.0f ? d * d : 0.0;
+      if (columns - g * kGroup < kGroup) {
+        std::copy_n(from, columns - g * kGroup, padded);
+        from = padded;
       }
-      if (!plain && s != 0.0f) s = std::numeric_limits<float>::quiet_NaN();
+      std::int16_t* c = codes.data() + (vector * groups + g) * kGroup;
+      float s = short_scale(whole_group_magnitude(from));
+      const bool plain = s > 0.0f && s <= std::numeric_limits<float>::max();
+      if (!plain) {
+        std::fill_n(c, kGroup, std::int16_t{0});
+        if (s != 0.0f) s = std::numeric_limits<float>::quiet_NaN();
+      }
+      scales[static_cast<std::size_t>(vector * groups + g)] = s;
+      for (int i = 0; plain && i < kGroup; i += kRows) {
+        vrows q = rows_load(from + i);
+        for (auto& v : q.v) v = max(set1(-kLargestShort), min(set1(kLargestShort), v / set1(s)));
+        store_shorts(c + i, q);
+      }
     }
-    norm = static_cast<float>(std::sqrt(squares));
-    residual = residual_norm(left);
+  }
+  // Norms of a vector that was `set`, in eight running sums of float64.
+  ShortNorms norms(std::ptrdiff_t vector, const float* x, std::ptrdiff_t columns) const {
+    constexpr std::ptrdiff_t kSums = 8;
+    double squares[kSums] = {}, left[kSums] = {};
+    const std::int16_t* c = at(vector);
+    for (std::ptrdiff_t g = 0; g < groups; ++g) {
+      // A group that isn't finite leaves out nothing: its products are NaN.
+      const double s = scale(vector)[g], told = s == s ? 1.0 : 0.0, known = s == s ? s : 0.0;
+      const std::ptrdiff_t count = std::min<std::ptrdiff_t>(kGroup, columns - g * kGroup);
+      const float* from = x + g * kGroup;
+      const std::int16_t* own = c + g * kGroup;
+      const auto one = [&](std::ptrdiff_t i, std::ptrdiff_t lane) {
+        const double v = from[i], d = v - known * own[i];
+        squares[lane] += v * v;
+        left[lane] += told != 0.0 ? d * d : 0.0;
+      };
+      std::ptrdiff_t i = 0;
+      for (; i + kSums <= count; i += kSums)
+        for (std::ptrdiff_t lane = 0; lane < kSums; ++lane) one(i + lane, lane);
+      for (; i < count; ++i) one(i, i % kSums);
+    }
+    double all = 0.0, rest = 0.0;
+    for (std::ptrdiff_t lane = 0; lane < kSums; ++lane) all += squares[lane], rest += left[lane];
+    return {static_cast<float>(std::sqrt(all)), residual_norm(rest)};
   }
 };
 

@@ -85,6 +85,15 @@ inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {
   return {{_mm256_add_epi32(c.v[0], _mm256_madd_epi16(a.v[0], x)),
            _mm256_add_epi32(c.v[1], _mm256_madd_epi16(a.v[1], x))}};
 }
+inline vpairs load_pairs(const std::int16_t* p) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  return {{_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)}};
+}
+inline void store_pairs(std::int16_t* p, vpairs x) {
+  __m256i* to = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(to, x.v[0]);
+  _mm256_storeu_si256(to + 1, x.v[1]);
+}
 inline vrows to_rows(vsums x) { return {{{_mm256_cvtepi32_ps(x.v[0])}, {_mm256_cvtepi32_ps(x.v[1])}}}; }
 inline vf widen_bf16(const std::uint16_t* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "simd/halves.hpp"
 
@@ -105,6 +106,12 @@ inline vsums multiply_add(const vpairs& a, std::int32_t pair, vsums c) {
   for (int i = 0; i < 16; ++i) c.v[i] += a.v[2 * i] * first + a.v[2 * i + 1] * second;
   return c;
 }
+inline vpairs load_pairs(const std::int16_t* p) {
+  vpairs r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline void store_pairs(std::int16_t* p, const vpairs& x) { std::memcpy(p, x.v, sizeof x.v); }
 inline vrows to_rows(const vsums& x) {
   vrows r;
   for (int i = 0; i < 2; ++i)

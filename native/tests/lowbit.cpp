@@ -131,7 +131,8 @@ float draw(std::mt19937& random, int kind) {
 
 void test_one(const lamp::Kernels& kernels, std::mt19937& random, int bits, int kind) {
   const auto upto = [&](unsigned n) { return static_cast<std::ptrdiff_t>(random() % (n + 1)); };
-  const std::ptrdiff_t rows = upto(70), columns = upto(140), vectors = upto(9), stride = columns + upto(3);
+  const std::ptrdiff_t rows = upto(70), columns = upto(random() % 4 ? 140 : 600), stride = columns + upto(3);
+  const std::ptrdiff_t vectors = random() % 25 ? upto(9) : 120 + upto(20);
   const std::ptrdiff_t groups = (columns + kColumns - 1) / kColumns, padded = (rows + kBlock - 1) / kBlock * kBlock;
   const auto size = [](std::ptrdiff_t n) { return static_cast<std::size_t>(n); };
   std::vector<float> weight(size(rows ? (rows - 1) * stride + columns : 0)), x(size(vectors * columns));

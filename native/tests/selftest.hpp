@@ -34,6 +34,7 @@ inline std::vector<const lamp::Kernels*> kernels_here() {
   if (all.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     all.push_back(&lamp::avx512_kernels());
+  if (all.size() == 3 && __builtin_cpu_supports("avx512vnni")) all.push_back(&lamp::avx512_vnni_kernels());
 #endif
   return all;
 }

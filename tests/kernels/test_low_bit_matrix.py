@@ -95,8 +95,10 @@ def test_vectors_are_rounded_to_the_references_integers(instruction_set, kind):
 def test_the_largest_sums_of_integers_fit(implementation, bits):
     weight, x = torch.full((3, 64), 5.0), torch.full((2, 64), 3.0)
     weight[1], x[1] = -5.0, -3.0
-    got = LowBitMatrix.pack(weight, bits).products(x)
-    assert (got / torch.tensor([[1.0, -1, 1], [-1, 1, -1]]) - 960).abs().max() < 960 * 2**-7
+    for repeats in (1, 8):
+        got = LowBitMatrix.pack(weight, bits).products(x.repeat(repeats, 1))
+        signs = torch.tensor([[1.0, -1, 1], [-1, 1, -1]]).repeat(repeats, 1)
+        assert (got / signs - 960).abs().max() < 960 * 2**-7
 
 
 @pytest.mark.parametrize("bits", [4, 8, 12])
@@ -139,6 +141,19 @@ def test_results_depend_neither_on_threads_nor_on_other_vectors(instruction_set)
     for piece in (slice(0, 1), slice(2, 4), slice(3, 6), slice(4, 11)):
         assert same_bits(matrix.products(x[piece]), want[piece])
     assert same_bits(LowBitMatrix.pack(weight[32:48], 8).products(x), want[:, 32:48])
+
+
+@pytest.mark.parametrize("bits", [4, 8, 12])
+@pytest.mark.parametrize("kind", ["wide", "special"])
+def test_many_vectors_are_multiplied_as_each_alone(instruction_set, bits, kind):
+    """Panels and tiles, the last ones not full: rows of one block and of several, columns of more than a panel."""
+    x = draw(kind, 600, 300, seed=1)
+    for rows in (5, 16, 33, 100):
+        matrix = LowBitMatrix.pack(draw("wide", rows, 300), bits)
+        alone = torch.cat([matrix.products(row[None]) for row in x[:160]])
+        for count in (5, 8, 13, 127, 131, 160):
+            assert same_bits(matrix.products(x[:count]), alone[:count])
+    assert same_bits(matrix.products(x)[440:], matrix.products(x[440:]))
 
 
 def test_any_strides_of_vectors(implementation):

@@ -1,7 +1,8 @@
 """The native extension: whether it is there, and which of its kernels this machine runs.
 
 The extension is optional; without it the references run, in torch. The environment variable TORCHLAMP_KERNELS forces
-a choice: `avx512`, `avx2`, `portable`, or `torch` for the references. `torchlamp.kernels.dispatch` chooses for a call.
+a choice: `avx512_vnni`, `avx512`, `avx2`, `portable`, or `torch` for the references. `torchlamp.kernels.dispatch`
+chooses for a call.
 """
 
 import functools
@@ -9,7 +10,7 @@ import os
 from typing import Any
 
 #: Instruction sets, best first. `portable` is plain C++.
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_vnni", "avx512", "avx2", "portable")
 
 
 @functools.cache
