@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import torchlamp
-from torchlamp.bench.turns import BENCHMARKS
+from torchlamp.bench.run import BENCHMARKS
 from torchlamp.cli import app
 
 ROOT = Path(__file__).parents[1]
