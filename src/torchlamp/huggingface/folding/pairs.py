@@ -18,7 +18,9 @@ from torchlamp.arithmetic.transforms.smooth import LARGEST_EXPONENT
 from torchlamp.huggingface.folding.parts import Attention, Gain, Outputs, split
 
 #: Angles that `balance` tries, over half a turn.
-ANGLES = 256
+ANGLES = 64
+#: How often each pair is turned at most.
+SWEEPS = 4
 
 
 @dataclass(frozen=True)
@@ -67,50 +69,90 @@ class PairChange:
 def fit_pairs(transforms: Sequence[Transform], left: Moments, right: Moments, has_norms: bool) -> PairChange:
     """The change of pairs that transforms ask for.
 
-    `smooth` gives both elements one factor. `balance` turns a pair so that the element that is summed first has the
-    least energy E q^2 E k^2; `sort` only exchanges the elements, by a quarter turn, where the first has more.
+    `smooth` gives both elements of a pair one factor. `sort` may exchange them, by a quarter turn, and `balance` turn
+    them by any angle: pair after pair takes the angle with the least E sum_k S_k^2, until none gains.
 
     Parameters
     ----------
     transforms
         Among `smooth`, `balance` and `sort`.
     left, right
-        Of queries and keys as the scores multiply them, (key heads, size).
+        Of queries and keys as the scores multiply them, (key heads, size), with `products`.
     has_norms
         Whether norms with weights that all heads share come between the projections and the turns.
+
+    Raises
+    ------
+    ValueError
+        Statistics without `products`.
     """
+    if left.products is None or right.products is None:
+        raise ValueError(
+            "the calibration's statistics of site scores hold no products of channels: make it with this torchlamp"
+        )
     names = {transform.name for transform in transforms}
-    queries, keys = (split(x.energy, 1, 2, -1) for x in (left, right))
+    queries, keys = (split(x.energy, 1, 2, -1).sum(1) for x in (left, right))
     if has_norms:
-        queries, keys = (x.mean(0, keepdim=True) for x in (queries, keys))
-    one, zero = torch.ones_like(queries[:, 0]), torch.zeros_like(queries[:, 0])
-    factor = one
+        queries, keys = queries.mean(0, keepdim=True), keys.mean(0, keepdim=True)
+    cosine, sine, factor = torch.ones_like(keys), torch.zeros_like(keys), torch.ones_like(keys)
     if "smooth" in names:
-        exponents = (queries.sum(1).log2() - keys.sum(1).log2()) / 4
+        exponents = (queries.log2() - keys.log2()) / 4
         exponents = torch.where(exponents.isfinite(), exponents, 0.0)
         factor = torch.exp2(exponents.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).round())
     if "balance" in names:
-        angle = _angles(left.second, right.second)
-        return PairChange(angle.cos(), angle.sin(), factor)
-    if "sort" in names:
-        energies = queries * keys
-        exchange = energies[:, 0] > energies[:, 1]
-        return PairChange(torch.where(exchange, zero, one), torch.where(exchange, -one, zero), factor)
-    return PairChange(one, zero, factor)
+        angle = torch.arange(ANGLES, dtype=torch.float64, device=keys.device) * (math.pi / ANGLES)
+        cosine, sine = _turns(left.second, right.second, angle.cos(), angle.sin(), has_norms)
+    elif "sort" in names:
+        tried = torch.tensor([[1.0, 0.0], [0.0, -1.0]], dtype=torch.float64, device=keys.device)
+        cosine, sine = _turns(left.second, right.second, tried[0], tried[1], has_norms)
+    return PairChange(cosine, sine, factor)
 
 
-def _angles(queries: Tensor, keys: Tensor) -> Tensor:
-    """The angle (groups, pairs) that leaves the first element the least energy; moments (groups, size, size)."""
-    tried = torch.arange(ANGLES, dtype=torch.float64, device=queries.device) * (math.pi / ANGLES)
-    cosine, sine = tried.cos(), tried.sin()
+def _turns(
+    queries: Tensor, keys: Tensor, cosine: Tensor, sine: Tensor, together: bool
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the turn of every pair, float64 (groups, pairs), for the least E sum_k S_k^2.
 
-    def first(second: Tensor) -> Tensor:
-        """E (cos x1 - sin x2)^2 at every angle, (groups, pairs, angles)."""
-        pairs = second.shape[-1] // 2
-        squares = second.diagonal(dim1=1, dim2=2)
-        mixed = second.diagonal(pairs, 1, 2)[..., None]
-        one, two = squares[:, :pairs, None], squares[:, pairs:, None]
-        return one * cosine.square() - 2 * mixed * cosine * sine + two * sine.square()
+    For independent queries and keys E t_i t_j = (E q_i q_j) (E k_i k_j), and so, counted from 0,
+    E sum_k S_k^2 = sum_ij (size - max(i, j)) (E q_i q_j) (E k_i k_j).
 
-    energies = first(queries) * first(keys)
-    return tried[torch.where(energies.isfinite(), energies, torch.inf).argmin(-1)]
+    Parameters
+    ----------
+    queries, keys
+        Second moments, float64 (groups, size, size).
+    cosine, sine
+        Of the angles that are tried, (angles,); the first is no turn.
+    together
+        Whether all groups take the same turn.
+    """
+    groups, size, _ = queries.shape
+    places = torch.arange(size, device=queries.device)
+    steps = (size - torch.maximum(places[:, None], places)).double()
+    turns = torch.eye(size, dtype=torch.float64, device=queries.device).repeat(groups, 1, 1)
+    moments, half = [queries, keys], size // 2
+    for _ in range(SWEEPS):
+        gained = False
+        for pair in range(half):
+            at = torch.tensor([pair, pair + half], device=queries.device)
+            tried = torch.stack([torch.stack([cosine, -sine], -1), torch.stack([sine, cosine], -1)], -2)
+            # Rows of the turned moments, (groups, angles, 2, size), and the pair's own block of them.
+            rows = [tried @ m[:, None, at] for m in moments]
+            blocks = [row[..., at] @ tried.mT for row in rows]
+            others = torch.ones(size, dtype=torch.float64, device=queries.device).index_fill(0, at, 0.0)
+            energies = 2 * (rows[0] * rows[1] * (steps[at] * others)).sum((-1, -2))
+            energies += (blocks[0] * blocks[1] * steps[at][:, at]).sum((-1, -2))
+            if together:
+                energies = energies.sum(0, keepdim=True).expand(groups, -1)
+            best = energies.argmin(-1)
+            gained = gained or bool(
+                (energies.gather(1, best[:, None])[:, 0] < energies[:, 0] * (1 - 1e-9)).any()
+            )
+            for matrix in moments:
+                matrix[:, at] = tried[best] @ matrix[:, at]
+                matrix[:, :, at] = matrix[:, :, at] @ tried[best].mT
+            turns[:, at] = tried[best] @ turns[:, at]
+        if not gained:
+            break
+    pairs = places[:half]
+    shared = slice(0, 1) if together else slice(None)
+    return turns[shared, pairs, pairs], turns[shared, pairs + half, pairs]
