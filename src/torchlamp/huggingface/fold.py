@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torchlamp.huggingface.folding.sublayers import fold_neurons, fold_scores, f
 from torchlamp.huggingface.lookahead import check_untouched
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.policy import Policy
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.calibration import Calibration
 
 logger = logging.getLogger("torchlamp.fold")
@@ -116,8 +116,9 @@ class _Folding:
         for number, layer in enumerate(self.anatomy.sites.layers):
             self._attention(number)
             if "mlp_down" in self.chosen:
-                ups, is_gated = self.anatomy.sites.mlp_up(layer)
-                down = self.anatomy.sites.mlp_down(layer)
+                ups = self.anatomy.sites.modules(SITES["mlp_up"], layer)
+                is_gated = self.anatomy.sites.is_gated(layer)
+                down = self.anatomy.sites.modules(SITES["mlp_down"], layer)[0]
                 (inputs,) = self.calibration.of("mlp_down", number, (1, weight_of(down).shape[1]))
                 fold_neurons(ups, is_gated, down, self.chosen["mlp_down"], inputs)
 
@@ -130,7 +131,7 @@ class _Folding:
             ):
                 size = weight_of(readers[0]).shape[1]
                 (inputs,) = self.calibration.of(site, -1 if site == "lm_head" else index, (1, size))
-                gain = Gain.of(self.anatomy.sites, norm, size)
+                gain = Gain.of(self.anatomy.sites, norm)
                 others = [transform for transform in self.chosen[site] if transform != sort]
                 own = fold_readers(gain, readers, others, inputs)
                 if sort in self.chosen[site]:
@@ -160,7 +161,9 @@ def _add_biases(anatomy: Anatomy, number: int) -> None:
     """Give the projections of a layer the biases, zero, that its class has where the configuration asks for them."""
     anatomy.model.config.get_text_config().attention_bias = True
     layer = anatomy.sites.layers[number]
-    modules: Sequence[nn.Module] = [*anatomy.sites.qkv(layer), anatomy.sites.attention_out(layer)]
+    modules = [
+        module for site in ("qkv", "attention_out") for module in anatomy.sites.modules(SITES[site], layer)
+    ]
     for module in modules:
         if module.bias is None:
             weight = weight_of(module)

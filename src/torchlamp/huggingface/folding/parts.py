@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.sites import SITES
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Gain:
     offset: float
 
     @classmethod
-    def of(cls, sites: Sites, module: nn.Module, size: int) -> "Gain":
-        """The gain of a norm of vectors of `size` numbers; ValueError for anything but RMSNorm and LayerNorm."""
+    def of(cls, sites: Sites, module: nn.Module) -> "Gain":
+        """The gain of a norm; ValueError for anything but RMSNorm and LayerNorm."""
         weight: Tensor = module.weight.detach()  # type: ignore[operator]
-        return cls(module, float((sites.norm(module, size).weight - weight).mean().round()))
+        return cls(module, float((sites.norm(module).weight - weight).mean().round()))
 
     @property
     def bias(self) -> Tensor | None:
@@ -101,8 +102,8 @@ class Attention:
     @classmethod
     def of(cls, sites: Sites, layer: nn.Module) -> "Attention":
         """The attention of a layer; ValueError where its modules aren't found."""
-        module, out = sites.attention(layer), sites.attention_out(layer)
-        size, projections = sites.head_size(layer), sites.qkv(layer)
+        module, out = sites.attention(layer), sites.modules(SITES["attention_out"], layer)[0]
+        size, projections = sites.head_size(layer), sites.modules(SITES["qkv"], layer)
         for projection in (*projections, out):
             sites.weights(projection)
         if len(projections) == 3:
@@ -115,7 +116,7 @@ class Attention:
             ends = (0, heads * size, (heads + key_heads) * size, (heads + 2 * key_heads) * size)
             query, key, value = (Outputs(fused, ends[i], ends[i + 1]) for i in range(3))
         norms = tuple(
-            Gain.of(sites, norm, size)
+            Gain.of(sites, norm)
             for name in ("q_norm", "k_norm")
             if (norm := getattr(module, name, None)) is not None and norm.weight.numel() == size
         )

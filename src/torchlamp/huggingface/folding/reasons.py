@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from torchlamp.huggingface.folding.parts import Attention, bias_of
 from torchlamp.huggingface.folding.stream import Stream
 from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.sites import SITES
 
 _ONE_BY_ONE = "the activation in front of it works on each number by itself"
 _DIAGONAL = "the norm in front of it scales each channel by itself"
@@ -117,7 +118,7 @@ class Anatomy:
             return f"{_ONE_BY_ONE} and adds no bias"
         if transform in ("balance", "hadamard"):
             return _ONE_BY_ONE
-        _, is_gated = self.sites.mlp_up(self.sites.layers[0])
+        is_gated = self.sites.is_gated(self.sites.layers[0])
         return f"{_ONE_BY_ONE} and isn't linear" if transform == "smooth" and not is_gated else None
 
     def _reader(self, site: str, transform: str) -> str | None:
@@ -146,5 +147,10 @@ class Anatomy:
         if site == "lm_head":
             return [(self.sites.final_norm(), [self.sites.lm_head()[0]])]
         if site == "qkv":
-            return [(self.sites.norms(x).attention[1], self.sites.qkv(x)) for x in self.sites.layers]
-        return [(self.sites.norms(x).mlp[1], self.sites.mlp_up(x)[0]) for x in self.sites.layers]
+            return [
+                (self.sites.norms(x).attention[1], self.sites.modules(SITES["qkv"], x))
+                for x in self.sites.layers
+            ]
+        return [
+            (self.sites.norms(x).mlp[1], self.sites.modules(SITES["mlp_up"], x)) for x in self.sites.layers
+        ]

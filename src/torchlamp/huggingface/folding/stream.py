@@ -10,6 +10,7 @@ from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.huggingface.folding.chain import change_consumer, change_producer, fitted
 from torchlamp.huggingface.folding.parts import Gain, Outputs, bias_of, reorder, weight_of
 from torchlamp.huggingface.sites import Sites
+from torchlamp.policy.sites import SITES
 
 
 def fold_readers(
@@ -72,8 +73,12 @@ class Stream:
             for named in (norms.attention, norms.mlp, norms.after_attention, norms.after_mlp):
                 if named is not None:
                     self._vectors.append(named[1])
-            self._readers += [*sites.qkv(layer), *sites.mlp_up(layer)[0]]
-            self._writers += [sites.attention_out(layer), sites.mlp_down(layer)]
+            for site in ("qkv", "mlp_up"):
+                self._readers += sites.modules(SITES[site], layer)
+            self._writers += [
+                sites.modules(SITES["attention_out"], layer)[0],
+                sites.modules(SITES["mlp_down"], layer)[0],
+            ]
         self._model = model
 
     def unknown(self, inner: Iterable[nn.Module]) -> list[str]:
