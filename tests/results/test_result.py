@@ -66,3 +66,25 @@ def test_results_of_the_first_version_are_read():
             del entry[name]
     assert Result.from_dict(record).kl_by_window == []
     assert Result.from_dict(record).recompute_rate == 0.25
+
+
+def test_a_repl_and_a_notebook_show_a_table():
+    text, html = repr(whole()), whole()._repr_html_()
+    for name in ("float32", "plain ps4", "ps4+strict:0.1", "random control", "2 windows of 8 tokens"):
+        assert name in text
+        assert name in html
+    assert html.count("<tr>") == 5
+    assert "2.50e-01 ±2e-01" in text
+
+
+def test_to_pandas():
+    frame = whole().to_pandas()
+    assert list(frame["role"]) == ["tested", "reference", "plain", "random-like"]
+    assert list(frame["kl_mean"]) == [0.25, 0.0, 2.5, 2.0]
+    assert {"flip_rate", "windows", "perplexity", "partial", "tokens_sha256"} <= set(frame.columns)
+
+
+def test_a_missing_extra_is_one_line_with_the_command(monkeypatch):
+    monkeypatch.setattr("torchlamp.extras.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs pandas: run pip install 'torchlamp\[study\]'"):
+        whole().to_pandas()

@@ -99,6 +99,8 @@ def test_reset_and_reading_is_not_writing():
     assert stats.by_position == [0.0, 0.0, 0.0, 0.0, 1.0]
     assert "100.000% (2 of 2 scores), rows touched 100.00%, 2 layers" in str(stats)
     assert str(stats) in repr(stats)
+    assert repr(stats).splitlines()[-1].split() == ["scores", "100.000%", "2", "2", "100.00%"]
+    assert "<td" in stats._repr_html_()
     stats.reset()
     assert (stats.eligible, stats.by_layer, stats.seed) == (0, [], 3)
 

@@ -5,6 +5,9 @@ import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from torchlamp.extras import import_extra
+from torchlamp.results.result_table import plain_table
+
 Role = Literal["tested", "reference", "plain", "compared", "random-like"]
 #: `policy` of the float32 run: the model as it is, its attention not replaced by anything.
 REFERENCE_POLICY = "float32 (reference)"
@@ -12,9 +15,11 @@ REFERENCE_POLICY = "float32 (reference)"
 POSITION_BIN = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Figures of one policy against the float32 reference, and of the baselines run beside it.
+
+    In a REPL and in a notebook it shows itself as a table, a row a run.
 
     KL is KL(reference || tested) per token in nats, in float64. Means and rates are over all tokens of all
     windows; cross entropies, and what comes from them, over all tokens but the first of each window.
@@ -77,6 +82,11 @@ class Result:
     #: Mean KL of each window in nats, and the share of its tokens that flip.
     kl_by_window: list[float] = field(default_factory=list)
     flip_by_window: list[float] = field(default_factory=list)
+    #: ln(perplexity / reference_perplexity) of each window.
+    log_perplexity_ratio_by_window: list[float] = field(default_factory=list)
+    #: Which tokens of each window flip: a bit a token, the first one the highest bit of the first byte, in
+    #: hexadecimal digits. `torchlamp.results.compare` reads them.
+    flip_bits_by_window: list[str] = field(default_factory=list)
     #: Length of the model's vectors: "head", "hidden", "mlp", and "attention" (all heads'). Empty in older results.
     sizes: dict[str, int] = field(default_factory=dict)
     #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.
@@ -94,6 +104,26 @@ class Result:
     def to_json(self, indent: int | None = 2) -> str:
         """Strict JSON: figures that are not finite (a format that overflowed) are null."""
         return json.dumps(finite(self.to_dict()), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame`: a row a run, the tested policy first, and a column for each figure that is a number.
+
+        Raises
+        ------
+        ImportError
+            pandas isn't installed; the message has the command.
+        """
+        pandas = import_extra("pandas", "study", "Result.to_pandas")
+        scalar = [f.name for f in fields(self) if f.type in (str, int, float, bool, Role)]
+        shown = ["role", "policy", *(name for name in scalar if name not in ("role", "policy"))]
+        runs = (self, *self.comparisons)
+        return pandas.DataFrame([{name: getattr(run, name) for name in shown} for run in runs], columns=shown)
+
+    def __repr__(self) -> str:
+        return str(plain_table(self))
+
+    def _repr_html_(self) -> str:
+        return plain_table(self).to_html()
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Result":
@@ -122,6 +152,7 @@ class Result:
             "recompute_rate_by_position",
             "kl_by_window",
             "flip_by_window",
+            "log_perplexity_ratio_by_window",
         ):
             values[name] = [_number(v) for v in record.get(name, [])]
         values["recompute_rate_by_head"] = [
