@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -179,3 +180,33 @@ def test_a_simulated_policy_on_a_prepared_model_is_refused_and_takes_nothing_awa
     with torchlamp.lookahead(model, "ps4+none") as statistics:
         model(x)
     assert statistics.eligible > 0
+
+
+@pytest.mark.parametrize("policy", [GUARDED, None])
+def test_a_prepared_model_can_be_pickled(build, tokens, policy):
+    model, x = build("llama"), tokens(2, 9)
+    with prepare(model, policy) as prepared:
+        want = generated(model, x)
+        once = pickle.loads(pickle.dumps(model))
+        other = pickle.loads(pickle.dumps(prepared))
+        seen = prepared.statistics.eligible
+        assert torch.equal(generated(once, x), want)
+        assert torch.equal(generated(other.model, x), want)
+        assert prepared.statistics.eligible == seen > 0
+    other.undo()
+    assert is_untouched(other.model)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_weights_are_refused(build, tokens, length):
+    """There are none to give: an empty tuple would look like a model without attention."""
+    model = build("llama")
+    with prepare(model, GUARDED) as prepared:
+        cache = prepared.cache()
+        model(tokens(1, 4), past_key_values=cache)
+        with pytest.raises(
+            ValueError, match="output_attentions=True: the attention 'lamp-decode' doesn't return"
+        ):
+            model(tokens(1, length), past_key_values=cache, output_attentions=True)
+        with pytest.raises(ValueError, match="output_attentions"):
+            model.config.output_attentions = True

@@ -94,8 +94,8 @@ class AttachedPolicy:
         if policy is None or not policy.precision.transforms:
             return None
         if self.collect is not None:
-            needs_products = any(t.needs_products for t in policy.precision.transforms)
-            self.collect.add("scores", layer, *score_moments(query, key, needs_products))
+            # Heads are small, and `fold` wants to know how their channels hang together.
+            self.collect.add("scores", layer, *score_moments(query, key, products=True))
         if self.calibration is None:
             return None
         left, right = self.calibration.of("scores", layer, (key.shape[1], key.shape[3]))
