@@ -26,7 +26,7 @@ def on_each(monkeypatch, run):
 def assert_same(found):
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
-            assert torch.equal(one, two) or torch.equal(one.isnan(), two.isnan()) and one.isnan().any()
+            assert torch.equal(one, two) or (torch.equal(one.isnan(), two.isnan()) and one.isnan().any())
 
 
 def draw(*shape, seed=0):
@@ -44,7 +44,8 @@ def test_attention(monkeypatch, weight, seed):
     )
     assert_same(
         on_each(
-            monkeypatch, lambda: fused_attention(q, k, v, Accumulation(Grid(mantissa_bits=4)), **arguments)[:3]
+            monkeypatch,
+            lambda: fused_attention(q, k, v, Accumulation(Grid(mantissa_bits=4)), **arguments)[:3],
         )
     )
 
@@ -77,7 +78,9 @@ def test_an_evaluation(monkeypatch, tiny, policy):
 
     def run():
         result = evaluate(tiny[0], windows, policy)
-        return torch.tensor([[r.kl_mean, r.recompute_rate, r.perplexity] for r in (result, *result.comparisons)])
+        return torch.tensor(
+            [[r.kl_mean, r.recompute_rate, r.perplexity] for r in (result, *result.comparisons)]
+        )
 
     found = on_each(monkeypatch, run)
     assert_same([[tensor] for tensor in found])
@@ -90,9 +93,8 @@ def test_a_prepared_model(monkeypatch, tiny):
 
     def run():
         with prepare(tiny[0]) as prepared, torch.no_grad():
-            cache, logits = prepared.cache(), []
-            for part in (ids[:, :40], *ids[:, 40:].split(1, dim=1)):
-                logits.append(tiny[0](part, past_key_values=cache).logits[:, -1])
+            cache, parts = prepared.cache(), (ids[:, :40], *ids[:, 40:].split(1, dim=1))
+            logits = [tiny[0](part, past_key_values=cache).logits[:, -1] for part in parts]
         return torch.cat(logits), torch.tensor(list(prepared.statistics.rates.values()))
 
     assert_same(on_each(monkeypatch, run))
