@@ -184,6 +184,9 @@ def test_hub_name_without_network(monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"'no-such-organisation/no-model' .*no network") as caught:
         load("no-such-organisation/no-model")
     assert "\n" not in str(caught.value)
+    for slip in ("smollm2-135M", "gemma3-270"):
+        with pytest.raises((OSError, ValueError), match=f"did you mean '{slip.lower()[:9]}"):
+            load(slip)
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def check_name(name: str) -> None:
         return
     path = Path(name).expanduser()
     _check_path(name, path)
-    if not path.exists() and (near := difflib.get_close_matches(name, PACKAGED, n=1, cutoff=0.8)):
-        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}? {_allowed()}")
+    if not path.exists() and (hint := _hint(name)):
+        raise ValueError(f"unknown model {name!r}: {hint}{_allowed()}")
 
 
 def _check_path(name: str, path: Path) -> None:
@@ -256,7 +256,7 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
             )
             raise OSError(
                 f"model {name!r} is no packaged model, file or folder, and the hub gave none ({reason}); "
-                f"{_allowed()}"
+                f"{_hint(name)}{_allowed()}"
             ) from error
         except SafetensorError as error:
             raise OSError(
@@ -270,6 +270,12 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
             raise ValueError(f"model {name!r} can't be loaded: {_reason(error)}") from error
     check_complete(name, report)
     return model.eval(), tokenizer
+
+
+def _hint(name: str) -> str:
+    """The packaged model that was meant, if a name is nearly its own."""
+    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=0.8)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _reason(error: Exception) -> str:
