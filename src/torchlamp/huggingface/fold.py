@@ -33,7 +33,7 @@ def fold(model: PreTrainedModel, policy: str | Policy, calibration: Calibration)
         >>> torchlamp.evaluate(folded, other_windows, "scores=ps4, attention_out=ps5, mlp_down=ps5")
 
     Its sums run in the representative that rounds less under any kernel, torchlamp's or another's: run it under the
-    policy without the transforms. What passes into weights depends on the model (docs/transforms.md 7); each transform
+    policy without the transforms. What passes into weights depends on the model (docs/transforms.md 8); each transform
     that can't is named with the reason in a warning of one line, and may still be applied when the model runs. Heads
     and neurons may have other numbers than in `model`.
 
