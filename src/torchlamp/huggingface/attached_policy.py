@@ -16,6 +16,8 @@ from torchlamp.simulation.calibration import Calibration, input_moments, score_m
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.statistics import Statistics
 
+#: Name of the attention that simulates `scores` and `values`.
+SIMULATION = "lamp"
 _ATTRIBUTE = "_torchlamp"
 
 #: Called with the number of a layer and an observation of one of its attention tiles.

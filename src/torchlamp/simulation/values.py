@@ -186,7 +186,7 @@ def _tile(
         return sums.reshape(shape)
 
     def error(known: Tensor) -> Tensor:
-        rounding = known.sqrt().mul_(how.accumulator.format.unit_roundoff / 2)
+        rounding = known.sqrt().mul_(how.accumulator.unit_roundoff / 2)
         if how.operand.is_float32:
             return rounding.view(shape)
         # What quantisation takes from each term, its signs taken as random.
