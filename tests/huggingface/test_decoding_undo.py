@@ -64,11 +64,11 @@ def test_other_tools_replacements_stay(build, tokens):
 @pytest.mark.parametrize("policy", ["qkv=int8", "scores=int8, values=int8", GUARDED])
 def test_a_model_is_prepared_once_at_a_time(build, policy):
     model = build("llama")
-    with prepare(model, policy), pytest.raises(ValueError, match="prepared, or under a policy, already"):
+    with prepare(model, policy), pytest.raises(ValueError, match=r"is prepared for low-bit decoding already"):
         prepare(model, "lm_head=int8")
     assert is_untouched(model)
     for simulated in ("ps4+strict:0.1", "qkv=ps4+none"):
-        with torchlamp.lookahead(model, simulated), pytest.raises(ValueError, match="undo that first"):
+        with torchlamp.lookahead(model, simulated), pytest.raises(ValueError, match="under a policy already"):
             prepare(model, policy)
 
 
