@@ -269,7 +269,7 @@ def test_what_it_cannot_run_is_refused(implementation):
         LowBitMlp.pack(gate[:, 0], up, down, "silu")
     with pytest.raises(ValueError, match="bits=3"):
         LowBitMlp.pack(gate, up, down, "silu", 3)
-    with pytest.raises(TypeError, match=r"must be float32, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"must be float32 or of half precision, got torch\.float64"):
         LowBitMlp.pack(gate.double(), up.double(), down.double(), "silu")
 
 

@@ -187,7 +187,8 @@ def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, T
 
 def _check(x: Tensor, what: str, shape: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
     if x.dtype not in dtypes:
-        raise TypeError(f"{what} must be float32, got {x.dtype}: convert with .float()")
+        half = " or of half precision" if len(dtypes) > 1 else ""
+        raise TypeError(f"{what} must be float32{half}, got {x.dtype}: convert with .float()")
     if x.device.type != "cpu":
         raise ValueError(f"{what} must be on the CPU, got {x.device}: move with .cpu()")
     if x.dim() != 2:

@@ -1,95 +1,62 @@
 """Results as a table for people, drawn by rich."""
 
-import math
+import re
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from torchlamp.results.result import Result, Role
+from torchlamp.results.result import Result
+from torchlamp.results.result_table import heading, label, notes, rows
 
-_NOTHING = "-"
-#: Rows of the table, from the top.
-_ORDER: tuple[Role, ...] = ("reference", "plain", "compared", "tested", "random-like")
+__all__ = ["label", "notes", "print_result", "result_table"]
 
 
 def print_result(result: Result, console: Console) -> None:
     """Print the table of a result, with a heading and notes."""
-    size = f"{result.windows} windows of {result.window_length} tokens of {result.text}"
-    heading = f"{result.model}, {result.policy}: {size}"
-    console.print(
-        f"PARTIAL (interrupted): {heading}" if result.partial else heading, style="bold", highlight=False
-    )
-    console.print(result_table(result))
+    console.print(heading(result), style="bold", highlight=False)
+    console.print(result_table(result, console.width))
     for line in notes(result):
         console.print(line, style="dim", highlight=False)
 
 
-def result_table(result: Result) -> Table:
-    """One row a run: reference, plain low precision, compared policies, tested policy, random control.
+#: Columns of figures, right of the policy.
+_FIGURES = ("KL\nnats/token", "KL cut", "flips", "PPL", "RMS Δp", "recom-\nputed", "rows\ntouched")
+#: A policy's lines are at least as long, so that most of its parts fit.
+_MIN_WIDTH = 16
+#: A policy may be broken between two sites, and before an accumulator, a transform or a rule.
+_BREAKS = re.compile(r"(?<=, )|(?=[+@])|(?=\.[a-z])")
+#: And, where such a part is too long, within it.
+_INNER_BREAKS = re.compile(r"(?<=[:=])|(?=/)")
 
-    Fits 80 columns. "KL cut" is the KL of plain low precision over that of the row.
-    """
+
+def result_table(result: Result, width: int = 80) -> Table:
+    """One row a run, as `torchlamp.results.result_table.rows` gives them; fits `width` columns, 80 or more."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
     table.add_column("run", overflow="fold")
-    for name in ("KL\nnats/token", "KL cut", "flips", "PPL", "RMS Δp", "recom-\nputed", "rows\ntouched"):
+    for name in _FIGURES:
         table.add_column(name, justify="right", no_wrap=True)
-    rows = sorted([*result.comparisons, result], key=lambda r: _ORDER.index(r.role))
-    plain = next((r for r in rows if r.role == "plain"), None)
-    for row in rows:
-        table.add_row(*_cells(row, plain), style="bold" if row is result else None)
+    found = rows(result)
+    figures = zip(*(cells[1:] for _, cells in found), strict=True)
+    taken = sum(
+        1 + max(map(cell_len, (*name.split("\n"), *column)))
+        for name, column in zip(_FIGURES, figures, strict=True)
+    )
+    room = max(width - taken, _MIN_WIDTH)
+    for run, (policy, *cells) in found:
+        table.add_row(wrapped(policy, room), *cells, style="bold" if run is result else None)
     return table
 
 
-def notes(result: Result) -> list[str]:
-    """Lines under the table: the reference, the kind of error bar, tokens, threads, kernels and seconds."""
-    error = (
-        "± of the KL: standard error over windows"
-        if result.windows > 1
-        else "± of the KL: one window only, as if tokens were independent (too small)"
-    )
-    tokens = result.windows * result.window_length
-    return [
-        f"Reference: the same model in float32 (dequantised, where it comes from a GGUF file). {error}.",
-        f"{tokens} tokens, {result.environment.get('threads', '?')} threads, "
-        f"{result.environment.get('kernels', '?')} kernels, "
-        f"{result.seconds:.1f} s ({result.forward_seconds:.1f} s in forward passes).",
-    ]
-
-
-def label(result: Result) -> str:
-    """Short name of a run."""
-    if result.role == "reference":
-        return "float32"
-    if result.role == "plain":
-        return "plain " + ", ".join(part.removesuffix("+none") for part in result.policy.split(", "))
-    return "random control" if result.role == "random-like" else result.policy
-
-
-def _cells(row: Result, plain: Result | None) -> list[str]:
-    if row.role == "reference":
-        return [label(row), "0", _NOTHING, "0%", _number(row.perplexity, ".3f"), "0%", _NOTHING, _NOTHING]
-    # A policy without a rule is its own plain run.
-    cut = (
-        plain.kl_mean / row.kl_mean
-        if plain is not None and plain is not row and row.kl_mean > 0
-        else math.nan
-    )
-    return [
-        label(row),
-        f"{_number(row.kl_mean, '.2e')} ±{_number(row.kl_standard_error, '.0e')}",
-        f"{_number(cut, '.3g')}x" if math.isfinite(cut) else _NOTHING,
-        f"{_number(100 * row.flip_rate, '.1f')} ±{_number(100 * row.flip_standard_error, '.1f')}%",
-        _number(row.perplexity, ".3f"),
-        _percent(row.rms_delta_p),
-        _percent(row.recompute_rate),
-        _percent(row.rows_touched),
-    ]
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}%" if math.isfinite(value) else _NOTHING
-
-
-def _number(value: float, spec: str) -> str:
-    return format(value, spec) if math.isfinite(value) else _NOTHING
+def wrapped(policy: str, width: int) -> str:
+    """A policy in lines of at most `width` columns, broken between its parts, and within one only if it is longer."""
+    parts: list[str] = []
+    for part in _BREAKS.split(policy):
+        parts += [part] if cell_len(part.rstrip()) <= width else _INNER_BREAKS.split(part)
+    lines = [""]
+    for part in parts:
+        if lines[-1] and cell_len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
