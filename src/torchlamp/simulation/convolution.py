@@ -170,7 +170,7 @@ def convolved(
         if generator is not None and start is not None:
             generator.set_state(start)
         sides = [
-            side_of(patches, weights, precision.operand, precision.transforms, None)
+            side_of(patches, weights, precision.operand, precision.transforms, None, precision.sums.promote)
             for patches, weights in zip(convolution.patches(x[rows].detach()), convolution.maps, strict=True)
         ]
         if not precision.operand.is_float32:

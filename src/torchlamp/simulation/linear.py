@@ -266,7 +266,7 @@ def linears(
         if generator is not None and start is not None:
             generator.set_state(start)
         own = flat[sample * length : (sample + 1) * length]
-        sides = [side_of(own, m, operand, transforms, moments) for m in maps]
+        sides = [side_of(own, m, operand, transforms, moments, accumulator.promote) for m in maps]
         if copies is not None:
             sides = [replace(side, copy=copy) for side, copy in zip(sides, copies, strict=True)]
         for first in range(0, length, chunk):
@@ -346,14 +346,21 @@ class Side:
 
 
 def side_of(
-    x: Tensor, weights: Weights, operand: Operand, transforms: Sequence[Transform], moments: Moments | None
+    x: Tensor,
+    weights: Weights,
+    operand: Operand,
+    transforms: Sequence[Transform],
+    moments: Moments | None,
+    promote: int,
 ) -> Side:
     """A map and the input of one sample, changed by transforms; a new copy of changed weights."""
     if not transforms or 0 in x.shape:
         return Side(x, weights)
     a, b = x[None], weights.matrix.detach()[None]
     left, right = moments_of(a, b, transforms)
-    changed = change_operands(fit(transforms, left if moments is None else moments, right, "left"), a, b)
+    changed = change_operands(
+        fit(transforms, left if moments is None else moments, right, "left", promote), a, b
+    )
     bias, narrow = weights.bias, weights.narrow_bias
     if changed.column_shift is not None:
         added = changed.column_shift[0, 0]
@@ -369,7 +376,7 @@ class Sums:
     def __init__(self, x: Tensor, side: Side, accumulator: Accumulator, rule: Rule, operand: Operand) -> None:
         self.x, self.weights, self._copy = x, side.weights, side.copy
         self._low = None if side.copy is None else quantise(x, operand)
-        self._unit_roundoff = accumulator.format.unit_roundoff
+        self._accumulator = accumulator
         form, bias = accumulator.accumulation, self.weights.bias
         squares = "squares" in rule.byproducts
         entering = x if self._low is None else self._low
@@ -380,15 +387,15 @@ class Sums:
             self.y = self.y + bias.detach()
         if bias is not None and self.weights.narrow_bias:
             self.y = round_to_grid(self.y, form.result)
-            # The rounding after the bias is one more step; a promoted sum takes it in float32.
-            if self._squares is not None and not form.promote:
+            # The rounding after the bias is one more step; a promoted sum and a unit's take it in float32.
+            if self._squares is not None and form.result == form.grid:
                 self._squares = self._squares.addcmul_(self.y, self.y)
 
     @property
     def error(self) -> Tensor:
         """Expected error: (u / 2) sqrt(sum of the squared partial sums), and that of quantised operands."""
         assert self._squares is not None, "the low pass ran without the by-product 'squares'"
-        rounding = self._squares.sqrt().mul_(self._unit_roundoff / 2)
+        rounding = self._squares.sqrt().mul_(self._accumulator.unit_roundoff / 2)
         if self._low is None or self._copy is None:
             return rounding
         of_weights = expected_errors(self.x, self._copy.errors)
@@ -402,7 +409,7 @@ class Sums:
         """Expected rounding error, from the sums and the norms of their operands, see `Bridge`."""
         spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
         squares: Tensor = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
-        return squares.sqrt() * (self._unit_roundoff / 2)
+        return squares.sqrt() * (self._accumulator.unit_roundoff_of_a_product / 2)
 
     @cached_property
     def exact(self) -> Tensor:
