@@ -38,7 +38,7 @@ def run(folder, policy, prompt, tokens):
 torch.set_num_threads(1)
 run(sys.argv[1], sys.argv[3], 64, 4)  # what the libraries take of their own
 before = resident()
-model, prepared = run(sys.argv[2], sys.argv[3], 128, 32)
+model, prepared = run(sys.argv[2], sys.argv[3], 128, 16)
 print((resident() - before) / sum(p.numel() for p in model.parameters()))
 """
 EIGHT = (
@@ -103,14 +103,14 @@ def test_weights_that_lie_in_no_file_are_refused(build, saved):
 
 @pytest.mark.skipif(not native.available(), reason="the references take memory for the moment, and time")
 def test_memory_of_a_process(tmp_path):
-    """Bytes a weight, measured: copies of 12 and of 8 bits, and without `resident` the weights themselves, too."""
+    """Bytes a weight, measured: copies of 12 bits alone, and copies of 8 bits beside resident weights of 16."""
     common = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "eos_token_id": None,
     }
-    large = {"vocab_size": 4000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    large = {"vocab_size": 4000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
     tiny = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     for name, sizes in (("large", large), ("tiny", tiny)):
         config = transformers.LlamaConfig(**sizes, **common)
@@ -125,6 +125,5 @@ def test_memory_of_a_process(tmp_path):
         assert done.returncode == 0, done.stderr
         return float(done.stdout)
 
-    assert measured(DEFAULT, False) <= 1.75
-    assert measured(EIGHT, False) <= 1.35
-    assert measured(DEFAULT, True) >= 3.0
+    assert 1.4 < measured(DEFAULT, False) <= 1.75
+    assert measured(EIGHT, True) >= 2.9
