@@ -153,6 +153,8 @@ def prepare(
         )
     check_not_prepared(model)
     check_no_policy(model)
+    if not Sites(model).layers:
+        check_interface(model)  # of the two that are missing, what a reader of the model's name understands
     parsed = Policy.parse(DEFAULT if policy is None else policy)
     if parsed in (Policy.parse(DEFAULT), Policy.parse(FAST)):
         parsed = _possible(model, parsed)
