@@ -1,11 +1,12 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchlamp.arithmetic import Format
-from torchlamp.arithmetic.formats import NAMED
+from torchlamp.arithmetic import Format, round_to
+from torchlamp.arithmetic.formats import DTYPES, NAMED
 from torchlamp.kernels.specification import Grid
 
 BASES = st.one_of(
@@ -99,6 +100,9 @@ def test_unknown_names_list_what_is_allowed(name):
         ("tf23", "tf32"),
         ("float16", "fp16"),
         ("float8_e4m3fn", "e4m3fn"),
+        ("ps0", "ps1"),
+        ("ps24", "ps23"),
+        ("ps04", "ps4"),
     ],
 )
 def test_the_nearest_name_is_suggested(name, nearest):
@@ -113,3 +117,23 @@ def test_unknown_modifiers_and_types():
         Format.parse("ps4-ftz")
     with pytest.raises(TypeError, match="got int: 4"):
         Format.parse(4)
+
+
+def test_torch_types_name_formats():
+    for dtype, name in DTYPES.items():
+        format = Format.parse(dtype)
+        assert str(format) == name
+        information = torch.finfo(dtype)
+        assert (format.max, format.bits) == (information.max, information.bits)
+    x = torch.randn(100)
+    assert torch.equal(round_to(x, torch.bfloat16), x.bfloat16().float())
+    with pytest.raises(TypeError, match=r"torch.float64 is no format; allowed types: torch.float32"):
+        Format.parse(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("fp16", "s1 e5 m10"), ("e4m3fn", "s1 e4 m3"), ("ue8m3", "e8 m3"), ("ps4", "s1 e8 m4")],
+)
+def test_layouts(name, layout):
+    assert Format.parse(name).layout == layout

@@ -11,6 +11,7 @@ from torchlamp.arithmetic.operands import BLOCKS
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 from torchlamp.models import packaged
 from torchlamp.policy.policy import Policy
+from torchlamp.rules import RULES, Rule
 
 
 def test_info():
@@ -39,12 +40,40 @@ def test_formats_lists_what_a_policy_may_name():
     lines = {line.split()[0].strip("',"): line for line in run("formats").stdout.splitlines()}
     for name in (*NAMED, *BLOCKS, *TRANSFORMS, "float32", "int8", "e4m3fn/row"):
         assert name in lines
-    assert lines["fp16"].split()[1:] == ["16", "65504", "6.1035e-05", "2^-11"]
+    assert lines["fp16"].split()[1:] == ["16", "65504", "6.1035e-05", "2^-11", "s1", "e5", "m10"]
     assert lines["deepseek-fp8"].split()[1:] == [accumulators.NAMED["deepseek-fp8"]]
     assert lines["nvfp4"].split()[1:4] == ["4.5", "e2m1fn;", "16"]
     assert lines["sort"].endswith(Transform.parse("sort").summary)
     for example in re.findall(r"'(.*?)'", run("formats").stdout):
         assert str(Policy.parse(example))
+
+
+def test_formats_as_json_has_a_policy_for_each_name():
+    found = json.loads(run("formats", "--json").stdout)
+    assert {e["name"] for e in found["formats"]} >= set(NAMED)
+    assert {e["name"] for e in found["accumulators"]} == set(accumulators.NAMED)
+    assert {e["name"] for e in found["operands"]} >= set(BLOCKS)
+    assert {e["name"] for e in found["transforms"]} == set(TRANSFORMS)
+    for kind in found.values():
+        for entry in kind:
+            assert Policy.parse(entry["example"])
+            assert entry.get("layout") or entry.get("spelling") or entry.get("summary")
+
+
+def test_rules_lists_each_with_its_definition_source_and_example():
+    entries = {e["name"]: e for e in json.loads(run("rules", "--json").stdout)}
+    assert entries.keys() == RULES.keys()
+    for name, entry in entries.items():
+        assert entry["definition"], name
+        assert entry["source"] or name in ("none", "all"), name
+        assert [str(Rule.parse(example)) for example in entry["examples"]] == entry["examples"]
+    assert entries["strict"]["definition"] == "recompute j iff 2 z_j (1 - z_j) s_j |y_j| > T."
+    text = run("rules").stdout
+    for entry in entries.values():
+        assert entry["examples"][0] in text
+        assert entry["definition"] in text
+    assert "optimality, slope and sink derived" in run("rules", "strict").stdout
+    assert "did you mean 'strict'?" in error_line(run("rules", "strikt"))
 
 
 def test_bench_refuses_unknown_names():
@@ -54,7 +83,7 @@ def test_bench_refuses_unknown_names():
 def test_version_and_help():
     assert run("--version").stdout.strip()
     text = run("--help").stdout
-    for command in ("evaluate", "generate", "bench", "info", "models", "formats"):
+    for command in ("evaluate", "generate", "bench", "info", "models", "formats", "rules", "compare"):
         assert command in text
 
 

@@ -76,7 +76,7 @@ def steps(model, tokens, mask, cache, prompt=PROMPT, size=1):
 
 
 def both(model, tokens, mask, policy, full="float32", prompt=PROMPT, size=1):
-    """Of a prepared model, and of the simulation: logits (batch, tokens, vocabulary), statistics of prompt and steps."""
+    """Of a prepared model and of the simulation: logits (batch, tokens, vocabulary), statistics of prompt and steps."""
     # What padding sees of nothing depends on the attention; a mean of keys sees it.
     model.set_attn_implementation("sdpa")
     plain = DynamicCache(config=model.config)
@@ -90,7 +90,8 @@ def both(model, tokens, mask, policy, full="float32", prompt=PROMPT, size=1):
         real.append(prepared.statistics)
     parsed = Policy.parse(policy)
     linear = [site for site in parsed.sites if site not in ("scores", "values")]
-    with torchlamp.lookahead(model, parsed.without("scores", "values")) if linear else nullcontext(Statistics()) as first:
+    beginning = parsed.without("scores", "values")
+    with torchlamp.lookahead(model, beginning) if linear else nullcontext(Statistics()) as first:
         want = [model(tokens[:, :prompt], past_key_values=plain, **start).logits]
     with torchlamp.lookahead(model, policy) as simulated:
         want.append(steps(model, tokens, mask, plain, prompt, size))

@@ -4,6 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
 from torchlamp.kernels.specification import Grid
 
 
@@ -43,6 +45,17 @@ NAMED: dict[str, Grid] = {
 #: What these formats are called elsewhere: not accepted, so that every format has one name, but understood.
 ELSEWHERE = {"float32": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16", "fp8": "e4m3fn"}
 
+#: The formats of torch's types.
+DTYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2: "e5m2",
+    torch.float8_e5m2fnuz: "e5m2fnuz",
+}
+
 _PS = re.compile(r"ps([0-9]{1,2})")
 _GENERIC = re.compile(r"(u?)e([0-9])m([0-9]{1,2})")
 _ALLOWED = (
@@ -68,18 +81,22 @@ class Format:
     grid: Grid
 
     @classmethod
-    def parse(cls, spelling: "str | Format") -> "Format":
-        """The format of that name; a `Format` is returned as it is.
+    def parse(cls, spelling: "str | torch.dtype | Format") -> "Format":
+        """The format of that name or of that torch type; a `Format` is returned as it is.
 
         Raises
         ------
         ValueError
             For an unknown name, with the allowed ones and the nearest.
         TypeError
-            For anything but a string or a format.
+            For anything but a string, a type that is one of `DTYPES`, or a format.
         """
         if isinstance(spelling, Format):
             return spelling
+        if isinstance(spelling, torch.dtype):
+            if spelling not in DTYPES:
+                raise TypeError(f"{spelling} is no format; allowed types: {', '.join(map(str, DTYPES))}")
+            spelling = DTYPES[spelling]
         if not isinstance(spelling, str):
             raise TypeError(f"a format is a name like 'ps4', got {type(spelling).__name__}: {spelling!r}")
         base, *modifiers = spelling.strip().lower().split("-")
@@ -100,6 +117,12 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def layout(self) -> str:
+        """Its bits from the left: "s1 e5 m10" is a sign, 5 bits of exponent and 10 of stored mantissa."""
+        exponent = self.bits - self.grid.mantissa_bits - int(self.grid.signed)
+        return f"{'s1 ' if self.grid.signed else ''}e{exponent} m{self.grid.mantissa_bits}"
 
     @property
     def unit_roundoff(self) -> float:
@@ -146,6 +169,8 @@ def _base_grid(base: str) -> Grid | None:
 
 
 def _suggestion(base: str) -> str:
+    if match := re.fullmatch(r"ps([0-9]+)", base):
+        return f", did you mean 'ps{min(max(int(match[1]), 1), 23)}'?"
     known = [*NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24))]
     nearest = [ELSEWHERE[base]] if base in ELSEWHERE else difflib.get_close_matches(base, known, n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

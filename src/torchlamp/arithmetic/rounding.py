@@ -10,7 +10,10 @@ _WIDENED = (torch.float16, torch.bfloat16)
 
 
 def round_to(
-    x: Tensor, format: str | Format, mode: Mode = "nearest_even", generator: torch.Generator | None = None
+    x: Tensor,
+    format: str | torch.dtype | Format,
+    mode: Mode = "nearest_even",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Round every entry of a tensor to a format.
 
@@ -19,7 +22,7 @@ def round_to(
     x
         float32, or float16 and bfloat16, which float32 holds exactly; any shape, any device.
     format
-        A format or its name, see `Format`.
+        A format, its name, or a torch type such as `torch.bfloat16`, see `Format`.
     mode
         "nearest_even"; "toward_zero", with which no finite number overflows; "stochastic": to the neighbour
         above or below with the probability that makes the expectation exact.

@@ -7,7 +7,7 @@ its threads are awake, and what it reads is no longer in the caches. Times are p
 import copy
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +15,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from torchlamp.bench.real_keys import HeadTensors, real_heads, wider
-from torchlamp.bench.turns import Bench, Target, Timing, interleaved
+from torchlamp.bench.turns import Bench, Target, Timing, Watch, interleaved, watch_turns
 from torchlamp.decoding.key_value_store import Attended, KeyValueStore, StoreOptions
 from torchlamp.models.load import load
 from torchlamp.policy.decodable import site_settings
 from torchlamp.policy.policy import SitePolicy
 
-KEYS, REPEATS = 32_768, 41
 #: torch's threads spin for some milliseconds, and there are no more processors than threads.
 PAUSE = 0.02
-LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
 #: A long context spreads the probabilities: thresholds below those of `prepare`, for an error below 1e-3.
 SCORES, VALUES = (
     site_settings("scores", SitePolicy.parse("int8.center.hadamard+running:1e-05")),
@@ -38,15 +36,33 @@ _ROTATED = StoreOptions(hadamard=True)
 Call = Callable[[], Any]
 
 
-def measure() -> Iterator[Bench]:
+@dataclass(frozen=True)
+class Sizes:
+    """Keys, turns, numbers of keys and recompute rates of the curves."""
+
+    keys: int
+    repeats: int
+    lengths: tuple[int, ...]
+    rates: tuple[float, ...]
+
+
+WHOLE = Sizes(
+    32_768, 41, (128, 512, 2048, 8192, 32_768, 131_072), (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
+)
+QUICK = Sizes(2048, 5, (128, 512, 2048), (0.0, 0.01, 0.1))
+
+
+def measure(watch: Watch) -> Iterator[Bench]:
     """Both shapes at 32,768 keys; then cost over the number of keys, and over the recompute rate."""
+    sizes = QUICK if watch.quick else WHOLE
+    watch.step("attention: keys of a real model", 0, 1)
     model, tokenizer = load("smollm2-135m")
-    layers = real_heads(model, tokenizer, KEYS, LAYERS)
-    yield at_length("9 heads over 3 key heads of 64", layers)
+    layers = real_heads(model, tokenizer, sizes.keys, LAYERS)
+    yield at_length("9 heads over 3 key heads of 64", layers, sizes, watch)
     wide = [wider(layers[i:] + layers[:i], 8, 4) for i in range(0, len(layers), 2)]
-    yield at_length("32 heads over 8 key heads of 128, each of two real ones", wide)
-    yield over_lengths(layers[::2])
-    yield over_rates(layers[::2])
+    yield at_length("32 heads over 8 key heads of 128, each of two real ones", wide, sizes, watch)
+    yield over_lengths(layers[::2], sizes, watch)
+    yield over_rates(layers[::2], sizes, watch)
 
 
 class Contestant:
@@ -79,23 +95,41 @@ class Contestant:
         )
 
 
-def timed(calls: dict[str, list[Call]]) -> list[Timing]:
-    """Seconds per layer."""
+def timed(
+    calls: dict[str, list[Call]],
+    sizes: Sizes,
+    watch: Watch,
+    title: str,
+    change: Callable[[list[Timing]], list[Timing]],
+) -> list[Timing]:
+    """Seconds per layer; `change` makes a table's rows of the timings, and tells the watch."""
 
     def through(own: list[Call]) -> Callable[[], object]:
         return lambda: [call() for call in own]
 
+    def per_layer(timings: list[Timing]) -> list[Timing]:
+        counts = [len(calls[t.label]) for t in timings]
+        return change(
+            [
+                replace(t, median=t.median / n, fastest=t.fastest / n, slowest=t.slowest / n)
+                for t, n in zip(timings, counts, strict=True)
+            ]
+        )
+
+    told = watch_turns(watch, title, sizes.repeats, per_layer)
     with torch.inference_mode():
-        found = interleaved({label: through(own) for label, own in calls.items()}, REPEATS, pause=PAUSE)
-    return [
-        replace(t, median=t.median / n, fastest=t.fastest / n, slowest=t.slowest / n)
-        for t in found
-        for n in [len(calls[t.label])]
-    ]
+        found = interleaved(
+            {label: through(own) for label, own in calls.items()},
+            sizes.repeats,
+            pause=PAUSE,
+            after_turn=told,
+        )
+    return per_layer(found)
 
 
-def at_length(what: str, layers: list[HeadTensors]) -> Bench:
+def at_length(what: str, layers: list[HeadTensors], sizes: Sizes, watch: Watch) -> Bench:
     """Time the attention of all layers, and compare each with float64."""
+    title = f"attention of one token, {sizes.keys} keys, {what}"
     variants = {
         LOOKAHEAD: (_ROTATED, SCORES.threshold, VALUES.threshold),
         OFF: (_ROTATED, _OFF, _OFF),
@@ -120,15 +154,18 @@ def at_length(what: str, layers: list[HeadTensors]) -> Bench:
             sum(a.full_values for a in found) / sum(a.eligible_values for a in found),
         ]
         notes[label] = f"scores {rates[0]:.2%}, values {rates[1]:.2%}, worst error {max(errors[label]):.1e}"
-    timings = [
-        replace(t, error=statistics.median(errors[t.label]), note=notes.get(t.label, ""))
-        for t in timed(calls)
-    ]
+
+    def with_errors(timings: list[Timing]) -> list[Timing]:
+        return [
+            replace(t, error=statistics.median(errors[t.label]), note=notes.get(t.label, "")) for t in timings
+        ]
+
+    timings = timed(calls, sizes, watch, title, with_errors)
     median = {t.label: t.median for t in timings}
     best = min(median[label] for label in TORCH)
     ratios = [off / on for on, off in zip(errors[LOOKAHEAD], errors[OFF], strict=True)]
     return Bench(
-        f"attention of one token, {KEYS} keys, {what}",
+        title,
         timings,
         [
             Target("times faster than the best of torch", best / median[LOOKAHEAD], 3.0, at_least=True),
@@ -146,11 +183,12 @@ def at_length(what: str, layers: list[HeadTensors]) -> Bench:
     )
 
 
-def over_lengths(layers: list[HeadTensors]) -> Bench:
+def over_lengths(layers: list[HeadTensors], sizes: Sizes, watch: Watch) -> Bench:
     """Cost over the number of keys; beyond the real ones they are repeated, which costs the same."""
-    timings = []
-    for length in LENGTHS:
-        times = -(-length // KEYS)
+    title = "attention of one token over the number of keys, 9 heads over 3 key heads of 64"
+    timings: list[Timing] = []
+    for length in sizes.lengths:
+        times = -(-length // sizes.keys)
         longer = [
             HeadTensors(h.q, h.k.repeat(1, 1, times, 1), h.v.repeat(1, 1, times, 1)).first(length)
             for h in layers
@@ -158,25 +196,32 @@ def over_lengths(layers: list[HeadTensors]) -> Bench:
         contestants = [Contestant(heads) for heads in longer]
         calls: dict[str, list[Call]] = {**torch_calls(longer), LOOKAHEAD: [*contestants]}
         calls[OFF] = [c.at(_OFF, _OFF) for c in contestants]
-        timings += [replace(t, label=f"{length} keys, {t.label}") for t in timed(calls)]
-    return Bench(
-        "attention of one token over the number of keys, 9 heads over 3 key heads of 64", timings, []
-    )
+        before = timings
+
+        def more(new: list[Timing], before: list[Timing] = before, length: int = length) -> list[Timing]:
+            return [*before, *(replace(t, label=f"{length} keys, {t.label}") for t in new)]
+
+        timings = timed(calls, sizes, watch, title, more)
+    return Bench(title, timings, [])
 
 
-def over_rates(layers: list[HeadTensors]) -> Bench:
+def over_rates(layers: list[HeadTensors], sizes: Sizes, watch: Watch) -> Bench:
     """Cost over the share of scores recomputed, values read low-bit; the break-even is with the best of torch."""
     contestants = [Contestant(heads) for heads in layers]
     calls: dict[str, list[Call]] = torch_calls(layers)
     notes: dict[str, str] = {}
-    for rate in (0.0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2):
+    for rate in sizes.rates:
         own = [c.at(_threshold(c, rate), _OFF) for c in contestants]
         label = f"{rate:.1%} of the scores recomputed"
         found = [call() for call in own]
         notes[label] = f"rate {sum(a.recomputed for a in found) / sum(a.eligible for a in found):.4f}"
         calls[label] = [*own]
-    timings = [replace(t, note=notes.get(t.label, "")) for t in timed(calls)]
-    return Bench(f"attention of one token over the recompute rate, {KEYS} keys", timings, [])
+    title = f"attention of one token over the recompute rate, {sizes.keys} keys"
+
+    def with_rates(timings: list[Timing]) -> list[Timing]:
+        return [replace(t, note=notes.get(t.label, "")) for t in timings]
+
+    return Bench(title, timed(calls, sizes, watch, title, with_rates), [])
 
 
 def torch_calls(layers: list[HeadTensors]) -> dict[str, list[Call]]:

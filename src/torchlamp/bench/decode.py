@@ -19,16 +19,17 @@ from torchlamp.bench.decoders import Decoder, PreparedDecoder, TransformersDecod
 from torchlamp.bench.greedy import greedy
 from torchlamp.bench.llama_files import LlamaFiles, llama_files
 from torchlamp.bench.off_grid import off_grid
-from torchlamp.bench.turns import Bench, Target, Timing
+from torchlamp.bench.turns import Bench, Target, Timing, Watch
 from torchlamp.data.text import cut_windows, default_text
 from torchlamp.evaluation.metrics import Comparer, Reference
 from torchlamp.huggingface.prepare import DEFAULT, FAST
 from torchlamp.models.load import load
 from torchlamp.policy.policy import Policy
 
+#: Models and contexts of a whole run; a quick one has the first of each.
 MODELS = ("smollm2-135m", "gemma3-270m")
 CONTEXTS = (256, 4096)
-STEPS, TURN = 64, 8
+STEPS, QUICK_STEPS, TURN = 64, 16, 8
 REFERENCE, LOOKAHEAD, UNGUARDED = "transformers float32 sdpa", "look-ahead", "the same, look-ahead off"
 EIGHT_BITS = "look-ahead, mostly 8 bits"
 SPEEDUP, MAX_KL = 2.5, 1e-4
@@ -45,17 +46,20 @@ class Steps:
     note: str = ""
 
 
-def measure() -> Iterator[Bench]:
+def measure(watch: Watch) -> Iterator[Bench]:
     """Both packaged models, off the grid, at both contexts; then greedy texts against float32's."""
-    for name in MODELS:
+    count = QUICK_STEPS if watch.quick else STEPS
+    for name in MODELS[:1] if watch.quick else MODELS:
+        watch.step(f"decode: {name}, off the grid", 0, 1)
         model, tokenizer = load(name)
         off_grid(model)
         with llama_files(name, model) as llama:
-            for context in CONTEXTS:
-                tokens = cut_windows(tokenizer, [default_text()], 1, context + STEPS + 1)[0]
-                steps = race(contestants(model, llama, context + STEPS + 1), tokens, context)
-                yield as_bench(f"decode: {name}, off the grid, context {context}", steps)
-        yield greedy(f"{name}, off the grid", model, tokenizer)
+            for context in CONTEXTS[:1] if watch.quick else CONTEXTS:
+                title = f"decode: {name}, off the grid, context {context}"
+                tokens = cut_windows(tokenizer, [default_text()], 1, context + count + 1)[0]
+                made = contestants(model, llama, context + count + 1)
+                yield as_bench(title, race(made, tokens, context, count=count, watch=watch, title=title))
+        yield greedy(f"{name}, off the grid", model, tokenizer, watch=watch)
 
 
 def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, Callable[[], Decoder]]:
@@ -102,34 +106,39 @@ def _others(model: Any) -> dict[str, Callable[[], Decoder]]:
     return made
 
 
-def race(made: dict[str, Callable[[], Decoder]], tokens: Tensor, context: int) -> dict[str, Steps]:
-    """Decode `tokens` after their first `context` with every contestant, step by step in turns.
+def race(
+    made: dict[str, Callable[[], Decoder]],
+    tokens: Tensor,
+    context: int,
+    *,
+    count: int = STEPS,
+    watch: Watch | None = None,
+    title: str = "decode",
+) -> dict[str, Steps]:
+    """Decode `count` of `tokens` after their first `context` with every contestant, step by step in turns.
 
     The contestant `REFERENCE` must be the first.
     """
-    decoders = {label: make() for label, make in made.items()}
-    steps = {label: Steps([], []) for label in decoders}
+    watch = Watch() if watch is None else watch
+    decoders: dict[str, Decoder] = {}
+    steps = {label: Steps([], []) for label in made}
     try:
-        for decoder in decoders.values():
-            decoder.prefill(tokens[:context])
+        for number, (label, make) in enumerate(made.items()):
+            watch.step(f"{title}: prompts", number, len(made))
+            decoders[label] = make()
+            decoders[label].prefill(tokens[:context])
         comparer = Comparer()
         reference: Reference | None = None
-        for begin in range(0, STEPS, TURN):
-            turn = tokens[context + begin : context + min(begin + TURN, STEPS)]
+        for begin in range(0, count, TURN):
+            watch.step(title, begin, count)
+            turn = tokens[context + begin : context + min(begin + TURN, count)]
             for label, decoder in decoders.items():
-                time.sleep(_PAUSE)
-                logits = []
-                for number, token in enumerate(turn.tolist()):
-                    start = time.perf_counter()
-                    logits.append(decoder.step(token))
-                    if number:
-                        steps[label].seconds.append(time.perf_counter() - start)
-                # Not between the steps: torch's threads would still be looking for work in the next one.
-                rows = torch.stack(logits)
+                rows = _turn(decoder, turn.tolist(), steps[label].seconds)
                 if label == REFERENCE:
                     reference = comparer.reference(rows, turn)
                 assert reference is not None
                 steps[label].kl += comparer.compare(reference, rows).kl.tolist()
+            watch.so_far(Bench(title, timings_of(steps), []))
         for label, decoder in decoders.items():
             if isinstance(decoder, PreparedDecoder):
                 steps[label].note = str(decoder.prepared.statistics)
@@ -139,10 +148,25 @@ def race(made: dict[str, Callable[[], Decoder]], tokens: Tensor, context: int) -
     return steps
 
 
-def as_bench(title: str, steps: dict[str, Steps]) -> Bench:
-    """The table of a race, and its targets."""
+def _turn(decoder: Decoder, tokens: list[int], seconds: list[float]) -> Tensor:
+    """Logits after each token, (tokens, vocabulary); adds the seconds of all steps but the first."""
+    time.sleep(_PAUSE)
+    logits = []
+    for number, token in enumerate(tokens):
+        start = time.perf_counter()
+        logits.append(decoder.step(token))
+        if number:
+            seconds.append(time.perf_counter() - start)
+    # Not between the steps: torch's threads would still be looking for work in the next one.
+    return torch.stack(logits)
+
+
+def timings_of(steps: dict[str, Steps]) -> list[Timing]:
+    """A row for each contestant that has made at least two steps."""
     timings = []
     for label, found in steps.items():
+        if len(found.kl) < 2:
+            continue
         seconds, kl = torch.tensor(found.seconds), torch.tensor(found.kl, dtype=torch.float64)
         median = float(seconds.quantile(0.5))
         timings.append(
@@ -157,6 +181,12 @@ def as_bench(title: str, steps: dict[str, Steps]) -> Bench:
                 note=found.note,
             )
         )
+    return timings
+
+
+def as_bench(title: str, steps: dict[str, Steps]) -> Bench:
+    """The table of a race, and its targets."""
+    timings = timings_of(steps)
     by_label = {timing.label: timing for timing in timings}
     ours = by_label[LOOKAHEAD]
     targets = [

@@ -7,20 +7,22 @@ from collections.abc import Callable
 
 import torch
 
-from torchlamp.bench.turns import Bench, Target, interleaved, ratio
+from torchlamp.bench.turns import Bench, Target, Watch, interleaved, ratio, watch_turns
 from torchlamp.data.text import cut_windows, default_text
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.models.load import load
 
-MODEL, TOKENS, POLICY = "smollm2-135m", 1024, "ps4+strict:0.1"
-LONG = 8192
-REPEATS = 9
+MODEL, POLICY = "smollm2-135m", "ps4+strict:0.1"
+#: Tokens, tokens of the run whose memory is measured, and turns: of a whole run and of a quick one.
+TOKENS, LONG, REPEATS = (1024, 128), (8192, 512), (9, 2)
 
 
-def measure() -> Bench:
+def measure(watch: Watch) -> Bench:
     """Time 1024 tokens, interleaved; then the peak memory of 8192 tokens, each in its own process."""
+    count, long, repeats = TOKENS[watch.quick], LONG[watch.quick], REPEATS[watch.quick]
+    title = f"forward: {MODEL}, {count} tokens"
     model, tokenizer = load(MODEL)
-    tokens = cut_windows(tokenizer, [default_text()], 1, TOKENS)
+    tokens = cut_windows(tokenizer, [default_text()], 1, count)
 
     def under(policy: str) -> Callable[[], object]:
         def call() -> None:
@@ -33,28 +35,32 @@ def measure() -> Bench:
     calls: dict[str, Callable[[], object]] = {"float32 sdpa": lambda: model(tokens, use_cache=False)}
     calls |= {policy: under(policy) for policy in policies}
     with torch.inference_mode():
-        timings = interleaved(calls, REPEATS)
-    extra = peak_memory(POLICY) - peak_memory(None)
+        timings = interleaved(calls, repeats, after_turn=watch_turns(watch, title, repeats))
+    peaks = []
+    for number, policy in enumerate((POLICY, None)):
+        watch.step(f"forward: memory of {long} tokens", number, 2)
+        peaks.append(peak_memory(policy, long))
+    extra = peaks[0] - peaks[1]
     targets = [
-        Target(f"{POLICY} / float32 sdpa, {TOKENS} tokens", ratio(timings, POLICY, "float32 sdpa"), 1.4),
-        Target(f"MB of memory above sdpa's peak, {LONG} tokens", extra, 300),
+        Target(f"{POLICY} / float32 sdpa, {count} tokens", ratio(timings, POLICY, "float32 sdpa"), 1.4),
+        Target(f"MB of memory above sdpa's peak, {long} tokens", extra, 300),
     ]
-    return Bench(f"forward: {MODEL}, {TOKENS} tokens", timings, targets)
+    return Bench(title, timings, targets)
 
 
-def peak_memory(policy: str | None) -> float:
-    """Peak resident MB of a fresh process that loads the model and runs 8192 tokens; None: float32 `sdpa`."""
-    command = [sys.executable, "-m", __name__, policy or "sdpa"]
+def peak_memory(policy: str | None, tokens: int) -> float:
+    """Peak resident MB of a fresh process that loads the model and runs so many tokens; None: float32 `sdpa`."""
+    command = [sys.executable, "-m", __name__, policy or "sdpa", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"the memory run of {policy or 'sdpa'} failed: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout)
 
 
-def _run_once(policy: str) -> float:
-    """Run 8192 tokens in this process and return its peak resident MB."""
+def _run_once(policy: str, count: int) -> float:
+    """Run so many tokens in this process and return its peak resident MB."""
     model, tokenizer = load(MODEL)
-    tokens = cut_windows(tokenizer, [default_text()], 1, LONG)
+    tokens = cut_windows(tokenizer, [default_text()], 1, count)
     with torch.inference_mode():
         if policy == "sdpa":
             model(tokens, use_cache=False, logits_to_keep=1)
@@ -66,4 +72,4 @@ def _run_once(policy: str) -> float:
 
 
 if __name__ == "__main__":
-    print(_run_once(sys.argv[1]))
+    print(_run_once(sys.argv[1], int(sys.argv[2])))

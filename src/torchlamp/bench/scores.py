@@ -5,23 +5,26 @@ from collections.abc import Callable
 import torch
 
 from torchlamp.arithmetic.accumulators import Accumulator
-from torchlamp.bench.turns import Bench, Target, interleaved, ratio
+from torchlamp.bench.turns import Bench, Target, Watch, interleaved, ratio, watch_turns
 from torchlamp.kernels.dispatch import native_for
 from torchlamp.kernels.products import products, products_native
 
-HEADS, KEY_HEADS, LENGTH, SIZE = 9, 3, 1024, 64
-REPEATS = 31
+HEADS, KEY_HEADS, SIZE = 9, 3, 64
+#: Tokens and turns, of a whole run and of a quick one.
+LENGTH, REPEATS = (1024, 256), (31, 5)
 
 
-def measure() -> Bench:
+def measure(watch: Watch) -> Bench:
     """Time rounded causal scores against torch's float32 product, full and not causal."""
+    length, repeats = LENGTH[watch.quick], REPEATS[watch.quick]
+    title = f"scores: {HEADS}/{KEY_HEADS} heads, {length} tokens, size {SIZE}"
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(HEADS, LENGTH, SIZE, generator=generator)
-    key = torch.randn(KEY_HEADS, LENGTH, SIZE, generator=generator)
+    query = torch.randn(HEADS, length, SIZE, generator=generator)
+    key = torch.randn(KEY_HEADS, length, SIZE, generator=generator)
     repeated = key.repeat_interleave(HEADS // KEY_HEADS, dim=0).transpose(1, 2)
     keys = key.transpose(1, 2)
-    out = torch.empty(HEADS, LENGTH, LENGTH)
-    steps = HEADS * LENGTH * (LENGTH + 1) / 2 * SIZE
+    out = torch.empty(HEADS, length, length)
+    steps = HEADS * length * (length + 1) / 2 * SIZE
 
     calls: dict[str, Callable[[], object]] = {"float32 q @ k.T, full": lambda: query @ repeated}
     work: dict[str, float] = {}
@@ -43,7 +46,9 @@ def measure() -> Bench:
             lambda: products_native(native, query, keys, ps4, None, 0, False, out),
         )
     with torch.inference_mode():
-        timings = interleaved(calls, REPEATS if native is not None else 1, work)
+        timings = interleaved(
+            calls, repeats if native is not None else 1, work, after_turn=watch_turns(watch, title, repeats)
+        )
 
     rate = {t.label: t.gfma or 0.0 for t in timings}
     targets = [
@@ -51,5 +56,4 @@ def measure() -> Bench:
         Target("ps4 causal, G rounded FMA/s", rate["ps4, causal"], 16.0, at_least=True),
         Target("e4m3fn / ps4", ratio(timings, "e4m3fn, causal", "ps4, causal"), 2.5),
     ]
-    title = f"scores: {HEADS}/{KEY_HEADS} heads, {LENGTH} tokens, size {SIZE}"
     return Bench(title, timings, targets)

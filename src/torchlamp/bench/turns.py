@@ -1,30 +1,13 @@
-"""`torchlamp bench`: timings taken in turns, their medians, and the project's targets beside them.
+"""Timings taken in turns, their medians, and the project's targets beside them.
 
 Each benchmark times its contestants interleaved, so that a busy machine slows all of them alike, and quotes
 ratios of medians. docs/performance.md explains what each target means and where its limit comes from.
 """
 
-import json as json_module
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from importlib import import_module
-from pathlib import Path
-from typing import Any
-
-from torchlamp.evaluation.environment import environment, kernels
-from torchlamp.results.output import check_writable, write_text
-
-#: Benchmark -> the module whose `measure()` returns a `Bench`, or several.
-BENCHMARKS = {
-    "scores": "torchlamp.bench.scores",
-    "forward": "torchlamp.bench.forward",
-    "evaluate": "torchlamp.bench.evaluate",
-    "attention": "torchlamp.bench.attention",
-    "decode": "torchlamp.bench.decode",
-    "soak": "torchlamp.bench.soak",
-}
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -57,6 +40,8 @@ class Target:
     limit: float
     #: True: at least `limit`; False: at most.
     at_least: bool = False
+    #: False: of a quick run, for which the limit wasn't set.
+    judged: bool = True
 
     @property
     def met(self) -> bool:
@@ -73,45 +58,16 @@ class Bench:
     targets: list[Target]
 
 
-def run(name: str, json: Path | None = None) -> list[Bench]:
-    """Run a benchmark, print its tables and targets, and write them as JSON if asked to.
+@dataclass
+class Watch:
+    """What a benchmark is asked, and whom it tells how far it is."""
 
-    Raises
-    ------
-    ValueError
-        An unknown name.
-    OSError
-        The JSON file can't be written.
-    """
-    if name not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {name!r}: allowed are {', '.join(BENCHMARKS)}")
-    if json is not None:
-        check_writable(json)
-    measured: Bench | Iterable[Bench] = import_module(BENCHMARKS[name]).measure()
-    where = environment()
-    found = []
-    # A benchmark of many parts hands over each as it is done: what is printed and written can't be lost any more.
-    for bench in [measured] if isinstance(measured, Bench) else measured:
-        found.append(bench)
-        _print(bench)
-        if json is not None:
-            write_text(json, json_module.dumps(_record(name, found, where), indent=2) + "\n")
-    print(f"{where['cpu']}, {where['threads']} threads, kernels: {kernels()['features']}")
-    return found
-
-
-def _record(name: str, found: list[Bench], where: dict[str, Any]) -> dict[str, Any]:
-    parts = [
-        {
-            "title": bench.title,
-            "timings": [asdict(t) for t in bench.timings],
-            "targets": [asdict(t) | {"met": t.met} for t in bench.targets],
-        }
-        for bench in found
-    ]
-    # One part stands at the top level, as it did before there were several.
-    inner = parts[0] if len(parts) == 1 else {"parts": parts}
-    return {"benchmark": name, **inner, "kernels": kernels(), "environment": where}
+    #: Few and small measurements: whether everything runs, and rough figures.
+    quick: bool = False
+    #: Told what runs, how many of its steps are done, and of how many.
+    step: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+    #: Told the figures of the part that is being measured, as far as they go.
+    so_far: Callable[[Bench], None] = field(default=lambda bench: None)
 
 
 def interleaved(
@@ -119,11 +75,13 @@ def interleaved(
     repeats: int,
     work: dict[str, float] | None = None,
     pause: float = 0.0,
+    after_turn: Callable[[int, list[Timing]], None] | None = None,
 ) -> list[Timing]:
     """Time every call `repeats` times, all of them in turns, after one turn that isn't counted.
 
     `work` gives the rounded FMAs of the calls that do any. `pause` seconds pass before each call, in which threads that
-    another one left spinning go to sleep; then the call is made once untimed, so that its own are awake.
+    another one left spinning go to sleep; then the call is made once untimed, so that its own are awake. `after_turn`
+    is told how many turns are done, and the timings until then.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
@@ -135,6 +93,12 @@ def interleaved(
             call()
             if turn:
                 times[name].append(time.perf_counter() - start)
+        if turn and after_turn is not None:
+            after_turn(turn, _timings(times, work))
+    return _timings(times, work)
+
+
+def _timings(times: dict[str, list[float]], work: dict[str, float] | None) -> list[Timing]:
     return [
         Timing(
             name,
@@ -153,39 +117,13 @@ def ratio(timings: list[Timing], one: str, other: str) -> float:
     return median[one] / median[other]
 
 
-#: Attribute of a `Timing` -> its column and how it is printed; columns that nothing fills are left out.
-_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "gfma": ("G rounded FMA/s", "{:.1f}".format),
-    "per_second": ("tokens/s", "{:.1f}".format),
-    "error": ("error", "{:.1e}".format),
-    "kl": ("KL", "{:.1e}".format),
-    "kl_error": ("±", "{:.0e}".format),
-    "note": ("", str),
-}
+def watch_turns(
+    watch: Watch, title: str, turns: int, change: Callable[[list[Timing]], list[Timing]] | None = None
+) -> Callable[[int, list[Timing]], None]:
+    """What `interleaved` tells after each turn, told to a watch; `change` makes a benchmark's figures of timings."""
 
+    def tell(done: int, timings: list[Timing]) -> None:
+        watch.so_far(Bench(title, timings if change is None else change(timings), []))
+        watch.step(title, done, turns)
 
-def _print(found: Bench) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(emoji=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 160)
-    columns = {
-        name: column for name, column in _COLUMNS.items() if any(getattr(t, name) for t in found.timings)
-    }
-    table = Table(title=found.title, title_justify="left")
-    for column in ("", "median ms", "fastest", "slowest", *(title for title, _ in columns.values())):
-        table.add_column(column, justify="right" if column else "left")
-    for t in found.timings:
-        cells = [f"{1e3 * s:.3g}" if s < 0.1 else f"{1e3 * s:.1f}" for s in (t.median, t.fastest, t.slowest)]
-        extra = [
-            "" if (value := getattr(t, name)) is None else show(value) for name, (_, show) in columns.items()
-        ]
-        table.add_row(t.label, *cells, *extra)
-    if found.timings:
-        console.print(table)
-    for target in found.targets:
-        relation = "at least" if target.at_least else "at most"
-        state = "met" if target.met else "MISSED"
-        console.print(f"{target.label}: {target.value:.3g} ({relation} {target.limit:g}: {state})")
+    return tell

@@ -3,9 +3,23 @@
 # Each module adds its commands to the application, in the order of the help.
 # isort: off
 from torchlamp.cli.common import app, main
-from torchlamp.cli import evaluate, generate, chat, bench, about
+from torchlamp.cli import evaluate, generate, chat, bench, about, catalogue
 from torchlamp.cli import tasks
 from torchlamp.cli import sweep
 from torchlamp.cli import report
+from torchlamp.cli import compare
 
-__all__ = ["about", "app", "bench", "chat", "evaluate", "generate", "main", "report", "sweep", "tasks"]
+__all__ = [
+    "about",
+    "app",
+    "bench",
+    "catalogue",
+    "chat",
+    "compare",
+    "evaluate",
+    "generate",
+    "main",
+    "report",
+    "sweep",
+    "tasks",
+]

@@ -1,4 +1,4 @@
-"""``torchlamp info``, ``models`` and ``formats``."""
+"""``torchlamp info`` and ``models``."""
 
 import json as json_module
 from typing import Annotated, Any
@@ -56,39 +56,3 @@ def models() -> None:
         "Also: any .gguf file, a transformers folder, or a hub name. "
         f"Converted copies are in {cache_folder()}"
     )
-
-
-#: Operands that `formats` shows: a few of those that the grammar makes; the named block formats follow.
-_OPERANDS = ("float32", "bf16", "int12", "int8", "int4", "int8/row", "e4m3fn/row", "e5m2/tensor")
-
-
-@app.command()
-@one_line_errors
-def formats() -> None:
-    """List number formats, accumulators, operands and transforms: what a policy may name."""
-    from torchlamp.arithmetic import accumulators
-    from torchlamp.arithmetic.formats import NAMED, Format
-    from torchlamp.arithmetic.operands import BLOCKS, Operand
-    from torchlamp.arithmetic.transforms import TRANSFORMS
-
-    print("formats        bits  largest      smallest normal  unit roundoff")
-    for name in ("ps1", "ps4", "ps23", *NAMED, "e5m2"):
-        format = Format.parse(name)
-        print(
-            f"  {name:12} {format.bits:4}  {format.max:<11.5g}  {format.smallest_normal:<15.5g}  "
-            f"2^-{format.grid.mantissa_bits + 1}"
-        )
-    print("  and ps1..ps23, eXmY, ueXmY (X 2..8, Y 1..23), with -sat and -flush")
-    print("accumulators: a format, also with /unfused, /blockB or /promoteB; and by name")
-    for name, spelling in accumulators.NAMED.items():
-        print(f"  {name:12} {spelling}")
-    print("operands       bits  element, and the numbers that share a scale")
-    for name in (*_OPERANDS, *BLOCKS):
-        operand = Operand.parse(name)
-        print(f"  {name:12} {operand.bits:4g}  {operand.summary}")
-    print("  and int2..int16 with /G, /row or /tensor, any format above alone, with /row or /tensor")
-    print("transforms, in the order they are applied")
-    for name, transform in TRANSFORMS.items():
-        print(f"  {name:12} {transform.summary}")
-    print("A policy spells them site=[operand@]accumulator[.transform...][+rule], for example")
-    print("'ps4.center.sort+strict:0.1' or 'mlp_up=mxfp4@ps13/promote128'.")

@@ -15,10 +15,13 @@ def bench(
         str, typer.Argument(metavar="NAME", help="scores, forward, evaluate, attention, decode or soak.")
     ],
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures there.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute or less: small sizes, rough figures, nothing judged.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Time the kernels, a forward pass, or an evaluation, beside float32 and the project's targets."""
     set_threads(threads)
-    from torchlamp.bench.turns import run
+    from torchlamp.bench.run import run
 
-    run(name, json)
+    run(name, json, quick=quick)

@@ -1,33 +1,51 @@
 """What the commands share: the application, its options, one-line errors."""
 
 import functools
-import logging
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 import torchlamp
 from torchlamp.cli.signals import exit_code, process_ends_with_command, signals_of_command, word
+from torchlamp.cli.verbosity import add_options, is_verbose, set_verbosity
 
-P = ParamSpec("P")
 #: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
 MAX_THREADS = 1024
+#: Generators take 64 bits, and windows, layers and sites add to a seed.
+MAX_SEED = 2**62
 
 app = typer.Typer(
     name="torchlamp",
     help="Look-ahead mixed precision (LAMP) for transformer inference: how narrow may an accumulator be?",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
+
+def _complete_model(incomplete: str) -> list[str]:
+    """Short names of models, GGUF files and folders that begin so, for a shell that completes."""
+    from torchlamp.models.packaged import PACKAGED
+
+    home = Path(incomplete)
+    folder = home if incomplete.endswith("/") else home.parent
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = [str(file) + "/" * file.is_dir() for file in files if file.is_dir() or file.suffix == ".gguf"]
+    return [name for name in (*PACKAGED, *paths) if name.startswith(incomplete)]
+
+
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="smollm2-135m, gemma3-270m, a .gguf file, a folder, or a hub name."),
+    typer.Argument(
+        metavar="MODEL",
+        help="smollm2-135m, gemma3-270m, a .gguf file, a folder, or a hub name.",
+        autocompletion=_complete_model,
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Processor threads; torch's choice by default.")]
 PolicyOption = Annotated[
@@ -50,25 +68,27 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn the errors that a user can mend into one line and exit code 2, Ctrl-C and SIGTERM into 130 and 143."""
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors that a user can mend into one line and exit code 2, Ctrl-C and SIGTERM into 130 and 143.
+
+    Adds the options ``--quiet`` and ``--verbose``; with the latter an error's traceback stands before its line.
+    """
 
     @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("torchlamp: %(message)s"))
-        logger = logging.getLogger("torchlamp")
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO)
+    def wrapped(*args: Any, quiet: bool = False, verbose: bool = False, **kwargs: Any) -> None:
         with signals_of_command():
             try:
+                set_verbosity(quiet, verbose)
                 command(*args, **kwargs)
-            except (ValueError, TypeError, OSError, MemoryError) as error:
+            except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+                if is_verbose():
+                    traceback.print_exc()
                 _fail(str(error) or type(error).__name__)
             except KeyboardInterrupt:
                 print(f"torchlamp: {word()}", file=sys.stderr)
                 raise typer.Exit(exit_code()) from None
 
+    add_options(wrapped, command)
     return wrapped
 
 
@@ -112,6 +132,12 @@ def text_files(named: list[Path], more: list[Path]) -> list[Path]:
             f"unexpected argument {str(more[0])!r}: write --text before each file, or once before all of them"
         )
     return [*named, *more]
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that no generator takes, before anything is loaded."""
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"seed {seed}: give 0 or more, and less than 2^62")
 
 
 def check_threads(threads: int | None) -> None:

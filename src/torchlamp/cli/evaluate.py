@@ -11,12 +11,14 @@ from torchlamp.cli.common import (
     PolicyOption,
     Threads,
     app,
+    check_seed,
     one_line_errors,
     read_policy,
     set_threads,
     text_files,
 )
 from torchlamp.cli.signals import exit_code, hold_signals, word
+from torchlamp.cli.verbosity import error_console
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,8 @@ def evaluate(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE ...", help="UTF-8 text, or 'code', or 'prose': Python's documentation, the default."
+            metavar="FILE ...",
+            help="UTF-8 text; '-' is standard input; 'code', or 'prose', Python's documentation, the default.",
         ),
     ] = None,
     dataset: Annotated[
@@ -74,10 +77,9 @@ def evaluate(
     files = text_files(text or [], more or [])
     chosen = read_policy(policy, accumulate, rule)
     others = [read_policy(spelling, None, None) for spelling in compare or []]
+    check_seed(seed)
     texts = _check_inputs(files, dataset or [], windows, window_length, output)
     set_threads(threads)
-
-    from rich.console import Console
 
     from torchlamp.cli.progress import reporter
     from torchlamp.evaluation.evaluate import evaluate as run_evaluation
@@ -85,7 +87,7 @@ def evaluate(
 
     language_model, tokenizer = load(model)
     tokens, names = _cut(language_model, tokenizer, texts, dataset or [], windows, window_length)
-    with reporter(Console(stderr=True, emoji=False)) as shown:
+    with reporter(error_console()) as shown:
 
         def progress(state: "Progress") -> None:
             shown(state)

@@ -1,30 +1,29 @@
 """``torchlamp report`` and ``inspect``: pages for people."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from torchlamp.cli.common import ModelName, Threads, app, one_line_errors, set_threads
-
-
-def _need_study(*packages: str) -> None:
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise ValueError(f"this needs {', '.join(missing)}: run pip install 'torchlamp[study]'")
+from torchlamp.extras import need_extra
 
 
 @app.command()
 @one_line_errors
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR ...", help="Folders of torchlamp sweep.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR ...", help="Folders of torchlamp sweep, or JSON files of torchlamp evaluate."
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write; the first folder by default.")
+        Path | None, typer.Option(metavar="DIR", help="Where to write; the first (file's) folder by default.")
     ] = None,
 ) -> None:
-    """Turn the results of sweeps into report.html, one page that works offline, and figures with their data."""
-    _need_study("pandas", "plotly", "matplotlib", "jinja2")
+    """Turn results of sweeps or evaluations into report.html, one page for offline use, and figures with their data."""
+    need_extra(["pandas", "plotly", "matplotlib", "jinja2"], "study", "torchlamp report")
     from torchlamp.report.report import report as write_report
 
     page, *rest = write_report(folders, output)
@@ -43,7 +42,7 @@ def inspect(
     threads: Threads = None,
 ) -> None:
     """Write an interactive page with the attention maps of a text and the scores that a policy recomputes."""
-    _need_study("plotly", "jinja2")
+    need_extra(["plotly", "jinja2"], "study", "torchlamp inspect")
     from torchlamp.policy.policy import Policy
     from torchlamp.results.output import check_writable, write_text
 

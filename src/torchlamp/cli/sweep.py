@@ -8,6 +8,7 @@ import typer
 
 from torchlamp.cli.common import Threads, app, check_threads, one_line_errors
 from torchlamp.cli.signals import exit_code, word
+from torchlamp.cli.verbosity import error_console
 
 if TYPE_CHECKING:
     from torchlamp.sweep.config import SweepConfig
@@ -59,13 +60,11 @@ def sweep(
         _print_plan(plan, output)
         return
 
-    from rich.console import Console
-
     from torchlamp.cli.sweep_progress import duration, sweep_reporter
     from torchlamp.sweep.folder import open_folder
     from torchlamp.sweep.run import sweep as run_sweep
 
-    console = Console(stderr=True, emoji=False)
+    console = error_console()
     with open_folder(output, fresh=fresh) as folder:
         try:
             with sweep_reporter(console) as progress:

@@ -1,11 +1,11 @@
 """``torchlamp lm-eval``."""
 
-import importlib.util
 from typing import Annotated
 
 import typer
 
 from torchlamp.cli.common import app, one_line_errors
+from torchlamp.extras import need_extra
 
 
 @app.command(
@@ -23,8 +23,7 @@ def lm_eval(
     ] = None,
 ) -> None:
     """Run lm-evaluation-harness with the model 'lamp': torchlamp lm-eval --model lamp --tasks ..."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("lm-eval needs lm-evaluation-harness: run pip install 'torchlamp[eval]'")
+    need_extra(["lm_eval"], "eval", "torchlamp lm-eval")
     from torchlamp.evaluation.lm_eval import main
 
     main(arguments or ["--help"])

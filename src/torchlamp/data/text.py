@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,12 @@ def prose_text() -> Text:
 TEXTS: dict[str, Callable[[], Text]] = {"prose": prose_text, "code": code_text}
 
 
+#: The name of a text that is piped in.
+STANDARD_INPUT = "-"
+
+
 def find_text(name: str) -> Text:
-    """The text "prose" or "code", or else a file (a file that is called so: "./prose").
+    """The text "prose" or "code", standard input for "-", or else a file (a file that is called so: "./prose").
 
     Raises
     ------
@@ -85,6 +90,8 @@ def find_text(name: str) -> Text:
     """
     if name in TEXTS:
         return TEXTS[name]()
+    if name == STANDARD_INPUT:
+        return _decoded("standard input", sys.stdin.buffer.read())
     try:
         return read_text(name)
     except FileNotFoundError as error:
@@ -107,14 +114,19 @@ def read_text(path: str | Path) -> Text:
     except OSError as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
         raise kind(f"text file {str(path)!r} can't be read: {error.strerror or error}") from error
+    return _decoded(str(path), raw)
+
+
+def _decoded(name: str, raw: bytes) -> Text:
+    """A text from its bytes in UTF-8, without a byte-order mark. ValueError for other bytes."""
     try:
         content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"text file {str(path)!r} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start} "
+            f"text file {name!r} is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start} "
             "can't be read; convert it to UTF-8"
         ) from error
-    return Text(str(path), content.removeprefix("\ufeff"))
+    return Text(name, content.removeprefix("\ufeff"))
 
 
 def cut_windows(tokenizer: Any, texts: Sequence[Text], count: int = 8, length: int = 512) -> Tensor:

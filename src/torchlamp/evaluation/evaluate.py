@@ -17,7 +17,9 @@ from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_e
 from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
 from torchlamp.evaluation.sizes import model_sizes
 from torchlamp.huggingface.lookahead import check_untouched
+from torchlamp.kernels import native
 from torchlamp.policy.policy import Policy
+from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
 
@@ -106,6 +108,7 @@ def evaluate(
         progress=progress,
     )
     loop.check()
+    native.warn_if_absent("the simulation")
     interrupted = False
     try:
         with inference_in_eval_mode(model):
@@ -203,6 +206,10 @@ def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
         "block_rates": run.block_rates,
         "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],
         "flip_by_window": [rounded(float(w.flips.double().mean())) for w in run.windows],
+        "log_perplexity_ratio_by_window": [
+            rounded(float((w.cross_entropy - w.reference_cross_entropy).mean())) for w in run.windows
+        ],
+        "flip_bits_by_window": [pack_bits(w.flips.tolist()) for w in run.windows],
         "seconds": run.seconds,
         "forward_seconds": run.forward_seconds,
     }

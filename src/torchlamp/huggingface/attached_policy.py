@@ -16,6 +16,8 @@ from torchlamp.simulation.calibration import Calibration, input_moments, score_m
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.statistics import Statistics
 
+#: Name of the attention that simulates `scores` and `values`.
+SIMULATION = "lamp"
 _ATTRIBUTE = "_torchlamp"
 
 #: Called with the number of a layer and an observation of one of its attention tiles.
@@ -92,8 +94,8 @@ class AttachedPolicy:
         if policy is None or not policy.precision.transforms:
             return None
         if self.collect is not None:
-            needs_products = any(t.needs_products for t in policy.precision.transforms)
-            self.collect.add("scores", layer, *score_moments(query, key, needs_products))
+            # Heads are small, and `fold` wants to know how their channels hang together.
+            self.collect.add("scores", layer, *score_moments(query, key, products=True))
         if self.calibration is None:
             return None
         left, right = self.calibration.of("scores", layer, (key.shape[1], key.shape[3]))

@@ -154,7 +154,7 @@ class LowBitMatrix:
 
 
 def serves_many() -> bool:
-    """Whether steps of many tokens are served from low-bit copies: plain C++ is slower than torch's float32 products."""
+    """Whether steps of many tokens are served from low-bit copies: plain C++ is slower than torch's products."""
     native = native_for()
     return native is None or native.instruction_set != "portable"
 

@@ -108,8 +108,8 @@ def check_name(name: str) -> None:
         return
     path = Path(name).expanduser()
     _check_path(name, path)
-    if not path.exists() and (near := difflib.get_close_matches(name, PACKAGED, n=1, cutoff=0.8)):
-        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}? {_allowed()}")
+    if not path.exists() and (hint := _hint(name)):
+        raise ValueError(f"unknown model {name!r}: {hint}{_allowed()}")
 
 
 def _check_path(name: str, path: Path) -> None:
@@ -231,6 +231,7 @@ def _say_unkept(reason: OSError) -> None:
 
 
 def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The hub client would try for a minute before it says that there is no network.
@@ -255,12 +256,32 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
             )
             raise OSError(
                 f"model {name!r} is no packaged model, file or folder, and the hub gave none ({reason}); "
-                f"{_allowed()}"
+                f"{_hint(name)}{_allowed()}"
             ) from error
-        except (ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"model {name!r} can't be loaded: {conversion.first_line(error)}") from error
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of model {name!r} are cut or damaged ({conversion.first_line(error)}): get them again"
+            ) from error
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # transformers raises whatever a strange configuration or tokenizer leads it to
+            raise ValueError(f"model {name!r} can't be loaded: {_reason(error)}") from error
     check_complete(name, report)
     return model.eval(), tokenizer
+
+
+def _hint(name: str) -> str:
+    """The packaged model that was meant, if a name is nearly its own."""
+    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=0.8)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _reason(error: Exception) -> str:
+    """An error's words in one line, its class before them unless it is one whose words are written for users."""
+    words = " ".join(str(error).split()[:60]) or type(error).__name__
+    return words if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {words}"
 
 
 def _allowed() -> str:

@@ -53,6 +53,12 @@ def check_precision(site: str, precision: Precision) -> None:
             f"operand '{precision.operand}' can't be used at the site {site}, which has no product of two operands; "
             f"it fits {', '.join(fitting)}"
         )
+    if precision.sums.fuse is not None and record.stored is None:
+        fitting = [name for name, other in SITES.items() if other.stored is not None]
+        raise ValueError(
+            f"accumulator '{precision.sums}' can't be used at the site {site}: a unit sums products, and nothing is "
+            f"multiplied there; it fits {', '.join(fitting)}"
+        )
     for transform in map(str, precision.transforms):
         if not record.takes(transform):
             fitting = [name for name, other in SITES.items() if other.takes(transform)]

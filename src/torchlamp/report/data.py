@@ -12,8 +12,9 @@ from torchlamp.evaluation.cost import GRANULARITIES, CostModel, Shape, costs
 from torchlamp.policy.policy import Policy
 from torchlamp.policy.sites import SITES
 from torchlamp.results.journal import read_lines
+from torchlamp.results.read import read_result
 from torchlamp.results.result import Result
-from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
+from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each, record_problem
 from torchlamp.rules.rule import Rule
 
 #: `Result.sizes` of the packaged models, for results that are older than this figure.
@@ -23,6 +24,9 @@ OLDER_SIZES = {
 }
 #: GPT-2's, taken where neither a result nor `OLDER_SIZES` has them; the report says so.
 ASSUMED_SIZES = {"head": 64, "hidden": 768, "mlp": 3072}
+
+#: How a sweep names tokens that stand in their own order, as those of an evaluation do.
+_REAL = "real"
 
 #: Columns that say which experiment a point belongs to, and those that with them name the point.
 GROUP = ["model", "text", "tokens"]
@@ -44,7 +48,7 @@ class ReportData:
 
 
 def read_report_data(folders: Sequence[Path]) -> ReportData:
-    """Read the results.jsonl of every folder.
+    """Read the results.jsonl of every folder; a file is taken for a result of ``torchlamp evaluate --json``.
 
     Raises
     ------
@@ -56,7 +60,11 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
     """
     notes: list[str] = []
     # Of a point that is in several folders, the last one's record counts.
-    records = last_of_each(record for folder in folders for record in _read(folder, notes))
+    records = last_of_each(
+        record
+        for folder in folders
+        for record in (_read_file(folder) if folder.is_file() else _read(folder, notes))
+    )
     rows: list[dict[str, Any]] = []
     unsized: set[str] = set()
     data = ReportData(pd.DataFrame(), notes=notes)
@@ -111,18 +119,27 @@ def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     if lines.torn:
         notes.append(f"The last line of {path} is torn and was left out.")
     for number, record in enumerate(lines.records, start=1):
-        missing = [name for name in ("key", "point", "status", "result") if name not in record]
-        missing += [name for name in (*GROUP, "policy") if name not in (record.get("point") or ())]
-        if missing or record["status"] not in ("done", "failed"):
-            reason = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
+        if (reason := record_problem(record)) is not None:
             raise ValueError(f"line {number} of {str(path)!r} {reason}: it is no point of a sweep")
     return lines.records
 
 
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    """An evaluation's result as the record of a point of its own."""
+    result = read_result(path)
+    point = {"model": result.model, "text": result.text, "tokens": _REAL, "policy": result.policy}
+    key = f"{path}: {result.tokens_sha256} {result.policy} {result.seed}"
+    return [{"key": key, "point": point, "status": "done", "result": result.to_dict()}]
+
+
 def _layers(point: dict[str, Any]) -> str:
-    """The numbers of the layers that ran under the policy, or "all"."""
+    """The numbers of the layers that ran under the policy, or "all". ValueError for anything else."""
     layers = point.get("layers")
-    return "all" if layers is None else ", ".join(str(layer) for layer in layers)
+    if layers is None:
+        return "all"
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"a point's layers are {layers!r}: a list of layer numbers is expected, or null")
+    return ", ".join(map(str, layers))
 
 
 def _row(result: Result) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from torchlamp.results.output import check_writable, write_text
 
 
 def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
-    """Write report.html and the folder figures/ into `output`, by default the first folder.
+    """Write report.html and the folder figures/ into `output`, by default the first folder or the first file's.
 
     Everything is computed before anything is written: an error leaves an older report as it is. Files of an older
     report that this one doesn't have stay in figures/.
@@ -46,7 +46,8 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
         As `read_report_data`; or the output can't be written.
     """
     data = read_report_data(folders)
-    target = folders[0] if output is None else output
+    first = folders[0].parent if folders[0].is_file() else folders[0]
+    target = first if output is None else output
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)

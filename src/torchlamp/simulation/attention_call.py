@@ -110,4 +110,4 @@ class AttentionCall:
     @property
     def error_scale(self) -> float:
         """Factor from the root of a running sum of squares to the expected error of a score."""
-        return self.accumulator.format.unit_roundoff / 2 * abs(self.scaling)
+        return self.accumulator.unit_roundoff / 2 * abs(self.scaling)

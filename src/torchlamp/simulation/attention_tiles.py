@@ -190,7 +190,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         given = (probabilities, outputs, seen.first, seen.last, sample, rows)
         return (distances.ahead if ahead else distances.output).of(*given)[None]
 
-    unit = call.accumulator.format.unit_roundoff
+    unit = call.accumulator.unit_roundoff_of_a_product
     tile = Tile(
         scores=scores[None],
         logits=logits[None],

@@ -356,7 +356,7 @@ class _Sums:
     ) -> None:
         self.x, self.weights, self._copy = x, side.weights, side.copy
         self._low = None if side.copy is None else quantise(x, operand)
-        self._unit_roundoff = accumulator.format.unit_roundoff
+        self._accumulator = accumulator
         form, bias = accumulator.accumulation, self.weights.bias
         squares = "squares" in rule.byproducts
         entering = x if self._low is None else self._low
@@ -367,15 +367,15 @@ class _Sums:
             self.y = self.y + bias.detach()
         if bias is not None and self.weights.narrow_bias:
             self.y = round_to_grid(self.y, form.result)
-            # The rounding after the bias is one more step; a promoted sum takes it in float32.
-            if self._squares is not None and not form.promote:
+            # The rounding after the bias is one more step; a promoted sum and a unit's take it in float32.
+            if self._squares is not None and form.result == form.grid:
                 self._squares = self._squares.addcmul_(self.y, self.y)
 
     @property
     def error(self) -> Tensor:
         """Expected error: (u / 2) sqrt(sum of the squared partial sums), and that of quantised operands."""
         assert self._squares is not None, "the low pass ran without the by-product 'squares'"
-        rounding = self._squares.sqrt().mul_(self._unit_roundoff / 2)
+        rounding = self._squares.sqrt().mul_(self._accumulator.unit_roundoff / 2)
         if self._low is None or self._copy is None:
             return rounding
         of_weights = expected_errors(self.x, self._copy.errors)
@@ -389,7 +389,7 @@ class _Sums:
         """Expected rounding error, from the sums and the norms of their operands, see `Bridge`."""
         spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
         squares: Tensor = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
-        return squares.sqrt() * (self._unit_roundoff / 2)
+        return squares.sqrt() * (self._accumulator.unit_roundoff_of_a_product / 2)
 
     @cached_property
     def exact(self) -> Tensor:

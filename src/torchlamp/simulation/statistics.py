@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from torchlamp.plain_table import PlainTable
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.blocks import count_blocks
 
@@ -293,8 +294,22 @@ class Statistics:
             f"rows touched {self.rows_touched:.2%}, {self.layers} layers"
         )
 
+    def table(self) -> PlainTable:
+        """A row a site: recompute rate, selected and eligible entries and, where rows were counted, those touched."""
+        columns = ["site", "recomputed", "selected", "eligible", "rows touched"]
+        rows = []
+        for site in self.sites:
+            counts = self.site_counts(site)
+            touched = f"{rate(int(counts.touched), int(counts.rows)):.2%}" if int(counts.rows) else "-"
+            share = f"{_rate(counts):.3%}"
+            rows.append([site, share, f"{int(counts.selected):,}", f"{int(counts.eligible):,}", touched])
+        return PlainTable(f"Statistics: {self}", columns, rows)
+
     def __repr__(self) -> str:
-        return f"<Statistics: {self}>"
+        return str(self.table()) if self.sites else f"Statistics: {self}"
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
 
 
 def _total(chosen: list[Counts]) -> Counts:

@@ -121,7 +121,7 @@ def _tile(
     shape = (1, *y.shape)
 
     def error(known: Tensor) -> Tensor:
-        rounding = known.sqrt().mul_(how.accumulator.format.unit_roundoff / 2)
+        rounding = known.sqrt().mul_(how.accumulator.unit_roundoff / 2)
         if how.operand.is_float32:
             return rounding.view(shape)
         # What quantisation takes from each term, its signs taken as random.
