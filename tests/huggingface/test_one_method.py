@@ -89,9 +89,8 @@ def both(model, tokens, mask, policy, full="float32", prompt=PROMPT, size=1):
         got.append(steps(model, tokens, mask, cache, prompt, size))
         real.append(prepared.statistics)
     parsed = Policy.parse(policy)
-    linear = [site for site in parsed.sites if site not in ("scores", "values")]
-    beginning = parsed.without("scores", "values")
-    with torchlamp.lookahead(model, beginning) if linear else nullcontext(Statistics()) as first:
+    linear = {name: site for name, site in parsed.sites.items() if name not in ("scores", "values")}
+    with torchlamp.lookahead(model, Policy(sites=linear)) if linear else nullcontext(Statistics()) as first:
         want = [model(tokens[:, :prompt], past_key_values=plain, **start).logits]
     with torchlamp.lookahead(model, policy) as simulated:
         want.append(steps(model, tokens, mask, plain, prompt, size))
