@@ -108,8 +108,9 @@ def race(
     """
     watch = Watch() if watch is None else watch
     contestants: dict[str, Reader] = {}
-    prompt, kl = tokens[:-1], {}
-    window = tokens[: KL_TOKENS + 1]
+    prompt, window = tokens[:-1], tokens[: KL_TOKENS + 1]
+    #: Mean and standard error of each contestant.
+    kl: dict[str, tuple[float, float]] = {}
 
     def with_rates(timings: list[Timing]) -> list[Timing]:
         return [
