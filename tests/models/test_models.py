@@ -8,26 +8,9 @@ import torch
 
 from tiny import TEXT, save_tiny_model
 from torchlamp.models import cache, conversion, hub, packaged
-from torchlamp.models import load as models
 from torchlamp.models.load import cache_entry, load
 
 IDS = torch.arange(20)[None]
-
-
-@pytest.fixture
-def converted(monkeypatch, tmp_path, tiny_folder):
-    """A stand-in .gguf file, converted to the tiny model; counts the conversions."""
-    monkeypatch.setenv("TORCHLAMP_CACHE", str(tmp_path / "cache"))
-    calls: list[Path] = []
-
-    def convert(gguf: Path):
-        calls.append(gguf)
-        return models._pretrained(str(tiny_folder), "tiny")
-
-    monkeypatch.setattr(conversion, "convert", convert)
-    source = tmp_path / "model.gguf"
-    source.write_bytes(b"GGUF stand-in")
-    return source, calls
 
 
 def logits(model) -> torch.Tensor:
@@ -169,9 +152,19 @@ def test_folder_without_a_model(tmp_path):
     with pytest.raises(OSError, match=r"it has no config\.json"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises((OSError, ValueError), match=r"can't be loaded|no complete") as caught:
+    with pytest.raises(
+        (OSError, ValueError), match=r"can't be loaded|no complete|holds no tokenizer"
+    ) as caught:
         load(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_folder_without_a_tokenizer(tiny_folder, tmp_path):
+    load(str(tiny_folder))[0].save_pretrained(tmp_path)
+    with pytest.raises(
+        OSError, match=r"holds no tokenizer \(.*\): write it there with tokenizer.save_pretrained$"
+    ):
+        load(str(tmp_path))
 
 
 def test_hub_name_without_network(monkeypatch, tmp_path):

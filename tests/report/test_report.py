@@ -168,3 +168,15 @@ def test_long_names_of_models_and_texts(tiny, tmp_path, length):
     assert len({file.name for file in files}) == len(files)
     assert max(len(file.name.encode()) for file in files) <= 255
     assert sum(file.name.startswith("kl-rate-") for file in files) == 3 * len(ends)
+
+
+def test_a_file_in_the_place_of_the_folder(sweep, tmp_path):
+    path = tmp_path / "passwd"
+    path.write_text("root")
+    result = CliRunner().invoke(app, ["report", str(sweep), "--output", str(path)])
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == f"torchlamp: error: can't write a report into {str(path)!r}: it is a file, give a folder\n"
+    )
+    assert path.read_text() == "root"

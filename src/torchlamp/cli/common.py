@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import torchlamp
+from torchlamp.cli.help import HelpGroup
 from torchlamp.cli.signals import exit_code, process_ends_with_command, signals_of_command, word
 from torchlamp.cli.verbosity import add_options, is_verbose, set_verbosity
 
@@ -21,6 +22,7 @@ MAX_SEED = 2**62
 app = typer.Typer(
     name="torchlamp",
     help="Look-ahead mixed precision (LAMP) for transformer inference: how narrow may an accumulator be?",
+    cls=HelpGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

@@ -33,7 +33,7 @@ def fold(model: PreTrainedModel, policy: str | Policy, calibration: Calibration)
         >>> torchlamp.evaluate(folded, other_windows, "scores=ps4, attention_out=ps5, mlp_down=ps5")
 
     Its sums run in the representative that rounds less under any kernel, torchlamp's or another's: run it under the
-    policy without the transforms. What passes into weights depends on the model (docs/transforms.md 7); each transform
+    policy without the transforms. What passes into weights depends on the model (docs/transforms.md 8); each transform
     that can't is named with the reason in a warning of one line, and may still be applied when the model runs. Heads
     and neurons may have other numbers than in `model`.
 
@@ -68,8 +68,8 @@ def fold(model: PreTrainedModel, policy: str | Policy, calibration: Calibration)
             f"calibration={calibration!r} is no Calibration: make one with torchlamp.calibrate(model, windows, policy)"
         )
     check_untouched(model)
-    wanted = {site: part.precision.transforms for site, part in Policy.parse(policy).sites.items()}
-    wanted = {site: transforms for site, transforms in wanted.items() if transforms}
+    precisions = {site: part.precision for site, part in Policy.parse(policy).sites.items()}
+    wanted = {site: known.transforms for site, known in precisions.items() if known.transforms}
     if not wanted:
         raise ValueError(f"policy '{policy}' names no transform: there is nothing to fold")
     folded = copy.deepcopy(model).float()
@@ -81,7 +81,8 @@ def fold(model: PreTrainedModel, policy: str | Policy, calibration: Calibration)
         )
     for reason in reasons:
         logger.warning("not folded: %s", reason)
-    _Folding(anatomy, calibration, chosen).run()
+    promote = precisions["mlp_down"].sums.promote if "mlp_down" in precisions else 0
+    _Folding(anatomy, calibration, chosen, promote).run()
     _check_same(model, folded)
     return folded
 
@@ -106,9 +107,11 @@ class _Folding:
     """One model being folded, in place: the stream's readers first, whose energies are those of the model as it was."""
 
     def __init__(
-        self, anatomy: Anatomy, calibration: Calibration, chosen: dict[str, list[Transform]]
+        self, anatomy: Anatomy, calibration: Calibration, chosen: dict[str, list[Transform]], promote: int
     ) -> None:
         self.anatomy, self.calibration, self.chosen = anatomy, calibration, chosen
+        #: Of the down projection's accumulator, for the order of the neurons.
+        self.promote = promote
 
     def run(self) -> None:
         """Fold every site."""
@@ -120,7 +123,7 @@ class _Folding:
                 is_gated = self.anatomy.sites.is_gated(layer)
                 down = self.anatomy.sites.modules(SITES["mlp_down"], layer)[0]
                 (inputs,) = self.calibration.of("mlp_down", number, (1, weight_of(down).shape[1]))
-                fold_neurons(ups, is_gated, down, self.chosen["mlp_down"], inputs)
+                fold_neurons(ups, is_gated, down, self.chosen["mlp_down"], inputs, self.promote)
 
     def _stream(self) -> None:
         sort = TRANSFORMS["sort"]

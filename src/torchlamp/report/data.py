@@ -220,7 +220,8 @@ def _check_settings(table: pd.DataFrame) -> None:
         sizes = part[["windows", "window_length"]].drop_duplicates()
         if len(sizes) > 1:
             listed = " and ".join(
-                f"{row.windows} windows of {row.window_length}" for row in sizes.itertuples()
+                f"{row.windows} window{'' if row.windows == 1 else 's'} of {row.window_length}"
+                for row in sizes.itertuples()
             )
             example = part.groupby(["windows", "window_length"])["model"].first()
             what = "points" if whole else "points of single layers"

@@ -14,10 +14,10 @@ from torchlamp.huggingface.folding.parts import split
 
 
 def fitted(
-    transforms: Sequence[Transform], left: Moments, right: Moments, side: Side
+    transforms: Sequence[Transform], left: Moments, right: Moments, side: Side, promote: int = 0
 ) -> tuple[list[Change], Moments, Moments]:
     """The changes that statistics ask for, and the statistics after all of them."""
-    changes = fit(transforms, left, right, side)
+    changes = fit(transforms, left, right, side, promote)
     for change in changes:
         left, right = change.moments(left, right)
     return changes, left, right

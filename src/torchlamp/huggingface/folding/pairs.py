@@ -2,7 +2,7 @@
 
 A rotary position turns the pair (x_i, x_(i + size / 2)) by an angle of its own. What commutes with all turns is a turn
 by any other angle and a factor; so these, and nothing else, may be put into the projections of queries and keys
-(docs/transforms.md 7).
+(docs/transforms.md 8).
 """
 
 import math

@@ -95,11 +95,16 @@ def _sort_heads(attention: Attention, energies: Tensor) -> None:
 
 
 def fold_neurons(
-    ups: list[nn.Module], is_gated: bool, down: nn.Module, transforms: Sequence[Transform], inputs: Moments
+    ups: list[nn.Module],
+    is_gated: bool,
+    down: nn.Module,
+    transforms: Sequence[Transform],
+    inputs: Moments,
+    promote: int,
 ) -> None:
     """Change the hidden neurons of an MLP: an order for all of them, factors through the half that isn't the gate."""
     columns = weight_of(down).T[None]
-    changes, _, _ = fitted(transforms, inputs, Moments.of(columns.mT), "left")
+    changes, _, _ = fitted(transforms, inputs, Moments.of(columns.mT), "left", promote)
     parts = [Outputs.all_of(up) for up in ups]
     if is_gated and len(parts) == 1:
         half = parts[0].last // 2
