@@ -145,7 +145,7 @@ def test_what_steps_are_not(build, tokens, calls):
         del calls[:]
         model(x[:, :1])
         model(x[:, :1], past_key_values=prepared.cache())  # an empty cache
-        for words in ({"output_attentions": True}, {"output_hidden_states": True}, {"something": 3}):
+        for words in ({"output_hidden_states": True}, {"something": 3}):
             cache = prompted(model, prepared, x)
             del calls[:]
             assert_near(model(x[:, 9:10], past_key_values=cache, **words).logits[:, 0], want)
