@@ -15,12 +15,8 @@ from torchlamp.huggingface.plain_modules import PlainModules, is_known
 from torchlamp.huggingface.site_forwards import Forward, check_float32, own_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
-<<<<<<< HEAD
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix, serves_many
-=======
 from torchlamp.kernels.full_rows import linear
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix
->>>>>>> 6c453d6a3eba2f03348f6a14924a1fb5b0a19df0
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, serves_many
 from torchlamp.policy.decodable import Settings
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
