@@ -1,6 +1,8 @@
 // The Python face of the kernels: checks shapes, turns DLPack tensors into plain pointers, drops the GIL, calls.
 #include "bindings/module.hpp"
 
+#include "pool.hpp"
+
 namespace lamp {
 
 bool supports(const std::string& isa) {
@@ -212,9 +214,16 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, st
   kernel.attention(p);
 }
 
+// Ctrl-C while a kernel runs: Python's signal handlers run, and what they raise ends the call.
+void check_signals() {
+  const nb::gil_scoped_acquire acquired;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  lamp::set_interruption(&check_signals);
   m.doc() = "Native kernels of torchlamp; torchlamp.kernels is their documented face.";
   m.def("supports", &lamp::supports, "isa"_a);
   m.def("products", &products, "isa"_a, "a"_a, "b"_a, "out"_a, "squares"_a.none(), "how"_a, "scaling"_a.none(),

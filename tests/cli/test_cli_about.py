@@ -3,12 +3,15 @@ import re
 import subprocess
 import sys
 
+import typer
 from commands import error_line, run
+from typer.testing import CliRunner
 
 from torchlamp.arithmetic import accumulators
 from torchlamp.arithmetic.formats import NAMED
 from torchlamp.arithmetic.operands import BLOCKS
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
+from torchlamp.cli.common import one_line_errors
 from torchlamp.models import packaged
 from torchlamp.policy.policy import Policy
 from torchlamp.rules import RULES, Rule
@@ -90,3 +93,37 @@ def test_version_and_help():
 def test_help_loads_no_torch():
     code = "import sys, torchlamp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_summaries_are_whole_at_any_width(monkeypatch):
+    """Every word of every summary, and the arguments by their names, without hidden ones."""
+    summaries = {}
+    for width in ("50", "80", "200"):
+        monkeypatch.setenv("COLUMNS", width)
+        text = " ".join(run("--help").stdout.partition("Commands:")[2].split())
+        assert text.count("...") == 1  # of `lm-eval`, whose summary ends so
+        assert "…" not in text
+        summaries[width] = text
+    assert summaries["50"] == summaries["80"] == summaries["200"]
+    for command, usage in (
+        ("evaluate", "evaluate [OPTIONS] MODEL"),
+        ("generate", "generate [OPTIONS] MODEL [PROMPT]"),
+        ("report", "report [OPTIONS] DIR ..."),
+        ("inspect", "inspect [OPTIONS] MODEL TEXT"),
+    ):
+        assert run(command, "--help").stdout.splitlines()[0].endswith(usage)
+    assert run("cache", "clear", "--help").stdout.splitlines()[0].endswith("clear [OPTIONS] [NAME ...]")
+
+
+def test_full_memory_is_one_line_and_other_errors_are_not():
+    def command(words):
+        raise RuntimeError(words)
+
+    said = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried\nmore"
+    application = typer.Typer()
+    application.command()(one_line_errors(lambda: command(said)))
+    line = error_line(CliRunner().invoke(application, []))
+    assert "the memory is full ([enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator" in line
+    other = typer.Typer()
+    other.command()(one_line_errors(lambda: command("a mistake of ours")))
+    assert isinstance(CliRunner().invoke(other, []).exception, RuntimeError)

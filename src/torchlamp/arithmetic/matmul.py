@@ -14,6 +14,7 @@ from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.rounding import check_no_gradient, check_tensor
 from torchlamp.arithmetic.transforms import Transform, in_order
 from torchlamp.arithmetic.transforms.chain import transformed
+from torchlamp.arithmetic.units import held
 from torchlamp.kernels.products import products
 
 Operands = str | Operand | tuple[str | Operand, str | Operand]
@@ -46,7 +47,8 @@ def matmul(
         A spelling such as ``"ps7/block32"``, see `Accumulator`.
     operands : str, Operand or a pair, optional
         How both operands are stored, or the left and the right one, see `Operand`; groups and rows run along the sum.
-        None leaves them as they are.
+        None leaves them as they are; a unit by name then takes a tensor as stored in the first of its formats that
+        holds all its numbers, and as float32 numbers if none does.
     transforms : str, Transform or a sequence of them
         Exact changes, applied in the order of `TRANSFORMS` (docs/transforms.md). Each matrix of `b` is changed by
         itself, with all rows of `a` that it is multiplied by. ``"center"`` takes the mean of the columns of `b` off,
@@ -75,6 +77,9 @@ def matmul(
         raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
     check_no_gradient("matmul", a, b)
     a, b = a.detach(), b.detach()
+    chosen = chosen.taking(
+        *(stored if operands is not None else (held(chosen.name, a), held(chosen.name, b)))
+    )
     left = a.unsqueeze(0) if a.dim() == 1 else a
     right = b.unsqueeze(1) if b.dim() == 1 else b
     if left.dim() == 0 or right.dim() == 0 or left.shape[-1] != right.shape[-2]:
@@ -102,7 +107,7 @@ class _LowPrecision:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """float32 (G, M, N)."""
-        changed = transformed(a, b, self.transforms)
+        changed = transformed(a, b, self.transforms, promote=self.accumulator.promote)
         left, right = quantise(changed.left, self.operands[0]), quantise(changed.right, self.operands[1], -2)
         out, _ = products(left, right, self.accumulator.accumulation)
         return out if changed.row_shift is None else out + changed.row_shift

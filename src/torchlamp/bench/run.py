@@ -127,4 +127,5 @@ class _Record:
 def _footer(where: dict[str, Any]) -> str:
     known = kernels()
     states = ", ".join(f"{name} {state}" for name, state in known["features"].items())
-    return f"{where['cpu']}, {where['threads']} threads, kernels: {states or known['why_not']}"
+    threads = f"{where['threads']} thread{'' if where['threads'] == 1 else 's'}"
+    return f"{where['cpu']}, {threads}, kernels: {states or known['why_not']}"

@@ -65,9 +65,10 @@ def formats(json: AsJson = False) -> None:
             f"{entry['unit_roundoff']:13}  {entry['layout']}"
         )
     print("  and ps1..ps23, eXmY, ueXmY (X 2..8, Y 1..23), with -sat and -flush")
-    print("accumulators: a format, also with /unfused, /blockB or /promoteB; and by name")
+    print("accumulators: a format, also with /unfused, /blockB, /promoteB or /fuseL/F; and by name")
     for entry in found["accumulators"]:
-        print(f"  {entry['name']:12} {entry['spelling']}")
+        takes = f"  takes {', '.join(entry['operands'])}" if entry["operands"] else ""
+        print(f"  {entry['name']:14} {entry['spelling']:15}{takes}")
     print("operands       bits  element, and the numbers that share a scale")
     for entry in found["operands"]:
         print(f"  {entry['name']:12} {entry['bits']:4g}  {entry['layout']}")
@@ -76,7 +77,7 @@ def formats(json: AsJson = False) -> None:
     for entry in found["transforms"]:
         print(f"  {entry['name']:12} {entry['summary']}")
     print("A policy spells them site=[operand@]accumulator[.transform...][+rule], for example")
-    print("'ps4.center.sort+strict:0.1' or 'mlp_up=mxfp4@ps13/promote128'. Rules: torchlamp rules.")
+    print("'ps4.center.sort+strict:0.1' or 'mlp_up=mxfp4@hopper-fp8+output:0.01'. Rules: torchlamp rules.")
 
 
 def _catalogue() -> dict[str, list[dict[str, Any]]]:
@@ -85,6 +86,7 @@ def _catalogue() -> dict[str, list[dict[str, Any]]]:
     from torchlamp.arithmetic.formats import NAMED, Format
     from torchlamp.arithmetic.operands import BLOCKS, Operand
     from torchlamp.arithmetic.transforms import TRANSFORMS
+    from torchlamp.arithmetic.units import UNITS
 
     named = [Format.parse(name) for name in (*_FORMATS, *NAMED, "e5m2")]
     operands = [Operand.parse(name) for name in (*_OPERANDS, *BLOCKS)]
@@ -102,7 +104,13 @@ def _catalogue() -> dict[str, list[dict[str, Any]]]:
             for format in named
         ],
         "accumulators": [
-            {"name": name, "spelling": str(spelling), "example": f"mlp_up={name}+none"}
+            {
+                "name": name,
+                "spelling": str(spelling),
+                # Empty: any operand.
+                "operands": list(UNITS[name].lengths) if name in UNITS else [],
+                "example": f"mlp_up={name}+none",
+            }
             for name, spelling in accumulators.NAMED.items()
         ],
         "operands": [

@@ -10,15 +10,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import torchlamp
+from torchlamp.cli.help import HelpGroup
 from torchlamp.cli.signals import exit_code, process_ends_with_command, signals_of_command, word
 from torchlamp.cli.verbosity import add_options, is_verbose, set_verbosity
+from torchlamp.models.memory import is_out_of_memory
 
 #: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
 MAX_THREADS = 1024
+#: Generators take 64 bits, and windows, layers and sites add to a seed.
+MAX_SEED = 2**62
 
 app = typer.Typer(
     name="torchlamp",
     help="Look-ahead mixed precision (LAMP) for transformer inference: how narrow may an accumulator be?",
+    cls=HelpGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -82,6 +87,13 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
                 if is_verbose():
                     traceback.print_exc()
                 _fail(str(error) or type(error).__name__)
+            except RuntimeError as error:  # torch's kind of MemoryError
+                if not is_out_of_memory(error):
+                    raise
+                if is_verbose():
+                    traceback.print_exc()
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                _fail(f"the memory is full ({reason}): close other programs, or ask for less")
             except KeyboardInterrupt:
                 print(f"torchlamp: {word()}", file=sys.stderr)
                 raise typer.Exit(exit_code()) from None
@@ -130,6 +142,12 @@ def text_files(named: list[Path], more: list[Path]) -> list[Path]:
             f"unexpected argument {str(more[0])!r}: write --text before each file, or once before all of them"
         )
     return [*named, *more]
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that no generator takes, before anything is loaded."""
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"seed {seed}: give 0 or more, and less than 2^62")
 
 
 def check_threads(threads: int | None) -> None:

@@ -23,6 +23,7 @@ from torchlamp.huggingface.decode_step import StepDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, full_dtype
 from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.wide_model import WideModel
 from torchlamp.policy.decodable import Settings
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
@@ -44,6 +45,28 @@ class Memory:
     def __str__(self) -> str:
         added = self.low_bit + self.extra_full
         return f"weights {self.full / 1e6:.0f} MB, low-bit and transposed copies {added / 1e6:.0f} MB more"
+
+
+@dataclass(frozen=True, eq=False)
+class _WithLookaheadCache:
+    """A model's `_prepare_cache_for_generation` with a look-ahead cache; no closure, so that it can be pickled."""
+
+    model: Any
+    #: The method that the model's instance had of its own; None: its class's.
+    own: Callable[..., Any] | None
+    cache: Callable[[], LookaheadCache]
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.cache()
+        if self.own is not None:
+            return self.own(generation_config, model_kwargs, *args, **kwargs)
+        return getattr(type(self.model), _GENERATE)(
+            self.model, generation_config, model_kwargs, *args, **kwargs
+        )
 
 
 @dataclass
@@ -71,6 +94,8 @@ class DecodePlan:
         What the kernel of each named site is told.
     statistics, memory
         Where the forwards count, and where the copies' sizes are added.
+    wide : WideModel
+        What makes a half-precision model compute in float32, in place already; `undo` undoes it last.
     full : str
         Dtype of the copies in full.
     top : int
@@ -88,10 +113,12 @@ class DecodePlan:
         settings: dict[str, Settings],
         statistics: Statistics,
         memory: Memory,
+        wide: WideModel,
         full: str = "float16",
         top: int = 1,
     ) -> None:
         self.model, self.settings, self.statistics, self.memory = model, settings, statistics, memory
+        self.wide = wide
         self.full, self.top = full_dtype(full), top
         self.sites = Sites(model)
         if not self.sites.layers:
@@ -108,7 +135,7 @@ class DecodePlan:
             and is_decoder(decoder, whole[0].family)
             and decoder not in self.forwards
         ):
-            self._add(StepDecode(decoder, whole, dict(self.forwards), statistics))
+            self._add(StepDecode(decoder, whole, {**wide.forwards, **self.forwards}, statistics))
         for name in settings:
             if not SITES[name].place.in_layers:
                 self._decode(SITES[name], Layer(-1, model))
@@ -132,6 +159,7 @@ class DecodePlan:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
+        self.wide.undo()
 
     def _add(self, forward: Forward) -> None:
         self.forwards[forward.module] = forward
@@ -176,7 +204,9 @@ class DecodePlan:
         """A gated MLP: the site and its partner."""
         assert site.partner is not None
         up, down = self.settings[site.name], self.settings[site.partner]
-        layer.mlp = mlp_decode(self.sites, layer.number, up, down, self.statistics, self.full)
+        layer.mlp = mlp_decode(
+            self.sites, layer.number, up, down, self.statistics, self.full, self.wide.forwards
+        )
         self._add(layer.mlp)
         low, full = layer.mlp.mlp.bytes
         self.memory.low_bit += low
@@ -192,7 +222,7 @@ class DecodePlan:
         module = forward.module
         before = own_forward(module)
         set_forward(module, forward)
-        self._undo.append(lambda: set_forward(module, before))
+        self._undo.append(functools.partial(set_forward, module, before))
 
     def _use_cache(self, cache: Callable[[], LookaheadCache]) -> None:
         """Set the attention implementation, and let `generate` make a look-ahead cache where it would make its own.
@@ -206,20 +236,7 @@ class DecodePlan:
         model.set_attn_implementation(NAME)
         self._undo.append(functools.partial(model.set_attn_implementation, before))
         own = vars(model).get(_GENERATE)  # other tools replace it, too
-        original = getattr(model, _GENERATE)
-
-        @functools.wraps(original)
-        def with_lookahead_cache(
-            generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-        ) -> Any:
-            wanted = (
-                generation_config.use_cache is not False and generation_config.cache_implementation is None
-            )
-            if wanted and model_kwargs.get("past_key_values") is None:
-                model_kwargs["past_key_values"] = cache()
-            return original(generation_config, model_kwargs, *args, **kwargs)
-
-        setattr(model, _GENERATE, with_lookahead_cache)
+        setattr(model, _GENERATE, _WithLookaheadCache(model, own, cache))
         give_back = functools.partial(delattr, model, _GENERATE)
         self._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.site_forwards import linear_map, plain
+from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import GATED
 from torchlamp.simulation.linear import Weights
@@ -53,7 +54,7 @@ class Sites:
     ValueError
         From every method: something isn't there, or isn't of a kind whose arithmetic is known.
     TypeError
-        A weight that isn't float32.
+        A weight that is neither float32 nor of half precision.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -151,14 +152,14 @@ class Sites:
         kind = type(module)
         if kind is not nn.Linear and kind is not Conv1D:
             raise ValueError(
-                f"{self._path(module)} is a {kind.__name__}: only torch.nn.Linear and GPT-2's Conv1D can run in low "
-                "precision; merge adapters and load the model without quantisation"
+                f"{self._path(module)} is a {kind.__module__}.{kind.__name__}: only torch.nn.Linear and GPT-2's Conv1D "
+                "can run in low precision; merge adapters and load the model without quantisation"
             )
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if weight.dtype != torch.float32:
+        if weight.dtype not in FULL:
             raise TypeError(
-                f"{self._path(module)} has weights of {weight.dtype}: rounding is simulated from float32; load the "
-                "model with dtype=torch.float32"
+                f"{self._path(module)} has weights of {weight.dtype}: low precision is that of float32, bfloat16 and "
+                "float16 weights; load the model with dtype=torch.float32"
             )
         return linear_map(module)
 
@@ -230,6 +231,11 @@ class Sites:
         raise self._missing(parent, names, what)
 
     def _missing(self, parent: nn.Module, names: Iterable[str], what: str) -> ValueError:
+        if isinstance(getattr(parent, "experts", None), nn.Module):
+            return ValueError(
+                f"{type(self._model).__name__}: {self._path(parent)} ({type(parent).__name__}) is a mixture of experts "
+                "that the look-ahead doesn't know: leave out mlp_up and mlp_down; the other sites can run"
+            )
         return ValueError(
             f"{type(self._model).__name__}: no {what} found in {self._path(parent)} ({type(parent).__name__}); looked "
             f"for {', '.join(names)}"

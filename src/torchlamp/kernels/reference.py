@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels.fma import fma
+from torchlamp.kernels.reference_units import unit_chain
 from torchlamp.kernels.rounding import round_to_grid
-from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.kernels.specification import Accumulation, Fuse, Grid
 
 #: Entries of the result worked on at a time: on a CPU the intermediate tensors should stay in its cache,
 #: elsewhere each operation should be worth its launch.
@@ -93,6 +94,8 @@ class _Sums:
 
     def _sum(self) -> Tensor:
         form, depth = self.accumulation, self.left.shape[-2]
+        if form.fuse is not None:
+            return self._unit_sum(form.grid, form.fuse, depth)
         if form.promote == 0 and form.block == 1:
             return self._chain(0, depth, form.grid, note=True)
         length = form.promote or form.block
@@ -103,6 +106,17 @@ class _Sums:
             total = round_to_grid(total + partial, outer)
             if form.block > 1:
                 self._note(total)
+        return total
+
+    def _unit_sum(self, grid: Grid, fuse: Fuse, depth: int) -> Tensor:
+        """Sums of a matrix unit, those of each promoted run added to a float32 total."""
+        length = self.accumulation.promote or depth
+        total = self._zero()
+        for start in range(0, depth, max(1, length)):
+            steps = unit_chain(self.left, self.right, grid, fuse, start, min(start + length, depth))
+            for step in steps:
+                self._note(step)
+            total = total + steps[-1] if self.accumulation.promote else steps[-1]
         return total
 
     def _chain(self, start: int, stop: int, grid: Grid, note: bool) -> Tensor:

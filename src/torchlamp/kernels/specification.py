@@ -4,7 +4,7 @@ The room above (`arithmetic`) gives these names and spellings; the kernels, nati
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torchlamp.kernels.constants import OVERFLOWS
@@ -60,6 +60,52 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Fuse:
+    """A matrix unit: some products and the accumulator aligned, truncated, summed exactly, and rounded once.
+
+    Let e(x) = max(floor(log2 |x|), floor) be a number's exponent, and e(a) + e(b) that of a nonzero product a b. With E
+    the largest exponent among `length` products and the accumulator, all terms are truncated toward zero to multiples
+    of q = 2^(E - bits), and their exact sum is rounded to the grid. Zero terms count with `zero_exponent(grid)`.
+
+    `group` > 1 is the adder of block-scaled operands: a term is the exact sum of `group` products, and its exponent
+    that of the left scale plus that of the right one, whatever the elements are.
+
+    Source: the models of hardware in mmasim (PyPI), which they were measured for; arXiv 2512.07004.
+    """
+
+    #: L: products that are summed at a time, 1..1024.
+    length: int
+    #: F: fractional bits of the aligned terms, 1..40.
+    bits: int
+    #: True: the sum is rounded to nearest, ties to even; False: toward zero.
+    nearest: bool = False
+    #: Exponents below which left and right operands are subnormal numbers of the format that they are stored in.
+    floors: tuple[int, int] = (-126, -126)
+    #: G > 1: the products of G neighbours are summed exactly and enter as one term, aligned by its two scales.
+    group: int = 1
+    #: Of the left and of the right operand, for groups: how many numbers share a scale, 0 for a scale of 1, and the
+    #: factor between the largest of them and a number with the scale's exponent.
+    scales: tuple[tuple[int, float], tuple[int, float]] = ((16, 4.0), (16, 4.0))
+
+    def __post_init__(self) -> None:
+        if self.length % self.group:
+            raise ValueError(f"fuse{self.length}/{self.bits}/group{self.group}: groups must fill the length")
+        if not 1 <= self.length <= 1024 or not 1 <= self.bits <= 40:
+            raise ValueError(
+                f"fuse{self.length}/{self.bits}: allowed are 1 to 1024 products and 1 to 40 bits"
+            )
+
+    def zero_exponent(self, grid: Grid) -> int:
+        """The exponent of a zero term: five to seven below the smallest normal exponent, by the unit's bits.
+
+        Of groups, 13 below.
+        """
+        if self.group > 1:
+            return grid.min_exponent - 13
+        return grid.min_exponent - max(5, self.bits - 18)
+
+
+@dataclass(frozen=True)
 class Accumulation:
     """How the sum of K products is formed on a grid, always in the order k = 0, 1, 2, ...
 
@@ -67,17 +113,22 @@ class Accumulation:
     `block` = B > 1: the B products of a block are summed by float32 FMAs from zero, then acc <- round(acc + partial).
     `promote` = B > 0: strict sums of B steps each from zero, each added to a float32 total.
     `fused` = False: every product is rounded to float32 before it is added.
+    `fuse`: sums of a matrix unit in place of strict ones; with `promote`, each run of B products starts from zero.
     """
 
     grid: Grid
     fused: bool = True
     block: int = 1
     promote: int = 0
+    fuse: Fuse | None = None
 
     @property
     def result(self) -> Grid:
-        """The grid that finished sums lie on, and are rounded to again once scaled: float32 for promoted ones."""
-        return Grid() if self.promote else self.grid
+        """The grid that finished sums are rounded to again once scaled.
+
+        Float32 for promoted sums and those of a unit, whose registers are float32 whatever the sums are rounded to.
+        """
+        return Grid() if self.promote or self.fuse else self.grid
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.promote < 0 or (self.block > 1 and self.promote > 0):
@@ -85,6 +136,17 @@ class Accumulation:
                 f"block={self.block}, promote={self.promote}: block must be >= 1, promote >= 0, "
                 "and only one of them used"
             )
+        if self.fuse is None:
+            return
+        if self.block > 1 or not self.fused:
+            raise ValueError("a unit's sum goes with neither block > 1 nor fused=False")
+        if self.promote % self.fuse.group:
+            raise ValueError(
+                f"promote={self.promote}: runs must be whole groups of {self.fuse.group} products"
+            )
+        plain = replace(self.grid, mantissa_bits=23, min_exponent=-126, max_exponent=127)
+        if not plain.is_float32:
+            raise ValueError("a unit's sum is rounded to a signed format with infinities and subnormals")
 
 
 #: Lengths beyond any sum reach the native kernels as the largest that they can take.

@@ -53,9 +53,16 @@ def check_precision(site: str, precision: Precision) -> None:
             f"operand '{precision.operand}' can't be used at the site {site}, which has no product of two operands; "
             f"it fits {', '.join(fitting)}"
         )
+    if precision.sums.fuse is not None and record.stored is None:
+        fitting = [name for name, other in SITES.items() if other.stored is not None]
+        raise ValueError(
+            f"accumulator '{precision.sums}' can't be used at the site {site}: a unit sums products, and nothing is "
+            f"multiplied there; it fits {', '.join(fitting)}"
+        )
     for transform in map(str, precision.transforms):
-        if not record.takes(transform):
-            fitting = [name for name, other in SITES.items() if other.takes(transform)]
+        if not record.takes(transform, precision.is_stored):
+            fitting = [name for name, other in SITES.items() if other.takes(transform, precision.is_stored)]
+            stored = " with a stored operand" if record.takes(transform, False) else ""
             raise ValueError(
-                f"transform '{transform}' can't be used at the site {site}; it fits {', '.join(fitting)}"
+                f"transform '{transform}' can't be used at the site {site}{stored}; it fits {', '.join(fitting)}"
             )

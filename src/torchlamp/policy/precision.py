@@ -38,7 +38,8 @@ class Precision:
     Raises
     ------
     ValueError
-        A transform that is named twice, or a stored operand whose name alone is an accumulator's.
+        A transform that is named twice, a stored operand whose name alone is an accumulator's, or an operand that a
+        unit doesn't take.
     """
 
     operand: Operand = _FLOAT32_NUMBERS
@@ -56,6 +57,8 @@ class Precision:
         object.__setattr__(self, "transforms", tuple(sorted(given, key=order.index)))
         if self.accumulator is None and self.operand.is_float32:
             object.__setattr__(self, "accumulator", _FLOAT32_SUMS)
+        if self.accumulator is not None:
+            object.__setattr__(self, "accumulator", self.accumulator.taking(self.operand, self.operand))
         block = self.operand.block
         if self.accumulator is None and block is not None and block.scale == "none":
             raise ValueError(
@@ -168,8 +171,8 @@ def _unknown(name: str, spelling: str, what: str) -> ValueError:
     where = "" if spelling.strip() == name else f" in {spelling.strip()!r}"
     return ValueError(
         f"{name!r}{where} is {what}: {hint}accumulators are ps1..ps23, {', '.join(NAMED)}, eXmY, ueXmY, with "
-        f"options such as /block32, and {', '.join(accumulators.NAMED)}; operands float32, int2..int16 (or with "
-        "/G, /row, /tensor), these formats (as they "
+        f"options such as /block32, units as fuse16/25, and {', '.join(accumulators.NAMED)}; operands float32, "
+        "int2..int16 (or with /G, /row, /tensor), these formats (as they "
         f"are, or with /row, /tensor), {', '.join(BLOCKS)}"
     )
 
