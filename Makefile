@@ -103,7 +103,7 @@ wheels:  ## wheels for this machine into dist/, each tested in a fresh environme
 
 # Needs only the packages of its own environment: it reads the sources and doesn't import them.
 docs: build/docs-venv/installed  ## the site into build/site, without a warning
-	build/docs-venv/bin/python -m mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/python -m mkdocs build --strict --quiet --site-dir build/site
 
 build/docs-venv/installed: docs/requirements.txt
 	$(PYTHON) -m venv build/docs-venv
