@@ -18,6 +18,7 @@ from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.full_rows import linear
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.policy.decodable import Settings
+from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
 
@@ -158,6 +159,22 @@ def linears_decode(
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
+def check_attention(sites: Sites, layer: nn.Module) -> nn.Module:
+    """The attention of a layer whose cache holds keys and values. ValueError for another one, or none."""
+    attention = sites.attention(layer)
+    if getattr(attention, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{type(attention).__name__} makes keys and values of latent vectors, which a look-ahead cache doesn't hold"
+        )
+    return attention
+
+
+def check_rows(sites: Sites, site: Site, layer: nn.Module) -> None:
+    """ValueError for a layer whose site has no linear layers that can be copied."""
+    for module in sites.modules(site, layer):
+        sites.weights(module)
+
+
 def check_mlp(
     sites: Sites, layer: nn.Module, given: Mapping[nn.Module, Forward]
 ) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -179,7 +196,7 @@ def check_mlp(
     *inner, out = [m.matrix.detach().T for m in maps]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
     activation = _activation(sites.activation(layer))
-    _check_formula(layer.mlp, gate, up, out, activation, given)
+    _check_formula(sites.mlp(layer), gate, up, out, activation, given)
     return gate, up, out, activation
 
 
@@ -195,8 +212,7 @@ def mlp_decode(
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
     mlp = LowBitMlp.pack(*check_mlp(sites, layer, given), up.bits, down.bits, full)
-    module: Any = layer.mlp
-    return MlpDecode(module, mlp, (up.threshold, down.threshold), statistics, number, given)
+    return MlpDecode(sites.mlp(layer), mlp, (up.threshold, down.threshold), statistics, number, given)
 
 
 def _check_formula(

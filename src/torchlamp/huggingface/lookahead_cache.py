@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
 from torchlamp.policy.decodable import Settings, site_settings
@@ -220,10 +220,27 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
             self.dropped += count
 
 
+def check_cache(config: Any) -> None:
+    """ValueError for a model whose own cache holds more than keys and values (states of convolutions, Mamba, ...)."""
+    layers = DynamicCache(config=config).layers
+    others = {
+        type(layer).__name__
+        for layer in layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if others:
+        raise ValueError(f"its cache holds more than keys and values ({', '.join(sorted(others))})")
+
+
 def can_rotate(config: Any) -> bool:
     """Whether the head size of a model's config is a power of two, so that a Hadamard matrix rotates the heads."""
     text = config.get_text_config(decoder=True)
-    size: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # With positions apart from the rest (DeepSeek), keys are longer than what `head_dim` says.
+    size: int = (
+        getattr(text, "qk_head_dim", None)
+        or getattr(text, "head_dim", None)
+        or text.hidden_size // text.num_attention_heads
+    )
     return size & (size - 1) == 0
 
 
