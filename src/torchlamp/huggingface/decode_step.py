@@ -87,6 +87,8 @@ class StepDecode(Forward):
                 step = _is_step(past_key_values, x.shape[1])
                 run = self._step if step else self._prompt
                 hidden = run(native, past_key_values, x, seen if step else masks, angles)
+                if self.weights is not None and not step:
+                    self.weights.settle()
                 kept = past_key_values if self._returns_cache(use_cache) else None
                 return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
             # The embedding's hooks have run: its output goes on.
