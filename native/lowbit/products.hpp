@@ -80,8 +80,7 @@ inline float full_dot(const T* row, const float* x, std::ptrdiff_t columns) {
 }
 
 inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
-  if (full.half) return full_dot(static_cast<const std::uint16_t*>(full.data) + row * full.row, x, columns);
-  return full_dot(static_cast<const float*>(full.data) + row * full.row, x, columns);
+  return full.with_row(row, [&](const auto* numbers) { return full_dot(numbers, x, columns); });
 }
 
 // Rows that are summed together, weights beside them; those with weight 0 in all vectors aren't read.
@@ -216,8 +215,7 @@ inline void add_full(const T* row, float weight, std::ptrdiff_t columns, float* 
 }
 
 inline void add_full(const lamp::Full& full, std::ptrdiff_t row, float weight, std::ptrdiff_t columns, float* out) {
-  if (full.half) return add_full(static_cast<const std::uint16_t*>(full.data) + row * full.row, weight, columns, out);
-  add_full(static_cast<const float*>(full.data) + row * full.row, weight, columns, out);
+  full.with_row(row, [&](const auto* numbers) { add_full(numbers, weight, columns, out); });
 }
 
 }  // namespace LAMP_ISA

@@ -13,11 +13,28 @@ constexpr int kPackRows = 16;   // rows of a block
 constexpr int kPackGroup = 32;  // columns that share a scale
 constexpr int kLargestShort = 32767;  // largest of the 16-bit integers that vectors are rounded to
 
-// A full-precision matrix, row after row: float32 or float16.
+enum class FullType : int { float32, float16, bfloat16 };
+
+// The pattern of a bfloat16 number; that of a float16 number is a plain std::uint16_t.
+struct BFloat16 {
+  std::uint16_t pattern;
+};
+
+// A full-precision matrix, row after row.
 struct Full {
   const void* data = nullptr;
-  bool half = false;
+  FullType type = FullType::float32;
   std::ptrdiff_t row = 0;  // elements from a row to the next
+
+  std::ptrdiff_t bytes() const { return type == FullType::float32 ? 4 : 2; }  // of an element
+
+  // What `f(pointer to the first number of a row)` gives, for a pointer of the matrix's type.
+  template <class F>
+  auto with_row(std::ptrdiff_t r, const F& f) const {
+    if (type == FullType::float16) return f(static_cast<const std::uint16_t*>(data) + r * row);
+    if (type == FullType::bfloat16) return f(static_cast<const BFloat16*>(data) + r * row);
+    return f(static_cast<const float*>(data) + r * row);
+  }
 };
 
 // A low-bit copy in blocks: codes [block][pair of columns][row of the block], scales as bfloat16

@@ -1,6 +1,7 @@
 """What modules of a prepared model run when one token of each sequence is decoded; anything longer runs as before."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchlamp.huggingface.plain_modules import PlainModules, is_known
 from torchlamp.huggingface.site_forwards import Forward, check_float32, own_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
+from torchlamp.kernels.full_rows import linear
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.policy.decodable import Settings
 from torchlamp.policy.sites import SITES
@@ -95,11 +97,12 @@ class MlpDecode(DecodeForward):
         thresholds: tuple[float, float],
         statistics: Statistics,
         number: int,
+        given: Mapping[nn.Module, Forward],
     ) -> None:
         super().__init__(module)
         self.mlp, self.thresholds, self.statistics, self.number = mlp, thresholds, statistics, number
         #: The projections and the activation, which the kernel runs unseen.
-        self.inside = PlainModules(module)
+        self.inside = PlainModules(module, given)
 
     def is_plain(self) -> bool:
         """Whether the MLP is of a known class, and nobody watches or has changed its projections or activation."""
@@ -155,8 +158,12 @@ def linears_decode(
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
-def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Gate, up and down projection of a layer, float32 (outputs, inputs) each, and the activation's name.
+def check_mlp(
+    sites: Sites, layer: nn.Module, given: Mapping[nn.Module, Forward]
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Gate, up and down projection of a layer, (outputs, inputs) each, and the activation's name.
+
+    `given` are the forwards that modules have of ours already (`WideModel`).
 
     Raises
     ------
@@ -172,31 +179,42 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
     *inner, out = [m.matrix.detach().T for m in maps]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
     activation = _activation(sites.activation(layer))
-    _check_formula(layer.mlp, gate, up, out, activation)
+    _check_formula(layer.mlp, gate, up, out, activation, given)
     return gate, up, out, activation
 
 
 def mlp_decode(
-    sites: Sites, number: int, up: Settings, down: Settings, statistics: Statistics, full: torch.dtype
+    sites: Sites,
+    number: int,
+    up: Settings,
+    down: Settings,
+    statistics: Statistics,
+    full: torch.dtype,
+    given: Mapping[nn.Module, Forward],
 ) -> MlpDecode:
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
-    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits, full)
+    mlp = LowBitMlp.pack(*check_mlp(sites, layer, given), up.bits, down.bits, full)
     module: Any = layer.mlp
-    return MlpDecode(module, mlp, (up.threshold, down.threshold), statistics, number)
+    return MlpDecode(module, mlp, (up.threshold, down.threshold), statistics, number, given)
 
 
-def _check_formula(module: Any, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> None:
+def _check_formula(
+    module: Any, gate: Tensor, up: Tensor, down: Tensor, activation: str, given: Mapping[nn.Module, Forward]
+) -> None:
     """ValueError where a known MLP computes more than down(phi(gate x) * up x), told by one random vector."""
-    if own_forward(module) is not None or not PlainModules(module).hold():
+    if own_forward(module) is not None or not PlainModules(module, given).hold():
         return  # it runs in full precision
     x = torch.randn(1, 1, gate.shape[1], generator=torch.Generator().manual_seed(0))
     want = type(module).forward(module, x)[0, 0].double()
     x = x[0, 0]
-    h = activate(activation, gate @ x)[0] * (up @ x)
-    difference = (down @ h).double() - want
+    h = activate(activation, linear(x, gate))[0] * linear(x, up)
+    difference = linear(h, down).double() - want
     # Written so that weights that aren't finite, of which nothing can be told, pass.
-    if difference.norm() > 1e-3 * want.norm() + 1e-6 * down.double().norm() * h.double().norm():
+    if (
+        difference.norm()
+        > 1e-3 * want.norm() + 1e-6 * float(down.norm(dtype=torch.float64)) * h.double().norm()
+    ):
         raise ValueError(
             f"sites mlp_up and mlp_down of decoding: {type(module).__name__} computes something else than a gated MLP; "
             "leave both out"
@@ -204,7 +222,7 @@ def _check_formula(module: Any, gate: Tensor, up: Tensor, down: Tensor, activati
 
 
 def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
-    """The LM head and its weight, float32 (tokens, columns). ValueError for a bias, which the proof doesn't cover."""
+    """The LM head and its weight (tokens, columns). ValueError for a bias, which the proof doesn't cover."""
     module, _ = sites.lm_head()
     weights = sites.weights(module)
     if weights.bias is not None:

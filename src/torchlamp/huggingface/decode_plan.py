@@ -23,6 +23,7 @@ from torchlamp.huggingface.decode_step import StepDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, full_dtype
 from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.wide_model import WideModel
 from torchlamp.policy.decodable import Settings
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
@@ -93,6 +94,8 @@ class DecodePlan:
         What the kernel of each named site is told.
     statistics, memory
         Where the forwards count, and where the copies' sizes are added.
+    wide : WideModel
+        What makes a half-precision model compute in float32, in place already; `undo` undoes it last.
     full : str
         Dtype of the copies in full.
     top : int
@@ -110,10 +113,12 @@ class DecodePlan:
         settings: dict[str, Settings],
         statistics: Statistics,
         memory: Memory,
+        wide: WideModel,
         full: str = "float16",
         top: int = 1,
     ) -> None:
         self.model, self.settings, self.statistics, self.memory = model, settings, statistics, memory
+        self.wide = wide
         self.full, self.top = full_dtype(full), top
         self.sites = Sites(model)
         if not self.sites.layers:
@@ -130,7 +135,7 @@ class DecodePlan:
             and is_decoder(decoder, whole[0].family)
             and decoder not in self.forwards
         ):
-            self._add(StepDecode(decoder, whole, dict(self.forwards), statistics))
+            self._add(StepDecode(decoder, whole, {**wide.forwards, **self.forwards}, statistics))
         for name in settings:
             if not SITES[name].place.in_layers:
                 self._decode(SITES[name], Layer(-1, model))
@@ -154,6 +159,7 @@ class DecodePlan:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
+        self.wide.undo()
 
     def _add(self, forward: Forward) -> None:
         self.forwards[forward.module] = forward
@@ -198,7 +204,9 @@ class DecodePlan:
         """A gated MLP: the site and its partner."""
         assert site.partner is not None
         up, down = self.settings[site.name], self.settings[site.partner]
-        layer.mlp = mlp_decode(self.sites, layer.number, up, down, self.statistics, self.full)
+        layer.mlp = mlp_decode(
+            self.sites, layer.number, up, down, self.statistics, self.full, self.wide.forwards
+        )
         self._add(layer.mlp)
         low, full = layer.mlp.mlp.bytes
         self.memory.low_bit += low

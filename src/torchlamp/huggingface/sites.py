@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.site_forwards import linear_map, plain
+from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import GATED
 from torchlamp.simulation.linear import Weights
@@ -53,7 +54,7 @@ class Sites:
     ValueError
         From every method: something isn't there, or isn't of a kind whose arithmetic is known.
     TypeError
-        A weight that isn't float32.
+        A weight that is neither float32 nor of half precision.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -155,10 +156,10 @@ class Sites:
                 "can run in low precision; merge adapters and load the model without quantisation"
             )
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if weight.dtype != torch.float32:
+        if weight.dtype not in FULL:
             raise TypeError(
-                f"{self._path(module)} has weights of {weight.dtype}: rounding is simulated from float32; load the "
-                "model with dtype=torch.float32"
+                f"{self._path(module)} has weights of {weight.dtype}: low precision is that of float32, bfloat16 and "
+                "float16 weights; load the model with dtype=torch.float32"
             )
         return linear_map(module)
 
