@@ -1,4 +1,4 @@
-"""What modules of a prepared model run when one token of each sequence is decoded; anything longer runs as before."""
+"""What modules of a prepared model run: single tokens, steps and prompts, from low-bit copies."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -16,14 +16,18 @@ from torchlamp.huggingface.site_forwards import Forward, check_float32, own_forw
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.full_rows import linear
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, serves_many
 from torchlamp.policy.decodable import Settings
+from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
 
 
 class DecodeForward(Forward):
-    """A module's forward for single tokens, (batch, 1, size); the module's own for everything else."""
+    """A module's forward for tokens (batch, count, size); the module's own for everything else.
+
+    Where many vectors aren't served (`serves_many`), that is for a count of 1 alone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -32,10 +36,12 @@ class DecodeForward(Forward):
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The low-bit kernel, or the module."""
-        if x.ndim != 3 or x.shape[1] != 1 or args or kwargs or not self.is_plain():
+        served = x.ndim == 3 and (x.shape[1] == 1 or serves_many())
+        if not served or args or kwargs or not self.is_plain():
             return self.original(x, *args, **kwargs)
         check_float32(self.module, x)
-        return forward_only(self.decode(x.detach().reshape(len(x), -1).contiguous()).unsqueeze(1), x)
+        y = self.decode(x.detach().reshape(x.shape[0] * x.shape[1], x.shape[2]).contiguous())
+        return forward_only(y.view(*x.shape[:2], y.shape[1]), x)
 
     def is_plain(self) -> bool:
         """Whether the kernel may stand in the place of the module's forward: it is torch's or transformers' own."""
@@ -45,7 +51,7 @@ class DecodeForward(Forward):
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
 
 
 class LinearDecode(DecodeForward):
@@ -56,7 +62,7 @@ class LinearDecode(DecodeForward):
         self.group, self.index = group, index
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
         return self.group.output(x, self.index)
 
 
@@ -82,7 +88,7 @@ class LinearsDecode:
             self.parts, self.bytes = self.matrix.split(self.sizes), self.matrix.bytes
 
     def output(self, x: Tensor, index: int) -> Tensor:
-        """One layer's float32 (batch, outputs) of (batch, columns)."""
+        """One layer's float32 (vectors, outputs) of (vectors, columns)."""
         y = self.parts[index].products(x)
         return y if self.bias is None else y + torch.split(self.bias, self.sizes)[index]
 
@@ -109,7 +115,7 @@ class MlpDecode(DecodeForward):
         return super().is_plain() and self.inside.hold()
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
         y, recomputed, read = self.mlp.run(x, *self.thresholds)
         eligible = len(x) * self.mlp.gate.rows
         self.statistics.record("mlp_up", self.number, recomputed, eligible)
@@ -127,7 +133,7 @@ class HeadDecode(DecodeForward):
         self.head, self.threshold, self.top, self.statistics = head, threshold, top, statistics
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to logits (batch, tokens)."""
+        """float32 (vectors, columns) to logits (vectors, tokens)."""
         logits, _, recomputed = self.head.run(x, self.threshold, self.top)
         self.statistics.record("lm_head", -1, recomputed, logits.numel())
         return logits
@@ -158,6 +164,22 @@ def linears_decode(
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
+def check_attention(sites: Sites, layer: nn.Module) -> nn.Module:
+    """The attention of a layer whose cache holds keys and values. ValueError for another one, or none."""
+    attention = sites.attention(layer)
+    if getattr(attention, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{type(attention).__name__} makes keys and values of latent vectors, which a look-ahead cache doesn't hold"
+        )
+    return attention
+
+
+def check_rows(sites: Sites, site: Site, layer: nn.Module) -> None:
+    """ValueError for a layer whose site has no linear layers that can be copied."""
+    for module in sites.modules(site, layer):
+        sites.weights(module)
+
+
 def check_mlp(
     sites: Sites, layer: nn.Module, given: Mapping[nn.Module, Forward]
 ) -> tuple[Tensor, Tensor, Tensor, str]:
@@ -179,7 +201,7 @@ def check_mlp(
     *inner, out = [m.matrix.detach().T for m in maps]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
     activation = _activation(sites.activation(layer))
-    _check_formula(layer.mlp, gate, up, out, activation, given)
+    _check_formula(sites.mlp(layer), gate, up, out, activation, given)
     return gate, up, out, activation
 
 
@@ -195,8 +217,7 @@ def mlp_decode(
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
     mlp = LowBitMlp.pack(*check_mlp(sites, layer, given), up.bits, down.bits, full)
-    module: Any = layer.mlp
-    return MlpDecode(module, mlp, (up.threshold, down.threshold), statistics, number, given)
+    return MlpDecode(sites.mlp(layer), mlp, (up.threshold, down.threshold), statistics, number, given)
 
 
 def _check_formula(

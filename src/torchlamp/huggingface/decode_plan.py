@@ -14,6 +14,7 @@ from torchlamp.huggingface.decode_forwards import (
     DecodeForward,
     LinearsDecode,
     MlpDecode,
+    check_attention,
     head_decode,
     linears_decode,
     mlp_decode,
@@ -121,7 +122,8 @@ class DecodePlan:
         self.wide = wide
         self.full, self.top = full_dtype(full), top
         self.sites = Sites(model)
-        if not self.sites.layers:
+        in_layers = any(SITES[name].place.in_layers for name in settings)
+        if in_layers and not self.sites.layers:
             raise ValueError(
                 f"{type(model).__name__}: no list of decoder layers found, so it can't be prepared"
             )
@@ -131,7 +133,8 @@ class DecodePlan:
         whole = [layer for layer in layers if layer is not None]
         decoder = model.get_decoder()
         if (
-            len(whole) == len(layers)
+            whole
+            and len(whole) == len(layers)
             and is_decoder(decoder, whole[0].family)
             and decoder not in self.forwards
         ):
@@ -197,7 +200,7 @@ class DecodePlan:
     def _attention(self, site: Site, layer: "Layer") -> None:
         """Keys and values of a look-ahead cache."""
         config = self.model.config.get_text_config(decoder=True)
-        self._add(AttentionDecode(self.sites.modules(site, layer.module)[0], config, layer.number))
+        self._add(AttentionDecode(check_attention(self.sites, layer.module), config, layer.number))
         layer.has_attention = True
 
     def _mlp(self, site: Site, layer: "Layer") -> None:
