@@ -9,6 +9,20 @@ namespace LAMP_ISA {
 // Bytes ahead of their use at which codes are asked for: processors look ahead by themselves, but not beyond a page.
 constexpr std::ptrdiff_t kAhead = 2048;
 
+// f.operator()<n>() for 1 <= n <= Most.
+template <int Most, class F>
+inline void with_count(std::ptrdiff_t n, F&& f) {
+  if constexpr (Most > 0) {
+    if (n == Most)
+      f.template operator()<Most>();
+    else
+      with_count<Most - 1>(n, f);
+  }
+}
+
+// Vectors whose sums registers hold at a time.
+constexpr int kAtOnce = vf::width == kRows ? 8 : 4;
+
 // out[v][row] = sum over columns of row * vector v, for the sixteen rows of a block and Vectors vectors.
 template <class Format, int Vectors>
 LAMP_OWN_FUNCTION inline void block_dot(const std::uint8_t* codes, const std::uint16_t* scales, std::ptrdiff_t groups,
@@ -43,19 +57,15 @@ inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts
                        std::ptrdiff_t vectors, float* out) {
   const std::uint8_t* codes = b.codes + block * b.block_codes();
   const std::uint16_t* scales = b.scales + block * b.block_scales();
-  const auto run = [&]<int Vectors>(std::ptrdiff_t v) {
-    const std::int16_t* at[Vectors];
-    const float* scale[Vectors];
-    vrows sums[Vectors];
-    for (int i = 0; i < Vectors; ++i) at[i] = x.at(first + v + i), scale[i] = x.scale(first + v + i);
-    block_dot<Format, Vectors>(codes, scales, b.groups, at, scale, sums);
-    for (int i = 0; i < Vectors; ++i) rows_store(out + (v + i) * kRows, sums[i]);
-  };
-  std::ptrdiff_t v = 0;
-  for (; v + 4 <= vectors; v += 4) run.template operator()<4>(v);
-  if (vectors - v == 3) run.template operator()<3>(v);
-  if (vectors - v == 2) run.template operator()<2>(v);
-  if (vectors - v == 1) run.template operator()<1>(v);
+  for (std::ptrdiff_t v = 0; v < vectors; v += kAtOnce)
+    with_count<kAtOnce>(std::min<std::ptrdiff_t>(kAtOnce, vectors - v), [&]<int Vectors>() {
+      const std::int16_t* at[Vectors];
+      const float* scale[Vectors];
+      vrows sums[Vectors];
+      for (int i = 0; i < Vectors; ++i) at[i] = x.at(first + v + i), scale[i] = x.scale(first + v + i);
+      block_dot<Format, Vectors>(codes, scales, b.groups, at, scale, sums);
+      for (int i = 0; i < Vectors; ++i) rows_store(out + (v + i) * kRows, sums[i]);
+    });
 }
 
 inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts& x, std::ptrdiff_t first,

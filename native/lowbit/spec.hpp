@@ -121,7 +121,7 @@ struct RmsNorm {
   float eps = 0.0f;
 };
 
-// A decoder layer but for its attention, one token of each sequence: begin gives queries, keys and values, rotated to
+// A decoder layer but for its attention, some tokens of each sequence: begin gives queries, keys and values, rotated to
 // their positions; end takes the attention's output to the layer's. Norms behind the sublayers are optional, as are
 // norms of queries and keys and biases.
 struct LowBitLayer {
@@ -131,10 +131,11 @@ struct LowBitLayer {
   const float* out_bias = nullptr;
   std::ptrdiff_t hidden = 0, heads = 0, kv_heads = 0, head_size = 0;
   LowBitMlp mlp;  // thresholds included
-  // The call: x (batch, hidden); cosines and sines (batch or 1, head_size); q (batch, heads, head_size), k and v
-  // (batch, kv_heads, head_size); attended (batch, heads * head_size); y (batch, hidden).
+  // The call: tokens are those of the first sequence, then of the next. x (tokens, hidden); cosines and sines (angles,
+  // head_size), token t having row t % angles; q (tokens, heads, head_size), k and v (tokens, kv_heads, head_size);
+  // attended (tokens, heads * head_size); y (tokens, hidden).
   const float* x = nullptr;
-  std::ptrdiff_t batch = 0, angle_stride = 0;
+  std::ptrdiff_t tokens = 0, angles = 1;
   const float* cosines = nullptr;
   const float* sines = nullptr;
   float* q = nullptr;

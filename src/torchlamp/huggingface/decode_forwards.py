@@ -1,4 +1,4 @@
-"""What modules of a prepared model run when one token of each sequence is decoded; anything longer runs as before."""
+"""What modules of a prepared model run: single tokens, steps and prompts, from low-bit copies."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from torchlamp.huggingface.site_forwards import Forward, check_float32, own_forw
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.full_rows import linear
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, serves_many
 from torchlamp.policy.decodable import Settings
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
@@ -24,7 +24,10 @@ from torchlamp.simulation.statistics import Statistics
 
 
 class DecodeForward(Forward):
-    """A module's forward for single tokens, (batch, 1, size); the module's own for everything else."""
+    """A module's forward for tokens (batch, count, size); the module's own for everything else.
+
+    Where many vectors aren't served (`serves_many`), that is for a count of 1 alone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -33,10 +36,12 @@ class DecodeForward(Forward):
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The low-bit kernel, or the module."""
-        if x.ndim != 3 or x.shape[1] != 1 or args or kwargs or not self.is_plain():
+        served = x.ndim == 3 and (x.shape[1] == 1 or serves_many())
+        if not served or args or kwargs or not self.is_plain():
             return self.original(x, *args, **kwargs)
         check_float32(self.module, x)
-        return forward_only(self.decode(x.detach().reshape(len(x), -1).contiguous()).unsqueeze(1), x)
+        y = self.decode(x.detach().reshape(x.shape[0] * x.shape[1], x.shape[2]).contiguous())
+        return forward_only(y.view(*x.shape[:2], y.shape[1]), x)
 
     def is_plain(self) -> bool:
         """Whether the kernel may stand in the place of the module's forward: it is torch's or transformers' own."""
@@ -46,7 +51,7 @@ class DecodeForward(Forward):
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
 
 
 class LinearDecode(DecodeForward):
@@ -57,7 +62,7 @@ class LinearDecode(DecodeForward):
         self.group, self.index = group, index
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
         return self.group.output(x, self.index)
 
 
@@ -83,7 +88,7 @@ class LinearsDecode:
             self.parts, self.bytes = self.matrix.split(self.sizes), self.matrix.bytes
 
     def output(self, x: Tensor, index: int) -> Tensor:
-        """One layer's float32 (batch, outputs) of (batch, columns)."""
+        """One layer's float32 (vectors, outputs) of (vectors, columns)."""
         y = self.parts[index].products(x)
         return y if self.bias is None else y + torch.split(self.bias, self.sizes)[index]
 
@@ -110,7 +115,7 @@ class MlpDecode(DecodeForward):
         return super().is_plain() and self.inside.hold()
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
         y, recomputed, read = self.mlp.run(x, *self.thresholds)
         eligible = len(x) * self.mlp.gate.rows
         self.statistics.record("mlp_up", self.number, recomputed, eligible)
@@ -128,7 +133,7 @@ class HeadDecode(DecodeForward):
         self.head, self.threshold, self.top, self.statistics = head, threshold, top, statistics
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to logits (batch, tokens)."""
+        """float32 (vectors, columns) to logits (vectors, tokens)."""
         logits, _, recomputed = self.head.run(x, self.threshold, self.top)
         self.statistics.record("lm_head", -1, recomputed, logits.numel())
         return logits

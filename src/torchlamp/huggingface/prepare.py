@@ -106,8 +106,9 @@ def prepare(
 ) -> Prepared:
     """Prepare a model for low-bit decoding.
 
-    Steps that decode one token of each sequence then read low-bit copies of weights, keys and values, and full
-    precision where the policy's rules look ahead to a difference; longer steps (the prompt) run in float32.
+    Steps of a few tokens then read low-bit copies of weights, keys and values, and full precision where the policy's
+    rules look ahead to a difference; longer ones (the prompt) read low-bit weights alike, and their attention is in
+    float32.
     ``model.generate`` uses a look-ahead cache of its own accord; calls of the model itself take `Prepared.cache`.
     The weights are copied at once and must not be changed before `undo`. A bfloat16 or float16 model keeps its weights
     as they are and computes in float32 on them: no float32 copy of a matrix is made, and its numbers are those of the

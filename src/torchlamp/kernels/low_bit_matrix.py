@@ -161,6 +161,12 @@ class LowBitMatrix:
         self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
 
 
+def serves_many() -> bool:
+    """Whether steps of many tokens are served from low-bit copies: plain C++ is slower than torch's products."""
+    native = native_for()
+    return native is None or native.instruction_set != "portable"
+
+
 def check_vectors(x: Tensor, columns: int) -> Tensor:
     """Vectors that a kernel can read: contiguous, without a gradient.
 
