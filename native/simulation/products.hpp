@@ -2,7 +2,7 @@
 #pragma once
 
 #include "memory.hpp"
-#include "simulation/product_tiles.hpp"
+#include "simulation/unit_sums.hpp"
 
 namespace LAMP_ISA {
 
@@ -26,7 +26,7 @@ void products(const lamp::Products& p) {
   for (std::ptrdiff_t g = 0; g < p.G; ++g)
     for (std::ptrdiff_t i = 0; i < p.M; ++i) seen.add(p.a + g * p.a_batch + i * p.a_row, p.K, p.a_k);
   const Micro micro =
-      pick_micro(p.accumulation, p.squares != nullptr, wide_is_exact(seen, packed.all(), p.K));
+      pick_sums(p.accumulation, p.squares != nullptr, seen, packed.all(), p.K);
 
   const std::ptrdiff_t tiles = (p.M + kTileRows - 1) / kTileRows;
   lamp::parallel(p.threads, p.G * tiles, [&](std::ptrdiff_t item) {

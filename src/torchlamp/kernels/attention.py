@@ -87,10 +87,8 @@ def fused_attention(
     ValueError
         Shapes that don't fit together, or one of `row_error` and `key_error` without the other.
     """
-    served = (
-        (mask is None or (mask.shape[1] == 1 and not causal))
-        and not (weight == "relaxed" and sinks is not None)
-        and accumulation.fuse is None
+    served = (mask is None or (mask.shape[1] == 1 and not causal)) and not (
+        weight == "relaxed" and sinks is not None
     )
     optional = (exact_query, exact_key, shift, row_error, key_error)
     native = native_for(query, key, value, mask, sinks, *optional) if served else None

@@ -58,7 +58,7 @@ def products(
     if device.type in WITHOUT_FLOAT64:
         a, b = a.cpu(), b.cpu()
     empty = 0 in (a.shape[0], a.shape[1], b.shape[2])
-    native = None if empty or accumulation.fuse is not None else native_for(a, b)
+    native = None if empty else native_for(a, b)
     if native is None:
         out, sums = products_reference(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
     else:
