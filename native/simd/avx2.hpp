@@ -67,6 +67,13 @@ inline vhalves halves(vi x) {
 inline vhalves add(vhalves a, vhalves b) {
   return {{_mm256_add_pd(a.v[0], b.v[0]), _mm256_add_pd(a.v[1], b.v[1])}};
 }
+inline vhalves multiply(vhalves a, vhalves b) {
+  return {{_mm256_mul_pd(a.v[0], b.v[0]), _mm256_mul_pd(a.v[1], b.v[1])}};
+}
+inline vhalves truncate(vhalves x) { return {{_mm256_round_pd(x.v[0], 3), _mm256_round_pd(x.v[1], 3)}}; }
+inline vhalves halves(vf x) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))}};
+}
 inline vf toward_zero(vhalves x, int bits) {
   const __m256d kept = _mm256_castsi256_pd(_mm256_set1_epi64x(static_cast<long long>(~0ull << (52 - bits))));
   return {_mm256_set_m128(_mm256_cvtpd_ps(_mm256_and_pd(x.v[1], kept)), _mm256_cvtpd_ps(_mm256_and_pd(x.v[0], kept)))};

@@ -71,6 +71,13 @@ inline vhalves halves(vi x) {
 inline vhalves add(vhalves a, vhalves b) {
   return {{_mm512_add_pd(a.v[0], b.v[0]), _mm512_add_pd(a.v[1], b.v[1])}};
 }
+inline vhalves multiply(vhalves a, vhalves b) {
+  return {{_mm512_mul_pd(a.v[0], b.v[0]), _mm512_mul_pd(a.v[1], b.v[1])}};
+}
+inline vhalves truncate(vhalves x) { return {{_mm512_roundscale_pd(x.v[0], 3), _mm512_roundscale_pd(x.v[1], 3)}}; }
+inline vhalves halves(vf x) {
+  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))}};
+}
 inline vf toward_zero(vhalves x, int bits) {
   const __m512d kept = _mm512_castsi512_pd(_mm512_set1_epi64(static_cast<long long>(~0ull << (52 - bits))));
   return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_and_pd(x.v[0], kept))),

@@ -87,6 +87,11 @@ inline vf power_quotient(vf e, int bits) {
 }
 inline vhalves halves(vi x) { return each<vhalves>([&](int i) { return static_cast<double>(x.v[i]); }); }
 inline vhalves add(const vhalves& a, const vhalves& b) { return each<vhalves>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline vhalves multiply(const vhalves& a, const vhalves& b) {
+  return each<vhalves>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline vhalves truncate(const vhalves& x) { return each<vhalves>([&](int i) { return std::trunc(x.v[i]); }); }
+inline vhalves halves(vf x) { return each<vhalves>([&](int i) { return static_cast<double>(x.v[i]); }); }
 inline vf toward_zero(const vhalves& x, int bits) {
   const std::uint64_t kept = ~0ull << (52 - bits);
   return lanes([&](int i) {

@@ -1,9 +1,9 @@
 // Sums of matrix units: L products and the accumulator aligned to the largest exponent, truncated, summed, rounded once.
 //
 // torchlamp.kernels.specification.Fuse is the definition, torchlamp.kernels.reference_units its readable form. Here it
-// has two forms. `unit_exact` is float64, lane by lane, for every operand. `unit_fast` is for operands whose products
-// are float32 numbers far from overflow and underflow (`unit_is_fast`): exponents are powers of two in float32, aligned
-// terms 32-bit integers. Columns lie across the lanes, so that no result depends on the tiling.
+// has two forms. `unit_exact` is float64, column by column, for every operand. `unit_fast` is for operands that are far
+// from overflow and underflow (`unit_is_fast`): exponents are powers of two in float32, and aligned terms 32-bit integers
+// where products are float32 numbers. Columns lie across the lanes, so that no result depends on the tiling.
 #pragma once
 
 #include "simulation/product_tiles.hpp"
@@ -70,6 +70,56 @@ inline void unit_group(const Grid& g, const Fuse& f, const float* a, std::ptrdif
   }
 }
 
+// The same where f.group products are summed before they are aligned, by the exponents of their largest operands.
+inline void unit_group_of_groups(const Grid& g, const Fuse& f, const float* a, std::ptrdiff_t a_k, const float* b,
+                                 std::ptrdiff_t first, std::ptrdiff_t last, float* acc) {
+  const double scale = std::ldexp(1.0, f.bits), zero_term = std::ldexp(1.0, f.zero_exponent);
+  const double elements = std::ldexp(1.0, -2 * lamp::kElementExponent);
+  double most[kColumns], plain[kColumns], sum[kColumns];
+  const auto groups = static_cast<std::size_t>((last - first + f.group - 1) / f.group);
+  thread_local std::vector<double> terms;
+  terms.resize(groups * static_cast<std::size_t>(kColumns));
+  for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
+    const double c = acc[j];
+    plain[j] = c;
+    most[j] = c == 0.0 ? zero_term : std::max(std::ldexp(1.0, g.min_exponent), exponent_of(c));
+  }
+  double* term = terms.data();
+  for (std::ptrdiff_t start = first; start < last; start += f.group, term += kColumns) {
+    const std::ptrdiff_t end = std::min<std::ptrdiff_t>(start + f.group, last);
+    double largest_a = 0.0, largest_b[kColumns] = {};
+    bool any[kColumns] = {};
+    std::fill_n(term, kColumns, 0.0);
+    for (std::ptrdiff_t k = start; k < end; ++k) {
+      const double x = a[k * a_k];
+      largest_a = std::max(largest_a, exponent_of(x));
+      for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
+        const double product = x * b[k * kColumns + j];
+        largest_b[j] = std::max(largest_b[j], exponent_of(b[k * kColumns + j]));
+        any[j] = any[j] || product != 0.0;
+        term[j] += product;
+      }
+    }
+    for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
+      plain[j] += term[j];
+      if (any[j]) most[j] = std::max(most[j], largest_a * largest_b[j] * elements);
+    }
+  }
+  for (std::ptrdiff_t j = 0; j < kColumns; ++j) sum[j] = std::trunc(acc[j] * (scale / most[j]));
+  for (std::size_t group = 0; group < groups; ++group)
+    for (std::ptrdiff_t j = 0; j < kColumns; ++j)
+      sum[j] += std::trunc(terms[group * static_cast<std::size_t>(kColumns) + static_cast<std::size_t>(j)] *
+                           (scale / most[j]));
+  for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
+    if (std::isnan(plain[j]))
+      acc[j] = kQuietNan;
+    else if (std::isinf(plain[j]))
+      acc[j] = static_cast<float>(plain[j]);
+    else
+      acc[j] = unit_round(sum[j] * (most[j] / scale), g, f.nearest);
+  }
+}
+
 template <bool Squares>
 void unit_exact(const Accumulation& how, const Block& block) {
   alignas(64) float acc[kColumns], total[kColumns] = {}, squares[kColumns] = {};
@@ -79,7 +129,9 @@ void unit_exact(const Accumulation& how, const Block& block) {
     const std::ptrdiff_t end = std::min(start + run, block.K);
     std::fill_n(acc, kColumns, 0.0f);
     for (std::ptrdiff_t k = start; k < end; k += how.fuse.length) {
-      unit_group(how.grid, how.fuse, block.a[0], block.a_k, block.b, k, std::min<std::ptrdiff_t>(k + how.fuse.length, end), acc);
+      const auto group = how.fuse.group > 1 ? unit_group_of_groups : unit_group;
+      group(how.grid, how.fuse, block.a[0], block.a_k, block.b, k,
+            std::min<std::ptrdiff_t>(k + how.fuse.length, end), acc);
       if constexpr (Squares)
         for (std::ptrdiff_t j = 0; j < kColumns; ++j) squares[j] = std::fma(acc[j], acc[j], squares[j]);
     }
@@ -97,9 +149,13 @@ constexpr int kUnitRows = 2;
 constexpr int kUnitRows = 1;
 #endif
 
-// Aligned sums are below 2^24 (Small: formed as float32 numbers) or below 2^31 by runs of `together` products.
-template <bool Small, bool Floored, bool Squares, int Rows>
+// How aligned terms are summed: as integers whose sum is below 2^24, as integers whose sum is below 2^31 by runs of
+// `together` products, or, where products have more than 24 bits, as float64 numbers.
+enum class Terms { small, integers, doubles };
+
+template <Terms T, bool Floored, bool Squares, int Rows>
 void unit_fast(const Accumulation& how, const Block& block) {
+  constexpr bool Small = T == Terms::small;
   const Fuse& f = how.fuse;
   const int together = std::min(f.length, 1 << std::min(29 - f.bits, 20));
   const vf exponent = from_bits(0x7f800000u), least = from_bits(kUnitFloor), back = set1(std::ldexp(1.0f, -f.bits));
@@ -146,7 +202,22 @@ void unit_fast(const Accumulation& how, const Block& block) {
           else
             wide[i][j] = halves(truncate(acc[i][j] * unit[i][j]));
         }
-      for (std::ptrdiff_t k = first; k < last;) {
+      if constexpr (T == Terms::doubles) {
+        vhalves scale[Rows][kVectors];
+        for (int i = 0; i < Rows; ++i)
+          for (int j = 0; j < kVectors; ++j) scale[i][j] = halves(unit[i][j]);
+        for (std::ptrdiff_t k = first; k < last; ++k) {
+          const float* b = block.b + k * kColumns;
+          for (int j = 0; j < kVectors; ++j) {
+            const vhalves y = halves(load(b + j * vf::width));
+            for (int i = 0; i < Rows; ++i) {
+              const vhalves x = halves(set1(block.a[i][k * block.a_k]));
+              wide[i][j] = add(wide[i][j], truncate(multiply(multiply(x, y), scale[i][j])));
+            }
+          }
+        }
+      }
+      for (std::ptrdiff_t k = T == Terms::doubles ? last : first; k < last;) {
         const std::ptrdiff_t stop = Small ? last : std::min<std::ptrdiff_t>(k + together, last);
         for (; k < stop; ++k) {
           const float* b = block.b + k * kColumns;
@@ -181,14 +252,14 @@ void unit_fast(const Accumulation& how, const Block& block) {
     }
 }
 
-// Whether unit_fast is exact: products of at most 24 bits, no subnormal operands, and exponents that stay in range.
+// Whether unit_fast is exact: no subnormal operands, and exponents that stay in range.
 // A nonzero accumulator is a multiple of 2^-25 times the smallest product or exponent, so it never falls below 2^-85.
 inline bool unit_is_fast(const Accumulation& how, const Magnitudes& a, const Magnitudes& b, std::ptrdiff_t K) {
   const Fuse& f = how.fuse;
-  if (!how.grid.has_float32_range() || f.nearest || f.bits > 25 || !a.finite() || !b.finite()) return false;
+  if (f.group > 1 || !how.grid.has_float32_range() || f.nearest || f.bits > 25 || !a.finite() || !b.finite()) return false;
   if (a.all_zero() || b.all_zero()) return true;
   constexpr float normal = std::numeric_limits<float>::min();
-  return a.significant_bits() + b.significant_bits() <= 24 && a.smallest() >= normal && b.smallest() >= normal &&
+  return a.smallest() >= normal && b.smallest() >= normal &&
          static_cast<double>(a.smallest()) * b.smallest() >= std::ldexp(1.0, -60) &&
          static_cast<double>(a.largest()) * b.largest() * 2.0 * static_cast<double>(K) <= std::ldexp(1.0, 90);
 }
@@ -201,12 +272,18 @@ inline Micro pick_unit(const Accumulation& how, bool squares, const Magnitudes& 
   const auto below = [](const Magnitudes& m, int floor) { return m.smallest() < std::ldexp(1.0f, floor); };
   const bool floored = (!a.all_zero() && below(a, f.floor_a)) || (!b.all_zero() && below(b, f.floor_b));
   const bool small = static_cast<double>(f.length + 1) * std::ldexp(1.0, f.bits + 2) <= std::ldexp(1.0, 24);
-  const auto pick = [&]<bool Small, bool Floored>() {
-    if (squares) return Micro{unit_fast<Small, Floored, true, 1>, unit_fast<Small, Floored, true, 1>, 1};
-    return Micro{unit_fast<Small, Floored, false, kUnitRows>, unit_fast<Small, Floored, false, 1>, kUnitRows};
+  const bool narrow = a.significant_bits() + b.significant_bits() <= 24;
+  const auto pick = [&]<Terms T, bool Floored>() {
+    constexpr int rows = T == Terms::doubles ? std::max(1, kUnitRows - 1) : kUnitRows;
+    if (squares) return Micro{unit_fast<T, Floored, true, 1>, unit_fast<T, Floored, true, 1>, 1};
+    return Micro{unit_fast<T, Floored, false, rows>, unit_fast<T, Floored, false, 1>, rows};
   };
-  if (small) return floored ? pick.template operator()<true, true>() : pick.template operator()<true, false>();
-  return floored ? pick.template operator()<false, true>() : pick.template operator()<false, false>();
+  const auto terms = [&]<bool Floored>() {
+    if (!narrow) return pick.template operator()<Terms::doubles, Floored>();
+    if (small) return pick.template operator()<Terms::small, Floored>();
+    return pick.template operator()<Terms::integers, Floored>();
+  };
+  return floored ? terms.template operator()<true>() : terms.template operator()<false>();
 }
 
 // The micro-kernel for sums of such operands.
