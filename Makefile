@@ -85,10 +85,9 @@ sanitize-tests: sanitize-build
 	"$$python" -c 'from torchlamp import _native as n; assert "/$(SANITIZED)/" in n.__file__, n.__file__' && \
 	"$$python" -m pytest -q -n auto --maxprocesses 4 --dist loadfile --capture=sys $(SANITIZED_TESTS)
 
+# `bench decode` times the other engines, too, where their packages are installed.
 bench: $(VENV)/installed  ## the figures of docs/performance.md
-	$(BIN)/torchlamp bench scores
-	$(BIN)/torchlamp bench forward
-	$(BIN)/torchlamp bench evaluate
+	for name in scores forward evaluate attention decode soak; do $(BIN)/torchlamp bench $$name || exit 1; done
 
 # What docs/study reports, computed anew: hours. Stopped at any point, it goes on where it was.
 study: $(VENV)/installed

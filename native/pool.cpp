@@ -7,6 +7,7 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -52,19 +53,49 @@ struct Job {
   std::atomic<std::ptrdiff_t> next{0};
   std::exception_ptr error;
   std::mutex error_lock;
+  std::atomic<bool> stopped{false};
+  const std::thread::id caller = std::this_thread::get_id();
 
-  void work() {
-    for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
-      try {
-        body(i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> guard(error_lock);
-        if (!error) error = std::current_exception();
-        next.store(items, std::memory_order_relaxed);
-      }
+  Job(const std::function<void(std::ptrdiff_t)>& body_, std::ptrdiff_t items_) : body(body_), items(items_) {}
+  void work();
+  void check() const;
+};
+
+// The job that this thread works on.
+thread_local const Job* current = nullptr;
+
+std::atomic<void (*)()> interruption{nullptr};
+// Asking takes a lock of Python's, so it is done a few times a second, and never in a call that is over sooner.
+constexpr auto kBetweenChecks = std::chrono::milliseconds(100);
+thread_local std::chrono::steady_clock::time_point last_check{};
+
+// Why an item ends early whose job has failed elsewhere.
+struct Stopped {};
+
+void Job::check() const {
+  if (stopped.load(std::memory_order_relaxed)) throw Stopped();
+  if (std::this_thread::get_id() != caller) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last_check < kBetweenChecks) return;
+  last_check = now;
+  if (const auto ask = interruption.load(std::memory_order_relaxed)) ask();
+}
+
+void Job::work() {
+  const Job* const outer = std::exchange(current, this);
+  for (std::ptrdiff_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) {
+    try {
+      check();
+      body(i);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(error_lock);
+      if (!error) error = std::current_exception();
+      stopped.store(true, std::memory_order_relaxed);
+      next.store(items, std::memory_order_relaxed);
     }
   }
-};
+  current = outer;
+}
 
 class Pool {
  public:
@@ -141,8 +172,14 @@ Pool& pool() {
 
 }  // namespace
 
+void check_interruption() {
+  if (current) current->check();
+}
+
+void set_interruption(void (*check)()) { interruption.store(check); }
+
 void parallel(int threads, std::ptrdiff_t items, const std::function<void(std::ptrdiff_t)>& body) {
-  Job job{body, items, {}, {}, {}};
+  Job job(body, items);
   const std::ptrdiff_t helpers = std::min<std::ptrdiff_t>(threads, items) - 1;
   if (helpers < 1 || !pool().run(static_cast<int>(helpers), job)) job.work();
   if (job.error) std::rethrow_exception(job.error);

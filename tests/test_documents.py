@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import torchlamp
+from torchlamp.bench.run import BENCHMARKS
 from torchlamp.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +95,10 @@ def test_the_arrows_are_those_of_the_contract():
     arrows = [set(re.findall(r"\w+", layer)) for layer in line[0].split("<-")]
     layers = [set(re.findall(r"torchlamp\.(\w+)", layer)) for layer in contract[1].split(",")]
     assert arrows == [layer for layer in layers if layer][::-1]
+
+
+def test_make_bench_runs_every_benchmark():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    names = re.search(r"for name in ([\w ]+); do \$\(BIN\)/torchlamp bench \$\$name", makefile)
+    assert names
+    assert names[1].split() == list(BENCHMARKS)

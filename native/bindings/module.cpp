@@ -1,6 +1,8 @@
 // The Python face of the kernels: checks shapes, turns DLPack tensors into plain pointers, drops the GIL, calls.
 #include "bindings/module.hpp"
 
+#include "pool.hpp"
+
 namespace lamp {
 
 bool supports(const std::string& isa) {
@@ -38,9 +40,9 @@ namespace {
 using namespace lamp::python;
 
 // (mantissa_bits, min_exponent, max_exponent, top_codes_lost, overflow, subnormals, signed, negative_zero,
-//  fused, block, promote, and of a unit: length, bits, group, nearest, floor_a, floor_b, zero_exponent)
-using How = std::tuple<int, int, int, int, int, bool, bool, bool, bool, int, int, int, int, int,
-                       bool, int, int, int>;
+//  fused, block, promote, and of a unit: length, bits, nearest, floor_a, floor_b, zero_exponent)
+using How = std::tuple<int, int, int, int, int, bool, bool, bool, bool, int, int, int, int, bool,
+                       int, int, int>;
 
 lamp::Accumulation accumulation(const How& h) {
   lamp::Accumulation a;
@@ -49,10 +51,9 @@ lamp::Accumulation accumulation(const How& h) {
   a.fused = std::get<8>(h);
   a.block = std::get<9>(h);
   a.promote = std::get<10>(h);
-  a.fuse = {std::get<11>(h), std::get<12>(h), std::get<13>(h), std::get<14>(h), std::get<15>(h), std::get<16>(h),
-            std::get<17>(h)};
+  a.fuse = {std::get<11>(h), std::get<12>(h), std::get<13>(h), std::get<14>(h), std::get<15>(h), std::get<16>(h)};
   if (a.grid.mantissa_bits < 1 || a.grid.mantissa_bits > 23 || a.block < 1 || a.promote < 0 ||
-      a.fuse.length < 0 || a.fuse.length > 1024 || a.fuse.bits < 1 || a.fuse.bits > 40 || a.fuse.group < 1)
+      a.fuse.length < 0 || a.fuse.length > 1024 || a.fuse.bits < 1 || a.fuse.bits > 40)
     throw std::invalid_argument("accumulation out of range");
   return a;
 }
@@ -216,9 +217,16 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, st
   kernel.attention(p);
 }
 
+// Ctrl-C while a kernel runs: Python's signal handlers run, and what they raise ends the call.
+void check_signals() {
+  const nb::gil_scoped_acquire acquired;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
+  lamp::set_interruption(&check_signals);
   m.doc() = "Native kernels of torchlamp; torchlamp.kernels is their documented face.";
   m.def("supports", &lamp::supports, "isa"_a);
   m.def("products", &products, "isa"_a, "a"_a, "b"_a, "out"_a, "squares"_a.none(), "how"_a, "scaling"_a.none(),

@@ -71,12 +71,12 @@ inline void attend_in_full(const lamp::Attend& p, DecodeWork& work, std::ptrdiff
       e[at] = logit(p, full_score(p, row, keys, work.origin + at));
       top = e[at] > top ? e[at] : top;
     }
-  float total = p.sinks ? std::exp(p.sinks[row.head] - top) : 0.0f;
+  float total = p.sinks ? exp_one(p.sinks[row.head] - top) : 0.0f;
   std::fill_n(out, work.padded, 0.0f);
   for (std::ptrdiff_t j = 0; j < work.width; j += kRows)
     for (unsigned seen = visible_bits(p, row, work.origin + j); seen; seen &= seen - 1) {
       const std::ptrdiff_t at = j + std::countr_zero(seen);
-      const float weight = std::exp(e[at] - top);
+      const float weight = exp_one(e[at] - top);
       total += weight;
       if (weight != 0.0f) add_full(values, work.origin + at, weight, p.store.value_size, out);
     }
@@ -99,12 +99,12 @@ inline void join_scores(const lamp::Attend& p, DecodeWork& work) {
     float top = sink;
     for (std::ptrdiff_t s = 0; s < work.splits; ++s)
       top = std::max(top, work.at(static_cast<std::ptrdiff_t>(r), s).top);
-    float sum = p.sinks ? std::exp(sink - top) : 0.0f;
+    float sum = p.sinks ? exp_one(sink - top) : 0.0f;
     for (std::ptrdiff_t s = 0; s < work.splits; ++s) {
       const RowSplit& found = work.at(static_cast<std::ptrdiff_t>(r), s);
       // A split without visible logits adds nothing, one of NaN alone adds NaN.
       if (found.shift > -std::numeric_limits<float>::infinity())
-        sum += found.sum * std::exp(found.shift - top);
+        sum += found.sum * exp_one(found.shift - top);
       else
         sum += found.sum * 0.0f;
     }
@@ -120,7 +120,7 @@ inline void join_values(const lamp::Attend& p, DecodeWork& work) {
     const QueryRow& row = work.rows[i];
     float* sum = work.part(r, 0);
     const float top = work.top[i];
-    float total = p.sinks ? std::exp(p.sinks[row.head] - top) : 0.0f;
+    float total = p.sinks ? exp_one(p.sinks[row.head] - top) : 0.0f;
     std::int32_t recomputed = 0;
     bool unsafe = false;
     for (std::ptrdiff_t s = 0; s < work.splits; ++s) {

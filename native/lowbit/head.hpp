@@ -49,12 +49,14 @@ inline float exponentials(const float* logits, std::ptrdiff_t tokens, float shif
   const auto bounded = [&](vf y) { return exp(min(set1(80.0f), y - set1(shift))); };
   lamp::parallel(threads, chunks, [&](std::ptrdiff_t c) {
     const std::ptrdiff_t last = std::min(tokens, (c + 1) * kTokens);
-    vf total = zero();
+    vrows total = rows_zero();
     std::ptrdiff_t i = c * kTokens;
-    for (; i + vf::width <= last; i += vf::width) total = total + bounded(load(logits + i));
+    for (; i + kSumLanes <= last; i += kSumLanes)
+      for (int k = 0; k < kRowVectors; ++k)
+        total.v[k] = total.v[k] + bounded(load(logits + i + k * vf::width));
     float rest = 0.0f;
-    for (; i < last; ++i) rest += std::exp(std::min(80.0f, logits[i] - shift));
-    sums[static_cast<std::size_t>(c)] = sum(total) + rest;
+    for (; i < last; ++i) rest += first_lane(bounded(set1(logits[i])));
+    sums[static_cast<std::size_t>(c)] = sum_rows(total) + rest;
   });
   float total = 0.0f;
   for (const float s : sums) total += s;
@@ -100,7 +102,7 @@ inline void head(const lamp::LowBitHead& p) {
         const bool could_win = !(low + (error + slack) < best);  // a NaN could
         bool chosen = could_win || p.threshold < 0.0f;
         if (!chosen && look && low > cut) {
-          const float z = std::exp(low - best) / total;
+          const float z = exp_one(low - best) / total;
           chosen = !(look_ahead(z, error / root) <= p.threshold);
         }
         if (!chosen) return;
@@ -111,7 +113,7 @@ inline void head(const lamp::LowBitHead& p) {
       std::ptrdiff_t i = c * kTokens;
       for (; i + vf::width <= last; i += vf::width) {
         const vf low = load(logits + i);
-        const vf upper = low + fma(load(p.head.errors + i), set1(norm), set1(slack));
+        const vf upper = low + (load(p.head.errors + i) * set1(norm) + set1(slack));  // as `one` forms it
         constexpr unsigned kAll = (1u << vf::width) - 1;
         const unsigned beaten = bits(gt(set1(best), upper)) & ~bits(gt(low, set1(cut)));
         if (beaten == kAll && p.threshold >= 0.0f) continue;

@@ -12,14 +12,8 @@ namespace LAMP_ISA {
 
 constexpr int kRows = lamp::kPackRows;      // rows of a block
 constexpr int kGroup = lamp::kPackGroup;    // columns that share a scale
-constexpr int kRowVectors = kRows / vf::width;  // float vectors that hold a number for every row of a block
-static_assert(sizeof(vrows) == kRows * sizeof(float));
+static_assert(kRows == kSumLanes);          // a vrows holds a number for every row of a block
 
-inline vrows rows_zero() {
-  vrows r;
-  for (auto& x : r.v) x = zero();
-  return r;
-}
 inline vrows rows_load(const float* p) {
   vrows r;
   for (int i = 0; i < kRowVectors; ++i) r.v[i] = load(p + i * vf::width);

@@ -6,14 +6,15 @@
 namespace LAMP_ISA {
 
 inline void rms_norm(const lamp::RmsNorm& norm, const float* x, std::ptrdiff_t size, float* out) {
-  vf squares[2] = {zero(), zero()};
+  vrows squares[2] = {rows_zero(), rows_zero()};
   std::ptrdiff_t i = 0;
-  for (; i + 2 * vf::width <= size; i += 2 * vf::width)
-    for (int j = 0; j < 2; ++j) {
-      const vf v = load(x + i + j * vf::width);
-      squares[j] = fma(v, v, squares[j]);
-    }
-  float total = sum(squares[0] + squares[1]);
+  for (; i + 2 * kRows <= size; i += 2 * kRows)
+    for (int j = 0; j < 2; ++j)
+      for (int k = 0; k < kRowVectors; ++k) {
+        const vf v = load(x + i + j * kRows + k * vf::width);
+        squares[j].v[k] = fma(v, v, squares[j].v[k]);
+      }
+  float total = sum_rows(rows_add(squares[0], squares[1]));
   for (; i < size; ++i) total = std::fma(x[i], x[i], total);
   const float factor = 1.0f / std::sqrt(total / static_cast<float>(size) + norm.eps);
   for (std::ptrdiff_t k = 0; k < size; ++k) out[k] = x[k] * factor * norm.weight[k];

@@ -24,7 +24,7 @@ inline vf look_ahead(vf z, vf r, const float* slope) {
 // The same for one entry, without a softcap.
 inline float look_ahead(float z, float r) {
   if (!(r > kFar)) return 2.0f * z * (1.0f - z) * r;
-  const float up = std::exp(std::min(kDeviations * r, kLargestExponent));
+  const float up = exp_one(std::min(kDeviations * r, kLargestExponent));
   return 2.0f * std::min(1.0f, std::max(z, kLeastProbability) * up) * r;
 }
 

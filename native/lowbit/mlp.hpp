@@ -37,11 +37,7 @@ inline Slope gelu_tanh(vf a) {
 
 inline Slope activate(lamp::Activation kind, vf a) { return kind == lamp::Activation::silu ? silu(a) : gelu_tanh(a); }
 
-inline float activate_one(lamp::Activation kind, float a) {
-  alignas(64) float lane[vf::width];
-  store(lane, activate(kind, set1(a)).value);
-  return lane[0];
-}
+inline float activate_one(lamp::Activation kind, float a) { return first_lane(activate(kind, set1(a)).value); }
 
 struct MlpWork {
   Vectors x, hidden;
@@ -68,20 +64,21 @@ inline void mlp_low(const lamp::LowBitMlp& p, MlpWork& w, std::ptrdiff_t first, 
     for (std::ptrdiff_t i = 0; i < some; ++i) {
       const float *gate = sums + i * stride, *up = gate + to_up;
       const vf spread = set1(w.norms[static_cast<std::size_t>(v0 + i)]);
-      vf total = zero();
+      vrows total = rows_zero();
       for (int lane = 0; lane < kRows; lane += vf::width) {
+        vf& own = total.v[lane / vf::width];
         const std::ptrdiff_t j = b * kRows + lane;
         const vf up_value = load(up + lane), norm = load(p.down_norms + j);
         const Slope f = activate(p.activation, load(gate + lane));
         const vf h = f.value * up_value;
         const vf from_gate = f.slope * up_value * load(p.gate.errors + j), from_up = f.value * load(p.up.errors + j);
         const vf size = h * norm;
-        total = fma(size, size, total);
+        own = fma(size, size, own);
         store(w.h.data() + (v0 + i) * padded + j, h);
         store(w.weight.data() + (v0 + i) * padded + j,
               norm * spread * sqrt(fma(from_gate, from_gate, from_up * from_up)));
       }
-      squares[v0 + i] += sum(total);
+      squares[v0 + i] += sum_rows(total);
     }
   }
 }

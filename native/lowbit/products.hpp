@@ -63,17 +63,20 @@ inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts
   lamp::BlockFormats::with(b.bits, [&]<class Format>() { block_dots<Format>(b, block, x, first, vectors, out); });
 }
 
-// A full-precision row times a float32 vector, in float32 with four running sums.
+// A full-precision row times a float32 vector, in float32 with four running sums of sixteen lanes.
 template <class T>
 inline float full_dot(const T* row, const float* x, std::ptrdiff_t columns) {
-  vf sum[4] = {zero(), zero(), zero(), zero()};
+  vrows sum[4] = {rows_zero(), rows_zero(), rows_zero(), rows_zero()};
   std::ptrdiff_t k = 0;
-  for (; k + 4 * vf::width <= columns; k += 4 * vf::width)
-    for (int i = 0; i < 4; ++i) sum[i] = fma(widen(row + k + i * vf::width), load(x + k + i * vf::width), sum[i]);
-  for (; k + vf::width <= columns; k += vf::width) sum[0] = fma(widen(row + k), load(x + k), sum[0]);
+  const auto step = [&](vrows& s, std::ptrdiff_t at) {
+    for (int j = 0; j < kRowVectors; ++j, at += vf::width) s.v[j] = fma(widen(row + at), load(x + at), s.v[j]);
+  };
+  for (; k + 4 * kRows <= columns; k += 4 * kRows)
+    for (int i = 0; i < 4; ++i) step(sum[i], k + i * kRows);
+  for (; k + kRows <= columns; k += kRows) step(sum[0], k);
   float tail = 0.0f;
   for (; k < columns; ++k) tail = std::fma(widen_one(row + k), x[k], tail);
-  return sum_halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  return sum_rows(rows_add(rows_add(sum[0], sum[1]), rows_add(sum[2], sum[3]))) + tail;
 }
 
 inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {

@@ -63,11 +63,6 @@ inline unsigned visible_bits(const lamp::Attend& p, const QueryRow& row, std::pt
 inline float full_score(const lamp::Attend& p, const QueryRow& row, const lamp::Full& keys, std::ptrdiff_t position) {
   return full_dot(keys, position, row.q, p.store.size) * p.scaling;
 }
-inline float first_lane(vf x) {
-  alignas(64) float lane[vf::width];
-  store(lane, x);
-  return lane[0];
-}
 inline float logit(const lamp::Attend& p, float y) {
   return p.softcap > 0.0f ? first_lane(tanh(set1(y / p.softcap))) * p.softcap : y;
 }
@@ -85,7 +80,8 @@ constexpr float kHeadroom = 16.0f;
 struct Running {
   float* e = nullptr;  // of the row, from the beginning of its split
   float shift = -std::numeric_limits<float>::infinity();
-  vf top = set1(shift), sum = zero();
+  vf top = set1(shift);
+  vrows sum = rows_zero();
 
   // The logits of positions [at, at + kRows).
   void add(const vrows& y, std::ptrdiff_t at) {
@@ -97,7 +93,7 @@ struct Running {
     for (int k = 0; k < kRowVectors; ++k) {
       const vf term = exp(y.v[k] - shifted);
       store(e + at + k * vf::width, term);
-      sum = sum + term;
+      sum.v[k] = sum.v[k] + term;
     }
   }
 
@@ -105,7 +101,7 @@ struct Running {
   void refer_to(float larger, std::ptrdiff_t end) {
     const vf factor = exp(set1(shift - larger));
     for (std::ptrdiff_t j = 0; j < end; j += vf::width) store(e + j, load(e + j) * factor);
-    sum = sum * factor;
+    for (vf& x : sum.v) x = x * factor;
     shift = larger;
   }
 };
@@ -166,7 +162,7 @@ inline void score_split(const lamp::Attend& p, DecodeWork& work, std::ptrdiff_t 
       RowSplit& found = work.at(first_row + v + i, s);
       found.top = largest(running[i].top);
       found.shift = running[i].shift;
-      found.sum = sum(running[i].sum);
+      found.sum = sum_rows(running[i].sum);
     }
   }
 }

@@ -54,7 +54,7 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
     found.recomputed += waiting.count;
     waiting.count = 0;
   };
-  vf total = zero();  // of those that aren't recomputed
+  vrows total = rows_zero();  // of those that aren't recomputed
   for (std::ptrdiff_t j = begin; j < end; j += kRows) {
     unsigned chosen = 0;
     for (int k = 0; k < kRows; k += vf::width) {
@@ -72,10 +72,10 @@ inline void recompute_split(const lamp::Attend& p, DecodeWork& work, std::ptrdif
       ask_for(full, work.origin + at, p.store.size);
       e[at] = 0.0f;
     }
-    for (int k = 0; k < kRows; k += vf::width) total = total + load(e + j + k);
+    total = rows_add(total, rows_load(e + j));
   }
   recompute();
-  found.total += sum(total);
+  found.total += sum_rows(total);
 }
 
 // Rows to be read in full that wait for their memory, with their weights, one array for each head.

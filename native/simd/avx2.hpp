@@ -142,7 +142,7 @@ inline vf widen(const std::uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 
-// Sum of the lanes, halves first: a short chain, where `sum` adds them one by one. The largest lane, none of them NaN.
+// Sum of the lanes, halves first, in the order that simd/vector.hpp asks for. The largest lane, none of them NaN.
 inline float sum_halves(vf x) {
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));

@@ -137,8 +137,13 @@ inline vf widen(const std::uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
-// Sum of the lanes, halves first: a short chain, where `sum` adds them one by one. The largest lane, none of them NaN.
-inline float sum_halves(vf x) { return _mm512_reduce_add_ps(x.v); }
+// Sum of the lanes, halves first, in the order that simd/vector.hpp asks for. The largest lane, none of them NaN.
+inline float sum_halves(vf x) {
+  const __m256 e = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
 inline float largest_halves(vf x) { return _mm512_reduce_max_ps(x.v); }
 
 #define LAMP_OWN_FUNCTION

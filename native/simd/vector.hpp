@@ -4,6 +4,10 @@
 // Everything here rounds as IEEE float32 does: fma() is a true fused multiply-add in all three. max and min return the
 // second operand where one is NaN, in all three: the value that must keep its NaN goes there. The integer vectors are
 // those of the low-bit kernels (lowbit/integers.hpp).
+//
+// Results have the same bits in all three. So an array is never summed in as many lanes as a vector happens to have, but
+// in sixteen (`vrows`: one vector of sixteen or two of eight), number j in lane j mod 16, and these are added by
+// `sum_rows`; and exponentials are those of this page, never the C library's, which has its own for each machine.
 #pragma once
 
 #include <bit>
@@ -27,19 +31,39 @@ inline vf zero() { return set1(0.0f); }
 inline vf abs(vf x) { return bit_and(x, from_bits(0x7fffffffu)); }
 inline vf sign(vf x) { return bit_and(x, from_bits(0x80000000u)); }
 
-template <class Combine>
-inline float reduce(vf x, Combine combine) {
+// The largest lane; what comparisons with NaN give where there is one.
+inline float largest(vf x) {
   alignas(64) float lane[vf::width];
   store(lane, x);
   float r = lane[0];
-  for (int i = 1; i < vf::width; ++i) r = combine(r, lane[i]);
+  for (int i = 1; i < vf::width; ++i) r = r > lane[i] ? r : lane[i];
   return r;
 }
-inline float sum(vf x) {
-  return reduce(x, [](float a, float b) { return a + b; });
+inline float first_lane(vf x) {
+  alignas(64) float lane[vf::width];
+  store(lane, x);
+  return lane[0];
 }
-inline float largest(vf x) {
-  return reduce(x, [](float a, float b) { return a > b ? a : b; });
+
+constexpr int kSumLanes = 16, kRowVectors = kSumLanes / vf::width;
+static_assert(sizeof(vrows) == kSumLanes * sizeof(float));
+
+inline vrows rows_zero() {
+  vrows r;
+  for (auto& x : r.v) x = zero();
+  return r;
+}
+inline vrows rows_add(const vrows& a, const vrows& b) {
+  vrows r;
+  for (int i = 0; i < kRowVectors; ++i) r.v[i] = a.v[i] + b.v[i];
+  return r;
+}
+// The sum of sixteen lanes: lane i and lane i + 8, then i + 4, i + 2, i + 1.
+inline float sum_rows(const vrows& x) {
+  if constexpr (kRowVectors == 1)
+    return sum_halves(x.v[0]);
+  else
+    return sum_halves(x.v[0] + x.v[1]);
 }
 
 // exp(x) for x <= 0 (any x <= 88) to about one unit in the last place: Cody-Waite reduction by ln 2 and a polynomial
@@ -57,6 +81,9 @@ inline vf exp(vf x) {
   p = fma(p, r * r, r + set1(1.0f));
   return select(gt(set1(-87.33f), x), zero(), p * exp2_integer(n));
 }
+
+// The same for one number.
+inline float exp_one(float x) { return first_lane(exp(set1(x))); }
 
 // tanh(x) to about two units in the last place: an odd polynomial near zero, exponentials beyond 5/8.
 inline vf tanh(vf x) {

@@ -83,7 +83,7 @@ inline void blind(const lamp::Attention& p, std::ptrdiff_t batch, std::ptrdiff_t
 struct TileRows {
   Row rows[kAttentionRows];
   int count = 0;
-  std::ptrdiff_t last = 0;  // behind the last key
+  std::ptrdiff_t first = 0, last = 0;  // the first key that a row sees, and behind the last
   TileKeys keys = {};
 
   // Rows start ... of the rows (head of the group, query) of a key head.
@@ -91,7 +91,7 @@ struct TileRows {
            std::ptrdiff_t start) {
     const std::ptrdiff_t group = p.H / p.Hkv;
     count = static_cast<int>(std::min(kAttentionRows, group * p.Lq - start));
-    std::ptrdiff_t first = p.Lk;
+    first = p.Lk;
     for (int r = 0; r < count; ++r) {
       const std::ptrdiff_t head = kv * group + (start + r) / p.Lq, query = (start + r) % p.Lq;
       const std::ptrdiff_t index = p.row_index(batch, head, query);
@@ -138,6 +138,8 @@ inline void sum_values(const lamp::Attention& p, const TileRows& tile, const flo
   constexpr int kValueRows = 6;
   const TileKeys& keys = tile.keys;
   const float* v = p.v.at(keys.batch, keys.kv, keys.origin);
+  // From the first key that any row sees: before it, how far a tile reaches depends on the vectors' width.
+  const std::ptrdiff_t begin = std::max<std::ptrdiff_t>(0, tile.first - keys.origin);
   float* out[kAttentionRows];
   for (int r = 0; r < tile.count; ++r)
     out[r] = p.out + ((keys.batch * p.Lq + tile.rows[r].query) * p.H + tile.rows[r].head) * p.Dv;
@@ -146,9 +148,9 @@ inline void sum_values(const lamp::Attention& p, const TileRows& tile, const flo
     std::ptrdiff_t end = 0;
     for (int i = 0; i < some; ++i) end = std::max(end, std::min(tile.rows[r + i].keys.last, tile.last) - keys.origin);
     if (some == kValueRows)
-      values_rows<kValueRows>(probability + r, v, p.v.row, 0, end, out + r, p.Dv);
+      values_rows<kValueRows>(probability + r, v, p.v.row, begin, end, out + r, p.Dv);
     else
-      values_rows<1>(probability + r, v, p.v.row, 0, end, out + r, p.Dv);
+      values_rows<1>(probability + r, v, p.v.row, begin, end, out + r, p.Dv);
     r += some;
   }
   for (int r = 0; r < tile.count; ++r)
@@ -197,9 +199,11 @@ void attention(const lamp::Attention& call) {
   const bool own_keys = p.exact_k.data != nullptr;
   if (!p.exact_q.data) p.exact_q = p.q;
   if (!own_keys) p.exact_k = p.k;
-  Packed& packed = workspace_packed();
+  const LentPacked<> lent;
+  const LentPacked<Operand::exact> lent_exact;
+  Packed& packed = *lent;
   pack_keys(p, p.k, packed);
-  Packed& exact = own_keys ? workspace_packed<Operand::exact>() : packed;
+  Packed& exact = own_keys ? *lent_exact : packed;
   if (own_keys) pack_keys(p, p.exact_k, exact);
   Magnitudes seen;
   for (std::ptrdiff_t b = 0; b < p.B; ++b)

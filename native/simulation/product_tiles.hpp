@@ -18,6 +18,9 @@ constexpr int kVectors = 4;
 constexpr std::ptrdiff_t kColumns = kVectors * vf::width;  // columns of one packed block
 
 // What a micro-kernel works on: `rows` row pointers, one packed block (K x kColumns), and where results go.
+//
+// A sum that is too long to be packed at once comes in pieces. `out`, `squares` and `carry` then hold its state between
+// them: the accumulator (of promoted sums the total), the squares, and what a block or a run that isn't over has so far.
 struct Block {
   const float* const* a;
   std::ptrdiff_t a_k;
@@ -25,6 +28,9 @@ struct Block {
   std::ptrdiff_t K;
   float* const* out;
   float* const* squares;
+  std::ptrdiff_t before = 0;      // products that earlier pieces have summed
+  bool last = true;               // no piece comes after this one
+  float* const* carry = nullptr;  // there where there are several pieces
 };
 
 template <bool Fused>
@@ -36,9 +42,20 @@ inline vf multiply_add(vf a, vf b, vf c) {
 template <class Round, Form F, bool Fused, bool Squares, int Rows>
 void micro(const Accumulation& how, const Block& block) {
   const Round round(how.grid);
-  vf acc[Rows][kVectors], total[Rows][kVectors], squares[Rows][kVectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < kVectors; ++j) acc[i][j] = total[i][j] = squares[i][j] = zero();
+  // `inner` is the sum of the block or run under way, `acc` what goes over into it: the accumulator or, of promoted
+  // sums, the total. Strict sums have the accumulator alone.
+  vf acc[Rows][kVectors], inner[Rows][kVectors], squares[Rows][kVectors];
+  const auto each = [&](auto&& apply) {
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < kVectors; ++j) apply(i, j, j * vf::width);
+  };
+  each([&](int i, int j, int) { acc[i][j] = inner[i][j] = squares[i][j] = zero(); });
+  if (block.before > 0)
+    each([&](int i, int j, int at) {
+      acc[i][j] = load(block.out[i] + at);
+      if (F != Form::strict) inner[i][j] = load(block.carry[i] + at);
+      if constexpr (Squares) squares[i][j] = load(block.squares[i] + at);
+    });
 
   const auto step = [&](std::ptrdiff_t k, auto&& apply) {
     const float* b = block.b + k * kColumns;
@@ -47,50 +64,43 @@ void micro(const Accumulation& how, const Block& block) {
       for (int j = 0; j < kVectors; ++j) apply(i, j, a, load(b + j * vf::width));
     }
   };
-  const auto note_square = [&](int i, int j) {
-    if constexpr (Squares) squares[i][j] = fma(acc[i][j], acc[i][j], squares[i][j]);
+  const auto note_square = [&](int i, int j, vf x) {
+    if constexpr (Squares) squares[i][j] = fma(x, x, squares[i][j]);
   };
 
   if constexpr (F == Form::strict) {
     for (std::ptrdiff_t k = 0; k < block.K; ++k)
       step(k, [&](int i, int j, vf a, vf b) {
         acc[i][j] = round(multiply_add<Fused>(a, b, acc[i][j]));
-        note_square(i, j);
+        note_square(i, j, acc[i][j]);
       });
-  } else if constexpr (F == Form::block) {
-    for (std::ptrdiff_t start = 0; start < block.K; start += how.block) {
-      vf partial[Rows][kVectors];
-      for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < kVectors; ++j) partial[i][j] = zero();
-      const std::ptrdiff_t end = std::min<std::ptrdiff_t>(start + how.block, block.K);
-      for (std::ptrdiff_t k = start; k < end; ++k)
-        step(k, [&](int i, int j, vf a, vf b) { partial[i][j] = multiply_add<Fused>(a, b, partial[i][j]); });
-      for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < kVectors; ++j) {
-          acc[i][j] = round(acc[i][j] + partial[i][j]);
-          note_square(i, j);
-        }
-    }
   } else {
-    for (std::ptrdiff_t start = 0; start < block.K; start += how.promote) {
-      for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < kVectors; ++j) acc[i][j] = zero();
-      const std::ptrdiff_t end = std::min<std::ptrdiff_t>(start + how.promote, block.K);
+    const std::ptrdiff_t length = F == Form::block ? how.block : how.promote;
+    for (std::ptrdiff_t start = 0; start < block.K;) {
+      const std::ptrdiff_t done = (block.before + start) % length;
+      const std::ptrdiff_t end = std::min(start + length - done, block.K);
       for (std::ptrdiff_t k = start; k < end; ++k)
         step(k, [&](int i, int j, vf a, vf b) {
-          acc[i][j] = round(multiply_add<Fused>(a, b, acc[i][j]));
-          note_square(i, j);
+          const vf sum = multiply_add<Fused>(a, b, inner[i][j]);
+          inner[i][j] = F == Form::block ? sum : round(sum);
+          if (F == Form::promote) note_square(i, j, inner[i][j]);
         });
-      for (int i = 0; i < Rows; ++i)
-        for (int j = 0; j < kVectors; ++j) total[i][j] = total[i][j] + acc[i][j];
+      const bool over = done + end - start == length || (end == block.K && block.last);
+      if (over)
+        each([&](int i, int j, int) {
+          acc[i][j] = F == Form::block ? round(acc[i][j] + inner[i][j]) : acc[i][j] + inner[i][j];
+          if (F == Form::block) note_square(i, j, acc[i][j]);
+          inner[i][j] = zero();
+        });
+      start = end;
     }
   }
 
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < kVectors; ++j) {
-      store(block.out[i] + j * vf::width, F == Form::promote ? total[i][j] : acc[i][j]);
-      if constexpr (Squares) store(block.squares[i] + j * vf::width, squares[i][j]);
-    }
+  each([&](int i, int j, int at) {
+    store(block.out[i] + at, acc[i][j]);
+    if (F != Form::strict && !block.last) store(block.carry[i] + at, inner[i][j]);
+    if constexpr (Squares) store(block.squares[i] + at, squares[i][j]);
+  });
 }
 
 // A micro-kernel for `rows` rows at a time and one for a single row, for what is left over.
@@ -106,12 +116,14 @@ struct Micro {
       block.a += rows;
       block.out += rows;
       block.squares += block.squares ? rows : 0;
+      block.carry += block.carry ? rows : 0;
     }
     for (; count > 0; --count) {
       one(how, block);
       ++block.a;
       ++block.out;
       block.squares += block.squares ? 1 : 0;
+      block.carry += block.carry ? 1 : 0;
     }
   }
 };
@@ -207,6 +219,18 @@ inline void scale_and_round(float* y, std::ptrdiff_t n, float scaling, const Gri
   }
 }
 
+// Columns [first, first + columns) of a matrix, k from [k, k + K), into K x kColumns, zero-padded.
+inline void pack_block(const float* source, std::ptrdiff_t k_stride, std::ptrdiff_t column_stride, std::ptrdiff_t K,
+                       std::ptrdiff_t columns, float* target) {
+  if (columns < kColumns) std::fill_n(target, K * kColumns, 0.0f);
+  if (column_stride == 1) {
+    for (std::ptrdiff_t k = 0; k < K; ++k) std::copy_n(source + k * k_stride, columns, target + k * kColumns);
+  } else {
+    for (std::ptrdiff_t j = 0; j < columns; ++j)
+      for (std::ptrdiff_t k = 0; k < K; ++k) target[k * kColumns + j] = source[k * k_stride + j * column_stride];
+  }
+}
+
 // b (K x N, any strides) in blocks of kColumns columns, each K x kColumns, zero-padded; also their magnitudes.
 struct Packed {
   std::ptrdiff_t blocks = 0, K = 0;
@@ -231,28 +255,36 @@ struct Packed {
     magnitudes.assign(static_cast<std::size_t>(matrices * blocks), Magnitudes());
     lamp::parallel(threads, matrices * blocks, [&](std::ptrdiff_t item) {
       const std::ptrdiff_t matrix = item / blocks, first = item % blocks * kColumns;
-      const std::ptrdiff_t columns = std::min(kColumns, N - first);
-      const float* source = b + matrix_offset[matrix] + first * column_stride;
       float* target = data.data() + item * K * kColumns;
-      if (columns < kColumns) std::fill_n(target, K * kColumns, 0.0f);
-      if (column_stride == 1) {
-        for (std::ptrdiff_t k = 0; k < K; ++k) std::copy_n(source + k * k_stride, columns, target + k * kColumns);
-      } else {
-        for (std::ptrdiff_t j = 0; j < columns; ++j)
-          for (std::ptrdiff_t k = 0; k < K; ++k) target[k * kColumns + j] = source[k * k_stride + j * column_stride];
-      }
+      pack_block(b + matrix_offset[matrix] + first * column_stride, k_stride, column_stride, K,
+                 std::min(kColumns, N - first), target);
       magnitudes[static_cast<std::size_t>(item)].add(target, K * kColumns);
     });
   }
+  // Gives memory beyond what most calls need back.
+  void trim() {
+    if (data.capacity() * sizeof(float) > lamp::kKeptBytes) std::vector<float>().swap(data);
+  }
 };
 
-// The caller's thread keeps the memory of two between calls: of the low-precision operand, and of the exact one.
+// The caller's thread keeps the memory of two between calls, up to lamp::kKeptBytes each: of the low-precision operand,
+// and of the exact one. Lent for one call, which may end with an exception.
 enum class Operand { low, exact };
 template <Operand Which = Operand::low>
-inline Packed& workspace_packed() {
-  thread_local Packed packed;
-  return packed;
-}
+class LentPacked {
+ public:
+  LentPacked() = default;
+  LentPacked(const LentPacked&) = delete;
+  LentPacked& operator=(const LentPacked&) = delete;
+  ~LentPacked() { packed().trim(); }
+  Packed& operator*() const { return packed(); }
+
+ private:
+  static Packed& packed() {
+    thread_local Packed own;
+    return own;
+  }
+};
 
 void products(const lamp::Products& p);
 void recompute(const lamp::Recompute& p);

@@ -103,13 +103,16 @@ class RowSoftmax {
     }
     float shift = largest(top);
     if (p_.sinks) shift = std::max(shift, p_.sinks[head]);
-    vf total = zero();
-    for (std::ptrdiff_t j = 0; j < width; j += vf::width) {
-      const vf term = select(mask_bytes(&tile_.visible[at(j)]), exp(load(e + j) - set1(shift)), zero());
-      store(e + j, term);
-      total = total + term;
-    }
-    sum_ = sum(total) + (p_.sinks ? std::exp(p_.sinks[head] - shift) : 0.0f);
+    // A tile begins at a multiple of sixteen keys, so that a key's lane is its number's, whatever the tile.
+    vrows total = rows_zero();
+    for (std::ptrdiff_t j = 0; j < width; j += kSumLanes)
+      for (int i = 0; i < kRowVectors; ++i) {
+        const std::ptrdiff_t k = j + i * vf::width;
+        const vf term = select(mask_bytes(&tile_.visible[at(k)]), exp(load(e + k) - set1(shift)), zero());
+        store(e + k, term);
+        total.v[i] = total.v[i] + term;
+      }
+    sum_ = sum_rows(total) + (p_.sinks ? exp_one(p_.sinks[head] - shift) : 0.0f);
   }
 
   // The weight of the rule as torchlamp.rules.ThresholdForm states it, factor by factor in its order; `z` is the
@@ -154,7 +157,7 @@ class RowSoftmax {
         top = max(w, top);
         total = total + w;
       }
-      threshold *= std::isnan(sum(total)) ? std::numeric_limits<float>::quiet_NaN() : largest(top);
+      threshold *= std::isnan(sum_halves(total)) ? std::numeric_limits<float>::quiet_NaN() : largest(top);
     }
     const bool running = p_.weight == lamp::RuleWeight::running;
     const vf bound = set1(threshold), huge = set1(std::numeric_limits<float>::max());

@@ -26,14 +26,10 @@ struct Grid {
   bool is_float32() const { return has_float32_range() && mantissa_bits == 23; }
 };
 
-// The exponent of the largest elements of groups, 4 and 6, as microscaling makes them.
-constexpr int kElementExponent = 2;
-
 // A matrix unit (torchlamp.kernels.specification.Fuse): `length` products and the accumulator, aligned and truncated.
 struct Fuse {
   int length = 0;  // 0: none
   int bits = 1;
-  int group = 1;  // products that are summed before they are aligned
   bool nearest = false;
   int floor_a = -126;
   int floor_b = -126;

@@ -70,56 +70,6 @@ inline void unit_group(const Grid& g, const Fuse& f, const float* a, std::ptrdif
   }
 }
 
-// The same where f.group products are summed before they are aligned, by the exponents of their largest operands.
-inline void unit_group_of_groups(const Grid& g, const Fuse& f, const float* a, std::ptrdiff_t a_k, const float* b,
-                                 std::ptrdiff_t first, std::ptrdiff_t last, float* acc) {
-  const double scale = std::ldexp(1.0, f.bits), zero_term = std::ldexp(1.0, f.zero_exponent);
-  const double elements = std::ldexp(1.0, -2 * lamp::kElementExponent);
-  double most[kColumns], plain[kColumns], sum[kColumns];
-  const auto groups = static_cast<std::size_t>((last - first + f.group - 1) / f.group);
-  thread_local std::vector<double> terms;
-  terms.resize(groups * static_cast<std::size_t>(kColumns));
-  for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
-    const double c = acc[j];
-    plain[j] = c;
-    most[j] = c == 0.0 ? zero_term : std::max(std::ldexp(1.0, g.min_exponent), exponent_of(c));
-  }
-  double* term = terms.data();
-  for (std::ptrdiff_t start = first; start < last; start += f.group, term += kColumns) {
-    const std::ptrdiff_t end = std::min<std::ptrdiff_t>(start + f.group, last);
-    double largest_a = 0.0, largest_b[kColumns] = {};
-    bool any[kColumns] = {};
-    std::fill_n(term, kColumns, 0.0);
-    for (std::ptrdiff_t k = start; k < end; ++k) {
-      const double x = a[k * a_k];
-      largest_a = std::max(largest_a, exponent_of(x));
-      for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
-        const double product = x * b[k * kColumns + j];
-        largest_b[j] = std::max(largest_b[j], exponent_of(b[k * kColumns + j]));
-        any[j] = any[j] || product != 0.0;
-        term[j] += product;
-      }
-    }
-    for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
-      plain[j] += term[j];
-      if (any[j]) most[j] = std::max(most[j], largest_a * largest_b[j] * elements);
-    }
-  }
-  for (std::ptrdiff_t j = 0; j < kColumns; ++j) sum[j] = std::trunc(acc[j] * (scale / most[j]));
-  for (std::size_t group = 0; group < groups; ++group)
-    for (std::ptrdiff_t j = 0; j < kColumns; ++j)
-      sum[j] += std::trunc(terms[group * static_cast<std::size_t>(kColumns) + static_cast<std::size_t>(j)] *
-                           (scale / most[j]));
-  for (std::ptrdiff_t j = 0; j < kColumns; ++j) {
-    if (std::isnan(plain[j]))
-      acc[j] = kQuietNan;
-    else if (std::isinf(plain[j]))
-      acc[j] = static_cast<float>(plain[j]);
-    else
-      acc[j] = unit_round(sum[j] * (most[j] / scale), g, f.nearest);
-  }
-}
-
 template <bool Squares>
 void unit_exact(const Accumulation& how, const Block& block) {
   alignas(64) float acc[kColumns], total[kColumns] = {}, squares[kColumns] = {};
@@ -129,9 +79,8 @@ void unit_exact(const Accumulation& how, const Block& block) {
     const std::ptrdiff_t end = std::min(start + run, block.K);
     std::fill_n(acc, kColumns, 0.0f);
     for (std::ptrdiff_t k = start; k < end; k += how.fuse.length) {
-      const auto group = how.fuse.group > 1 ? unit_group_of_groups : unit_group;
-      group(how.grid, how.fuse, block.a[0], block.a_k, block.b, k,
-            std::min<std::ptrdiff_t>(k + how.fuse.length, end), acc);
+      unit_group(how.grid, how.fuse, block.a[0], block.a_k, block.b, k,
+                 std::min<std::ptrdiff_t>(k + how.fuse.length, end), acc);
       if constexpr (Squares)
         for (std::ptrdiff_t j = 0; j < kColumns; ++j) squares[j] = std::fma(acc[j], acc[j], squares[j]);
     }
@@ -256,7 +205,7 @@ void unit_fast(const Accumulation& how, const Block& block) {
 // A nonzero accumulator is a multiple of 2^-25 times the smallest product or exponent, so it never falls below 2^-85.
 inline bool unit_is_fast(const Accumulation& how, const Magnitudes& a, const Magnitudes& b, std::ptrdiff_t K) {
   const Fuse& f = how.fuse;
-  if (f.group > 1 || !how.grid.has_float32_range() || f.nearest || f.bits > 25 || !a.finite() || !b.finite()) return false;
+  if (!how.grid.has_float32_range() || f.nearest || f.bits > 25 || !a.finite() || !b.finite()) return false;
   if (a.all_zero() || b.all_zero()) return true;
   constexpr float normal = std::numeric_limits<float>::min();
   return a.smallest() >= normal && b.smallest() >= normal &&

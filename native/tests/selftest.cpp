@@ -88,13 +88,24 @@ float draw(std::mt19937& random, Data kind) {
   }
 }
 
-void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Accumulation& how, Data kind) {
+struct Shape {
+  std::ptrdiff_t group, G, M, K, N;
+};
+
+Shape small_shape(std::mt19937& random) {
+  const auto below = [&](unsigned n) { return static_cast<std::ptrdiff_t>(random() % n); };
+  const std::ptrdiff_t group = 1 + below(3);
+  return {group, group * (1 + below(2)), 1 + below(60), below(70), 1 + below(150)};
+}
+
+void test_products(const lamp::Kernels& kernels, std::mt19937& random, const Accumulation& how, Data kind,
+                   const Shape& shape) {
   lamp::Products p;
-  p.group = 1 + static_cast<std::ptrdiff_t>(random() % 3);
-  p.G = p.group * static_cast<std::ptrdiff_t>(1 + random() % 2);
-  p.M = static_cast<std::ptrdiff_t>(1 + random() % 60);
-  p.K = static_cast<std::ptrdiff_t>(random() % 70);
-  p.N = static_cast<std::ptrdiff_t>(1 + random() % 150);
+  p.group = shape.group;
+  p.G = shape.G;
+  p.M = shape.M;
+  p.K = shape.K;
+  p.N = shape.N;
   std::vector<float> a(static_cast<std::size_t>(p.G * p.M * p.K)), b(static_cast<std::size_t>(p.G * p.N * p.K));
   for (float& x : a) x = draw(random, kind);
   for (float& x : b) x = draw(random, kind);
@@ -331,7 +342,15 @@ int main(int count, char** arguments) {
     for (const Grid& grid : grids)
       for (const Data kind : {Data::normal, Data::tiny, Data::huge, Data::special})
         for (const auto& [block, promote] : {std::pair{1, 0}, std::pair{16, 0}, std::pair{1, 20}})
-          for (const bool fused : {true, false}) test_products(*kernels, random, {grid, fused, block, promote}, kind);
+          for (const bool fused : {true, false})
+            test_products(*kernels, random, {grid, fused, block, promote}, kind, small_shape(random));
+    // Too large to be packed at once: many narrow matrices, and sums so long that they come in pieces.
+    for (const auto& [block, promote] : {std::pair{1, 0}, std::pair{7, 0}, std::pair{300000, 0}, std::pair{1, 128},
+                                         std::pair{1, 300000}}) {
+      test_products(*kernels, random, {wide(4), true, block, promote}, Data::normal, {2, 14000, 1, 80, 1});
+      test_products(*kernels, random, {wide(7), true, block, promote}, Data::normal, {1, 1, 2, 530000, 1});
+      test_products(*kernels, random, {grids[5], false, block, promote}, Data::special, {1, 1, 1, 530001, 2});
+    }
     for (int i = 0; i < 20; ++i) test_recompute(*kernels, random);
     for (int i = 0; i < 5; ++i)
       for (const auto weight : {lamp::RuleWeight::strict, lamp::RuleWeight::relaxed, lamp::RuleWeight::running, lamp::RuleWeight::topz})

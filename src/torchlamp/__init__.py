@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchlamp.arithmetic.rounding import round_to
     from torchlamp.evaluation.evaluate import evaluate
     from torchlamp.huggingface.calibrate import calibrate
+    from torchlamp.huggingface.fold import fold
     from torchlamp.huggingface.lookahead import attach, detach, lookahead
     from torchlamp.huggingface.lookahead_cache import LookaheadCache
     from torchlamp.huggingface.prepare import prepare
@@ -47,6 +48,7 @@ _HOMES = {
     "compose": "simulation.compose",
     "detach": "huggingface.lookahead",
     "evaluate": "evaluation.evaluate",
+    "fold": "huggingface.fold",
     "load": "models.load",
     "lookahead": "huggingface.lookahead",
     "matmul": "arithmetic.matmul",
@@ -71,6 +73,7 @@ __all__ = [
     "compose",
     "detach",
     "evaluate",
+    "fold",
     "load",
     "lookahead",
     "matmul",

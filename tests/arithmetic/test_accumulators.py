@@ -48,7 +48,7 @@ def test_a_name_stands_for_its_spelling(name):
     assert accumulator == Accumulator.parse(NAMED[name])
     assert hash(accumulator) == hash(Accumulator.parse(NAMED[name]))
     assert str(Accumulator.parse(NAMED[name])) == NAMED[name]
-    for spelling in (name, f"int4@{name}.center"):  # int4 enters every unit
+    for spelling in (name, f"int3@{name}.center"):  # int3 enters every unit
         policy = Policy.parse(f"{spelling}+strict:0.1")
         assert str(policy) == f"{spelling}+strict:0.1"
         assert Policy.parse(str(policy)) == policy

@@ -100,6 +100,9 @@ def test_unknown_names_list_what_is_allowed(name):
         ("tf23", "tf32"),
         ("float16", "fp16"),
         ("float8_e4m3fn", "e4m3fn"),
+        ("ps0", "ps1"),
+        ("ps24", "ps23"),
+        ("ps04", "ps4"),
     ],
 )
 def test_the_nearest_name_is_suggested(name, nearest):

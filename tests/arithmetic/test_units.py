@@ -4,24 +4,18 @@
 """
 
 import functools
-import importlib
 import os
-import sys
-import types
 
 import pytest
 import torch
 
+from hardware import nv_ptx
 from operands import same_bits
 from torchlamp import matmul
 from torchlamp.arithmetic import Accumulator
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.units import UNITS
 from torchlamp.policy.policy import Policy
-
-# The FMA of mmasim's float64 units, which would be compiled when it is imported; no unit here has it.
-sys.modules.setdefault("mmasim.arithmetic.fma", types.ModuleType("fma"))
-nv_ptx = importlib.import_module("mmasim.nv_ptx")
 
 DOTS = int(os.environ.get("UNIT_DOTS", "1280"))
 SIDE = 16

@@ -90,3 +90,23 @@ def test_version_and_help():
 def test_help_loads_no_torch():
     code = "import sys, torchlamp.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_summaries_are_whole_at_any_width(monkeypatch):
+    """Every word of every summary, and the arguments by their names, without hidden ones."""
+    summaries = {}
+    for width in ("50", "80", "200"):
+        monkeypatch.setenv("COLUMNS", width)
+        text = " ".join(run("--help").stdout.partition("Commands:")[2].split())
+        assert text.count("...") == 1  # of `lm-eval`, whose summary ends so
+        assert "…" not in text
+        summaries[width] = text
+    assert summaries["50"] == summaries["80"] == summaries["200"]
+    for command, usage in (
+        ("evaluate", "evaluate [OPTIONS] MODEL"),
+        ("generate", "generate [OPTIONS] MODEL [PROMPT]"),
+        ("report", "report [OPTIONS] DIR ..."),
+        ("inspect", "inspect [OPTIONS] MODEL TEXT"),
+    ):
+        assert run(command, "--help").stdout.splitlines()[0].endswith(usage)
+    assert run("cache", "clear", "--help").stdout.splitlines()[0].endswith("clear [OPTIONS] [NAME ...]")

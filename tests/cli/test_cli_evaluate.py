@@ -138,7 +138,7 @@ def test_an_unwritable_output_is_found_before_the_work(tmp_path):
     assert "no folder" in error_line(run("evaluate", "no.gguf", "--json", tmp_path / "missing" / "out.json"))
 
 
-@pytest.mark.parametrize("arguments", ["--windows 0", "--window-length 1"])
+@pytest.mark.parametrize("arguments", ["--windows 0", "--window-length 1", "--seed -1", f"--seed {2**64}"])
 def test_impossible_sizes_are_found_before_the_model_is_loaded(arguments):
     assert "no.gguf" not in error_line(run("evaluate", "no.gguf", *arguments.split()))
 

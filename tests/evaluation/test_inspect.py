@@ -118,3 +118,14 @@ def test_places_count_the_first_column_and_the_diagonals(tiny):
     shares = [int(re.match(r"\d+", share)[0]) for share in diagonal_shares(everything).values()]
     assert shares == [round(100 * n / total), round(100 * (n - 1) / total), round(100 * (n - 2) / total)]
     assert diagonal_shares(inspect(*tiny, WORDS, "ps3+none")) == {}
+
+
+def test_each_modules_training_mode_is_put_back(tiny):
+    model, tokenizer = tiny
+    layer = model.model.layers[1]
+    layer.train()
+    try:
+        inspect(model, tokenizer, WORDS, "ps3+strict:0.2")
+        assert [module for module in model.modules() if module.training] == list(layer.modules())
+    finally:
+        model.eval()

@@ -280,3 +280,9 @@ def test_the_entry_point_leads_here():
     ]
     module, _, name = declared["lamp"].partition(":")
     assert (module, name) == (LampLM.__module__, LampLM.__name__)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "a", None])
+def test_seeds_are_whole_numbers(tiny_folder, seed):
+    with pytest.raises(ValueError, match=f"seed={seed!r}: a whole number of 0 or more is expected"):
+        LampLM(str(tiny_folder), policy="ps4+random:0.1", seed=seed)

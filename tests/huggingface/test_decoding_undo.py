@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -63,11 +64,11 @@ def test_other_tools_replacements_stay(build, tokens):
 @pytest.mark.parametrize("policy", ["qkv=int8", "scores=int8, values=int8", GUARDED])
 def test_a_model_is_prepared_once_at_a_time(build, policy):
     model = build("llama")
-    with prepare(model, policy), pytest.raises(ValueError, match="prepared, or under a policy, already"):
+    with prepare(model, policy), pytest.raises(ValueError, match=r"is prepared for low-bit decoding already"):
         prepare(model, "lm_head=int8")
     assert is_untouched(model)
     for simulated in ("ps4+strict:0.1", "qkv=ps4+none"):
-        with torchlamp.lookahead(model, simulated), pytest.raises(ValueError, match="undo that first"):
+        with torchlamp.lookahead(model, simulated), pytest.raises(ValueError, match="under a policy already"):
             prepare(model, policy)
 
 
@@ -179,3 +180,33 @@ def test_a_simulated_policy_on_a_prepared_model_is_refused_and_takes_nothing_awa
     with torchlamp.lookahead(model, "ps4+none") as statistics:
         model(x)
     assert statistics.eligible > 0
+
+
+@pytest.mark.parametrize("policy", [GUARDED, None])
+def test_a_prepared_model_can_be_pickled(build, tokens, policy):
+    model, x = build("llama"), tokens(2, 9)
+    with prepare(model, policy) as prepared:
+        want = generated(model, x)
+        once = pickle.loads(pickle.dumps(model))
+        other = pickle.loads(pickle.dumps(prepared))
+        seen = prepared.statistics.eligible
+        assert torch.equal(generated(once, x), want)
+        assert torch.equal(generated(other.model, x), want)
+        assert prepared.statistics.eligible == seen > 0
+    other.undo()
+    assert is_untouched(other.model)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_weights_are_refused(build, tokens, length):
+    """There are none to give: an empty tuple would look like a model without attention."""
+    model = build("llama")
+    with prepare(model, GUARDED) as prepared:
+        cache = prepared.cache()
+        model(tokens(1, 4), past_key_values=cache)
+        with pytest.raises(
+            ValueError, match="output_attentions=True: the attention 'lamp-decode' doesn't return"
+        ):
+            model(tokens(1, length), past_key_values=cache, output_attentions=True)
+        with pytest.raises(ValueError, match="output_attentions"):
+            model.config.output_attentions = True

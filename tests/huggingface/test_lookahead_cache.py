@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from torchlamp.huggingface.decode_attention import decode_attention
@@ -160,6 +161,45 @@ def test_restore_refuses(llama, tmp_path):
     (tmp_path / "none").write_bytes(b"x" * 100)
     with pytest.raises(OSError, match="no saved cache"):
         cache.restore(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"scores": "int4+all"}, "key_bits=8 in layer 0, this cache has key_bits=4"),
+        ({"values": "int4+all"}, "value_bits=8 in layer 0, this cache has value_bits=4"),
+        ({"full": "float16"}, "full=float32 in layer 0, this cache has full=float16"),
+        ({"center": False}, "center=True in layer 0, this cache has center=False"),
+        ({"hadamard": False}, "hadamard=True in layer 0, this cache has hadamard=False"),
+    ],
+)
+def test_restore_refuses_other_options(llama, tokens, tmp_path, other, said):
+    """They say what the numbers mean: restored under others, the cache would give wrong results."""
+    cache = LookaheadCache(llama.config, **EXACT)
+    steps(llama, cache, tokens(1, 20), 19)
+    cache.save(tmp_path / "cache")
+    different = LookaheadCache(llama.config, **(EXACT | other))
+    with pytest.raises(ValueError, match=f"saved with {said}: make the cache with the same options"):
+        different.restore(tmp_path / "cache")
+    assert different.get_seq_length() == 0
+
+
+def test_restore_refuses_other_windows_and_files_without_options(build, llama, tmp_path):
+    LookaheadCache(build("mistral").config).save(tmp_path / "cache")
+    with pytest.raises(ValueError, match="sliding_window=6 in layer 0, this cache has sliding_window=None"):
+        LookaheadCache(llama.config).restore(tmp_path / "cache")
+    save_file({"0.seen": torch.tensor([0, 0])}, tmp_path / "older")
+    with pytest.raises(ValueError, match="doesn't say with which options it was saved"):
+        LookaheadCache(llama.config).restore(tmp_path / "older")
+
+
+def test_thresholds_may_differ(llama, tokens, tmp_path):
+    cache = LookaheadCache(llama.config, **EXACT)
+    steps(llama, cache, tokens(1, 20), 19)
+    cache.save(tmp_path / "cache")
+    other = LookaheadCache(llama.config, scores="int8+running:0.1", values="int8", full="float32")
+    other.restore(tmp_path / "cache")
+    assert other.get_seq_length() == 20
 
 
 def test_memory(llama, tokens):

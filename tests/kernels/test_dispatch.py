@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -58,3 +60,29 @@ def test_a_native_object_is_made_once_for_an_instruction_set():
     handle.forget()
     handle.get(other, make)
     assert made == ["portable", "avx2", "avx2"]
+
+
+def test_slow_references_are_said_once_with_what_to_install(monkeypatch, caplog):
+    """As where no compiler was: the extension can't be imported."""
+    monkeypatch.delenv("TORCHLAMP_KERNELS", raising=False)
+    monkeypatch.setitem(sys.modules, "torchlamp._native", None)
+    monkeypatch.delattr("torchlamp._native", raising=False)
+    caches = (native._load, native._choose, native._warn)
+    try:
+        for cache in caches:
+            cache.cache_clear()
+        for _ in range(2):
+            native.warn_if_absent("decoding")
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    (said,) = caplog.messages
+    assert said.startswith("decoding runs in torch, many times slower than by native kernels: the native")
+    assert "install a C++20 compiler" in said
+    assert "run pip install" in said
+
+
+def test_native_kernels_say_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    native.warn_if_absent("decoding")
+    assert caplog.messages == []

@@ -1,4 +1,6 @@
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,26 +8,9 @@ import torch
 
 from tiny import TEXT, save_tiny_model
 from torchlamp.models import cache, conversion, hub, packaged
-from torchlamp.models import load as models
 from torchlamp.models.load import cache_entry, load
 
 IDS = torch.arange(20)[None]
-
-
-@pytest.fixture
-def converted(monkeypatch, tmp_path, tiny_folder):
-    """A stand-in .gguf file, converted to the tiny model; counts the conversions."""
-    monkeypatch.setenv("TORCHLAMP_CACHE", str(tmp_path / "cache"))
-    calls: list[Path] = []
-
-    def convert(gguf: Path):
-        calls.append(gguf)
-        return models._pretrained(str(tiny_folder), "tiny")
-
-    monkeypatch.setattr(conversion, "convert", convert)
-    source = tmp_path / "model.gguf"
-    source.write_bytes(b"GGUF stand-in")
-    return source, calls
 
 
 def logits(model) -> torch.Tensor:
@@ -167,9 +152,19 @@ def test_folder_without_a_model(tmp_path):
     with pytest.raises(OSError, match=r"it has no config\.json"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises((OSError, ValueError), match=r"can't be loaded|no complete") as caught:
+    with pytest.raises(
+        (OSError, ValueError), match=r"can't be loaded|no complete|holds no tokenizer"
+    ) as caught:
         load(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_folder_without_a_tokenizer(tiny_folder, tmp_path):
+    load(str(tiny_folder))[0].save_pretrained(tmp_path)
+    with pytest.raises(
+        OSError, match=r"holds no tokenizer \(.*\): write it there with tokenizer.save_pretrained$"
+    ):
+        load(str(tmp_path))
 
 
 def test_hub_name_without_network(monkeypatch, tmp_path):
@@ -182,6 +177,9 @@ def test_hub_name_without_network(monkeypatch, tmp_path):
     with pytest.raises(OSError, match=r"'no-such-organisation/no-model' .*no network") as caught:
         load("no-such-organisation/no-model")
     assert "\n" not in str(caught.value)
+    for slip in ("smollm2-135M", "gemma3-270"):
+        with pytest.raises((OSError, ValueError), match=f"did you mean '{slip.lower()[:9]}"):
+            load(slip)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +222,47 @@ def test_auto_keeps_the_checkpoints_dtype(tiny_folder, tmp_path, dtype):
     assert load(str(tmp_path))[0].dtype == torch.float32
     with pytest.raises(ValueError, match="dtype='int8': allowed are 'float32' and 'auto'"):
         load(str(tmp_path), dtype="int8")
+
+
+def _change_config(**values):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def _change_weights(change):
+    def changed(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return changed
+
+
+def _other_type(data):
+    return data.replace(b'"dtype":"F32"', b'"dtype":"X99"', 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        (_change_weights(lambda data: data[:-1000]), OSError, "are cut or damaged .*: get them again"),
+        (_change_weights(lambda data: data[:50]), OSError, "are cut or damaged"),
+        (_change_weights(lambda data: b""), OSError, "are cut or damaged"),
+        (_change_weights(_other_type), OSError, "are cut or damaged"),
+        (_change_config(num_attention_heads=0), ValueError, "can't be loaded: ZeroDivisionError"),
+        (_change_config(hidden_size="a"), ValueError, "can't be loaded: .*Field 'hidden_size' expected int"),
+        (_change_config(hidden_size=-3), ValueError, "can't be loaded: .*hidden size .-3. is not a multiple"),
+        (_change_config(dtype="float3"), ValueError, "can't be loaded: AttributeError"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), ValueError, "can't be loaded: TypeError"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[1]"), ValueError, "can't be loaded"),
+    ],
+)
+def test_folders_that_are_cut_or_misshapen(tiny_folder, tmp_path, change, kind, said):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    change(folder)
+    with pytest.raises(kind, match=said) as found:
+        load(str(folder))
+    assert len(str(found.value).splitlines()) == 1

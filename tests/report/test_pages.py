@@ -3,11 +3,12 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_sweep import write_sweep
+from sample_sweep import ALL_GROUPS, write_sweep
 
 from torchlamp.evaluation.inspect import inspect
 from torchlamp.report.data import read_report_data
@@ -96,6 +97,63 @@ def test_the_button_chooses_light_or_dark(browser, pages, name):
             tab.click("#theme")
         assert found == [("Theme: system", True), ("Theme: light", True), ("Theme: dark", False)]
         assert tab.inner_text("#theme") == "Theme: system"
+
+
+HOSTILE = """<img src=x onerror="window.hit='yes'"><script>window.hit='yes'</script><b>bold</b>"""
+
+
+def hostile_report(tiny: Any, folder: Path) -> str:
+    """A report whose strings end with HTML, but for those that the page compares with its own."""
+    data = read_report_data([write_sweep(tiny[0], folder, ALL_GROUPS[:1])])
+    for name in data.points.columns.drop(["rule", "tokens"]):
+        data.points[name] = data.points[name].map(
+            lambda v: v + HOSTILE if isinstance(v, str) and v != "all" else v
+        )
+    data.failed = [dict.fromkeys(point, HOSTILE) for point in data.failed]
+    data.notes = [HOSTILE]
+    data.environments = [{HOSTILE: HOSTILE, "list": [HOSTILE]}]
+    return report_page(data, [HOSTILE])
+
+
+def hostile_inspection(tiny: Any) -> str:
+    seen = inspect(*tiny, TEXT, "ps3+strict:0.5")
+    return inspect_page(replace(seen, policy=HOSTILE, tokens=[HOSTILE] * len(seen.tokens)), HOSTILE)
+
+
+@pytest.mark.parametrize("name", ["report", "inspect"])
+def test_html_in_results_and_texts_stays_text(browser, tiny, tmp_path, name):
+    page = tmp_path / f"{name}.html"
+    page.write_text(hostile_report(tiny, tmp_path) if name == "report" else hostile_inspection(tiny))
+    with opened(browser, page) as tab:
+        assert "onerror" in tab.inner_text("main")
+        for select in tab.locator("select:visible").all():
+            for value in [option.get_attribute("value") for option in select.locator("option").all()][-2:]:
+                if value in [option.get_attribute("value") for option in select.locator("option").all()]:
+                    select.select_option(value)
+        assert tab.evaluate("window.hit") is None
+        assert tab.locator("body img, body b, .plot script").count() == 0
+        assert tab.locator("script").count() == 3
+        if name == "report":
+            tab.select_option("#site", index=0)
+            tab.select_option("#accumulate", "")
+            assert "onerror" in tab.inner_text("#points tbody")
+            assert "onerror" in tab.inner_text("#equal tbody")
+            assert tab.evaluate("document.getElementById('pareto').data[0].text[0]").count("<b>") == 1
+        else:
+            assert "<b>" not in tab.evaluate("document.getElementById('map').data[0].text[2][1]")
+
+
+@pytest.mark.parametrize("name", ["report", "inspect"])
+def test_the_browser_refuses_scripts_that_the_page_did_not_bring(browser, pages, tmp_path, name):
+    """What would happen if text became HTML after all: the content-security policy stops it."""
+    page = tmp_path / f"{name}.html"
+    page.write_text(pages[name].read_text("utf-8").replace("</main>", HOSTILE + "</main>"))
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    tab.wait_for_selector(".plot .main-svg")
+    assert tab.locator("main img").count() == 1
+    assert tab.evaluate("window.hit") is None
+    tab.close()
 
 
 def test_controls_of_the_report_change_what_is_shown(browser, pages):

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from sample_sweep import ALL_GROUPS, point_line, point_of, write_sweep
 from typer.testing import CliRunner
 
 import torchlamp.report.report as report_module
 from torchlamp.cli import app
+from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.report.data import read_report_data
 from torchlamp.report.figures import figures, save
 from torchlamp.report.figures_data import figures_data
@@ -146,3 +148,35 @@ def test_inspect_writes_its_page(tiny_folder, tmp_path):
     refused = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "no" / "page.html")])
     assert refused.exit_code == 2
     assert "there is no folder" in refused.output
+
+
+@pytest.mark.parametrize("length", [128, 4000])
+def test_long_names_of_models_and_texts(tiny, tmp_path, length):
+    """A path of 128 characters is nothing unusual; a file name has 255 at most."""
+    result = evaluate(
+        tiny[0], torch.arange(3, 43).view(1, 40), "ps3+strict:1", baselines=False, model_name="tiny"
+    ).to_dict()
+    ends = ("one", "two")
+    lines = [
+        point_line(
+            point_of("ps3+strict:1", model=f"{end}/" + "m" * length, text=f"{end}/" + "ä" * length), result
+        )
+        for end in ends
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(lines))
+    files = report([tmp_path])
+    assert len({file.name for file in files}) == len(files)
+    assert max(len(file.name.encode()) for file in files) <= 255
+    assert sum(file.name.startswith("kl-rate-") for file in files) == 3 * len(ends)
+
+
+def test_a_file_in_the_place_of_the_folder(sweep, tmp_path):
+    path = tmp_path / "passwd"
+    path.write_text("root")
+    result = CliRunner().invoke(app, ["report", str(sweep), "--output", str(path)])
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == f"torchlamp: error: can't write a report into {str(path)!r}: it is a file, give a folder\n"
+    )
+    assert path.read_text() == "root"

@@ -10,6 +10,7 @@ from sample_sweep import point_line, point_of
 from torchlamp.evaluation.cost import Shape, costs
 from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.report.data import read_report_data
+from torchlamp.sweep.folder import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +178,31 @@ def test_one_name_for_two_texts_is_refused(results, tmp_path):
     lines = [line(results, "ps3+none"), line(results, "ps3+strict:0.1", result=other)]
     with pytest.raises(ValueError, match="different tokens"):
         read_report_data([folder_of(tmp_path, lines)])
+
+
+@pytest.mark.parametrize("layers", ["<img src=x>", ["<img src=x>"], [True], {"a": 1}, 3])
+def test_layers_are_numbers(results, tmp_path, layers):
+    lines = [line(results, "ps3+none", layers=layers)]
+    with pytest.raises(ValueError, match="a list of layer numbers is expected, or null"):
+        read_report_data([folder_of(tmp_path, lines)])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"point": None}, "has the point None"),
+        ({"point": "model text tokens policy"}, "has the point 'model text tokens policy'"),
+        ({"point": 5}, "has the point 5"),
+        ({"point": {"model": "m", "text": 3, "tokens": "real", "policy": "ps4"}}, "has the text 3"),
+        ({"status": ["done"]}, "has status"),
+        ({"result": None}, "has the result None"),
+        ({"result": [1]}, "has the result"),
+    ],
+)
+@pytest.mark.parametrize("reader", ["report", "sweep"])
+def test_records_of_another_form(results, tmp_path, change, said, reader):
+    record = json.loads(line(results, "ps3+none")) | change
+    folder = folder_of(tmp_path, [line(results, "ps3+none"), json.dumps(record) + "\n"])
+    read = {"report": lambda: read_report_data([folder]), "sweep": open_folder(folder).__enter__}[reader]
+    with pytest.raises(ValueError, match=f"line 2.* {said}"):
+        read()

@@ -2,7 +2,7 @@ import dataclasses
 import math
 
 from sample_result import make, whole
-from torchlamp.report.table import label, notes, print_result
+from torchlamp.report.table import label, notes, print_result, wrapped
 from torchlamp.results.result import Result
 
 
@@ -49,3 +49,21 @@ def test_compared_policies_stand_between_plain_and_tested():
 def test_partial_is_said():
     assert "PARTIAL" in printed(whole(partial=True))
     assert "one window only" in notes(whole(windows=1))[0]
+
+
+def test_a_policy_breaks_between_its_parts():
+    policy = "scores=ps4.center.sort+running:0.03, mlp_up=int8@ps13/promote128+condition-cheap:4"
+    lines = wrapped(policy, 24).splitlines()
+    assert lines == [
+        "scores=ps4.center.sort",
+        "+running:0.03,",
+        "mlp_up=int8",
+        "@ps13/promote128",
+        "+condition-cheap:4",
+    ]
+    assert wrapped(policy, 200) == policy
+    assert wrapped("ps4+strict:0.1", 5).splitlines() == ["ps4", "+strict:", "0.1"]  # a number isn't broken
+    text = printed(dataclasses.replace(whole(), policy=policy))
+    assert max(map(len, text.splitlines())) <= 80
+    for part in ("promote128", "+condition-cheap:\n", "running:0.03,", "center"):
+        assert part in "\n".join(line.split(" ")[0] for line in text.splitlines()) + "\n"

@@ -122,3 +122,22 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "b.jsonl").mkdir()
     with pytest.raises(OSError, match=r"can't read .*: Is a directory"):
         Journal(tmp_path / "b.jsonl", "test/1").read()
+
+
+def test_lines_that_were_read_are_not_parsed_again(journal, monkeypatch):
+    data = journal.path.read_bytes()
+    journal.path.write_bytes(data + b"{")
+    lines = journal.lines()
+    monkeypatch.setattr("torchlamp.results.journal.read_lines", lambda *_: pytest.fail("parsed again"))
+    assert journal.recover(lines) == whole(RECORDS)
+    assert journal.path.read_bytes() == data
+
+
+def test_lines_that_are_nested_without_end(journal):
+    good = journal.path.read_bytes()
+    deep = b"[" * 200_000 + b"]" * 200_000 + b"\n"
+    journal.path.write_bytes(deep + good)
+    with pytest.raises(ValueError, match="line 1: nested too deeply; repair or remove that line"):
+        journal.read()
+    journal.path.write_bytes(good + deep)
+    assert journal.read() == whole(RECORDS)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -66,6 +67,30 @@ def test_results_of_the_first_version_are_read():
             del entry[name]
     assert Result.from_dict(record).kl_by_window == []
     assert Result.from_dict(record).recompute_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(Result) if f.name not in ("environment", "role")]
+)
+@pytest.mark.parametrize("value", [{"a": [1]}, [["<b>"]], "<b>word</b>", True, 0.5])
+def test_values_of_other_types_are_refused_by_name(field, value):
+    record = whole().to_dict()
+    kind = type(record[field])
+    if kind is type(value) and not isinstance(value, dict | list):
+        assert getattr(Result.from_dict(record | {field: value}), field) == value
+    elif (field, value) == ("calibration", "<b>word</b>"):  # None is allowed beside it
+        assert Result.from_dict(record | {field: value}).calibration == value
+    else:
+        with pytest.raises(
+            ValueError, match=f"this is no result of an evaluation: (its {field} is|a JSON object)"
+        ):
+            Result.from_dict(record | {field: value})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "null", "3"])
+def test_what_is_no_object(text):
+    with pytest.raises(ValueError):
+        Result.from_json(text)
 
 
 def test_a_repl_and_a_notebook_show_a_table():

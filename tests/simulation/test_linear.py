@@ -276,3 +276,18 @@ class TestTransforms:
         dynamic = self.run(x[:1], weight, bias, "ps4", "none", ["center", "sort"]).output
         calibrated = self.run(x, weight, bias, "ps4", "none", ["center", "sort"], moments=own).output
         assert torch.equal(calibrated[0], dynamic[0])
+
+
+def test_the_step_of_the_bias_is_counted_unless_the_sum_is_promoted():
+    """docs/sites.md: `running` takes the rounding after the bias for one more partial sum; a float32 total has none."""
+    x, weight, bias = torch.ones(1, 4), torch.ones(1, 4), torch.tensor([3.0])
+    unit = 2.0**-6 / 2
+    for accumulator, squares in (("ps5", 1 + 4 + 9 + 16 + 49), ("ps5/promote2", 1 + 4 + 1 + 4)):
+        seen = []
+
+        def note(low, seen=seen):
+            seen.append(low.error() if callable(low.error) else low.error)
+            return relative(low)
+
+        linear(x, weight, bias, accumulator=accumulator, rule="running:1", next_function=note)
+        torch.testing.assert_close(seen[0], torch.full((1, 1), unit * squares**0.5))

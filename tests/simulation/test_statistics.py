@@ -180,3 +180,13 @@ def test_plain_sums_join_the_counts_of_heads():
     stats.record("values", 0, one, one)
     assert stats.position_counts(site="values").rows.tolist() == []
     assert stats.head_counts(0, "values").rows.tolist() == [1, 1]
+
+
+def test_draws_do_not_depend_on_the_order_of_the_sites(monkeypatch):
+    def draws():
+        return {site: torch.rand(3, generator=Statistics().generator(0, 0, site)).tolist() for site in SITES}
+
+    before = draws()
+    assert len({tuple(drawn) for drawn in before.values()}) == len(SITES)
+    monkeypatch.setattr("torchlamp.simulation.statistics.SITES", ("a new one", *reversed(SITES)))
+    assert draws() == before

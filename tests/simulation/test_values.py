@@ -1,8 +1,13 @@
+import itertools
+
 import pytest
 import torch
 
 import torchlamp
 from torchlamp.arithmetic import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import Transform
+from torchlamp.arithmetic.transforms.sort import dealt
 from torchlamp.rules import RULES, Rule
 from torchlamp.simulation.attention import attention
 from torchlamp.simulation.values import Values, weighted_sums
@@ -93,3 +98,100 @@ def test_every_fitting_rule_within_attention(spelling, masked):
     torch.testing.assert_close(run(slice(0, 3), "fp32").output, plain.output, rtol=1e-4, atol=1e-5)
     if spelling == "all":
         torch.testing.assert_close(whole.output, plain.output, rtol=1e-4, atol=1e-5)
+
+
+def transformed(accumulator, rule, transforms, mean=None, operand="float32"):
+    return Values(
+        Accumulator.parse(accumulator),
+        Rule.parse(rule),
+        operand=Operand.parse(operand),
+        transforms=tuple(map(Transform.parse, transforms)),
+        mean=mean,
+    )
+
+
+@pytest.mark.parametrize("accumulator", ["ps3", "e4m3", "ps5/block4", "ps4/promote4", "ps4/unfused"])
+@pytest.mark.parametrize("transforms", [("sort",), ("center",), ("center", "sort")])
+def test_transformed_sums_are_those_of_ordered_and_centred_values(accumulator, transforms):
+    """Term by term: the order of each row's probabilities, values less their mean, its product in float32."""
+    z, value, _ = operands()
+    z[:, 1, 4:] = 0.0
+    out, _ = weighted_sums(z, value, transformed(accumulator, "none", transforms))
+    mean = value.mean(1) if "center" in transforms else torch.zeros(GROUPS, SIZE)
+    promote = Accumulator.parse(accumulator).promote
+    for head in range(HEADS):
+        own = value[head // 2] - mean[head // 2]
+        for row in range(ROWS):
+            order = torch.arange(KEYS)
+            if "sort" in transforms:
+                order = z[head, row].argsort(stable=True)[dealt(KEYS, promote)]
+            expected = torchlamp.matmul(z[head, row][order], own[order], accumulator)
+            if "center" in transforms:
+                expected = expected + z[head, row].sum() * mean[head // 2]
+            torch.testing.assert_close(out[head, row], expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("rule", ["all", "running:0", "strict:0", "condition:0"])
+@pytest.mark.parametrize("transforms", [("sort",), ("center",), ("center", "sort")])
+def test_transforms_change_nothing_in_full_precision(rule, transforms):
+    z, value, _ = operands()
+    value = value + 3.0
+    expected = z.double() @ value.double().repeat_interleave(2, 0)
+    for accumulator, chosen in (("ps3", rule), ("fp32", "none")):
+        out, _ = weighted_sums(z, value, transformed(accumulator, chosen, transforms))
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_ascending_probabilities_round_least():
+    """A key that takes most of the weight comes first, as in attention: the sum carries it through all roundings."""
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(HEADS, 40, 300, generator=g) * 2
+    logits[..., 0] += 8
+    z, value = logits.softmax(-1), torch.randn(GROUPS, 300, SIZE, generator=g) + 0.5
+    exact = z.double() @ value.double().repeat_interleave(2, 0)
+
+    def error(transforms):
+        out, _ = weighted_sums(z, value, transformed("ps4", "none", transforms))
+        return float((out - exact).square().mean().sqrt())
+
+    assert error(("sort",)) < error(()) / 4
+    assert error(("center",)) < error(())
+    assert error(("center", "sort")) < 1.1 * error(("sort",))
+
+
+def test_order_and_quantised_operands():
+    """Groups of operands run along the keys as they are; only the sum has another order."""
+    z, value, _ = operands()
+    out, _ = weighted_sums(z, value, transformed("fp32", "none", ("sort",), operand="int4/4"))
+    plain, _ = weighted_sums(z, value, transformed("fp32", "none", (), operand="int4/4"))
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-6)
+
+
+def test_rows_of_a_transformed_tile_do_not_depend_on_the_others():
+    z, value, _ = operands()
+    how = transformed("ps4", "running:0.001", ("center", "sort")).fitted(value)
+    whole, counts = weighted_sums(z, value, how)
+    for row in range(ROWS):
+        out, count = weighted_sums(z[:, row : row + 1], value, how)
+        # The share of each row is a float32 sum, whose order may depend on the shape.
+        torch.testing.assert_close(out[:, 0], whole[:, row], rtol=0, atol=1e-6)
+        assert torch.equal(count[:, 0], counts[:, row])
+    assert counts.any()
+
+
+@pytest.mark.parametrize("size", range(1, 12))
+@pytest.mark.parametrize("promote", [0, 1, 2, 3, 4, 5, 20])
+def test_dealt_terms_make_the_least_of_the_expected_squares(size, promote):
+    """Of all orders of distinct energies (all of them up to 6 terms, random ones beyond), none has a smaller sum."""
+    energies = torch.arange(1.0, size + 1)
+
+    def total(order):
+        parts = [order] if promote == 0 else order.split(promote)
+        return float(sum(part.cumsum(0).sum() for part in parts))
+
+    best = total(energies[dealt(size, promote)])
+    if size <= 6:
+        orders = [torch.tensor(p) for p in itertools.permutations(range(size))]
+    else:
+        orders = [torch.randperm(size) for _ in range(200)]
+    assert best <= min(total(energies[order]) for order in orders)

@@ -8,6 +8,7 @@ from sweeping import POINTS, STUDY, figures, lines, make_study, run_sweep
 from tiny import TEXT
 from torchlamp.data.text import Text, cut_windows
 from torchlamp.evaluation.evaluate import evaluate
+from torchlamp.results import journal
 from torchlamp.results.result import Result
 from torchlamp.sweep import worker as sweep_worker
 from torchlamp.sweep.folder import open_folder, read_results
@@ -266,3 +267,21 @@ def test_a_worker_changes_models(tmp_path, tiny_folder, tiny):
 def test_the_study_of_these_tests_has_every_kind_of_point(config):
     assert len(config.points) == POINTS
     assert "target_rates" in STUDY
+
+
+def test_a_folder_reads_each_file_once_and_says_how_a_threshold_was_found(config, tmp_path, monkeypatch):
+    run_sweep(config, tmp_path / "out")
+    calibrations = [json.loads(line) for line in (tmp_path / "out" / "calibrations.jsonl").open()]
+    assert {*calibrations[0]} == {"schema", "key", "calibration", "policy", "rate", "tries"}
+    read = []
+
+    read_lines = journal.read_lines
+
+    def counted(path, schema):
+        read.append(path.name)
+        return read_lines(path, schema)
+
+    monkeypatch.setattr(journal, "read_lines", counted)
+    with open_folder(tmp_path / "out") as folder:
+        assert len(folder.records) == POINTS
+    assert read == ["results.jsonl", "calibrations.jsonl"]

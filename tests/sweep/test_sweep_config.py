@@ -231,7 +231,8 @@ def test_bad_configurations_name_the_line(read, case):
 def test_the_example_of_the_documentation(read):
     page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text(encoding="utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
-    config = read(example.replace("smollm2-135m, gemma3-270m", "MODEL").replace("smollm2-135m", "MODEL"))
+    example = example.replace("smollm2-135m, gemma3-270m", "MODEL").replace("smollm2-135m", "MODEL")
+    config = read(example.replace("window_length: 512", "window_length: 128"))
     assert [(g.name, len(g.points)) for g in config.grids] == [
         ("rules", 2 * 2 * 7),
         ("order", 2 * (1 + 1) + 2 * 3 * 2),
@@ -239,3 +240,11 @@ def test_the_example_of_the_documentation(read):
         ("layers", 2 * 2),
         ("mixed", 2 * 3),
     ]
+
+
+def test_a_window_fits_the_contexts_of_the_models(read):
+    assert read(START + "window_length: [16, 128]\naccumulate: ps2\nrules: none\n").points
+    with pytest.raises(
+        ValueError, match=r"line 2: window_length 99999999 is longer than the context of .*at most 128"
+    ):
+        read(START + "window_length: [16, 99999999]\naccumulate: ps2\nrules: none\n")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from sweeping import figures, lines, make_study, run_sweep
 
 from torchlamp.sweep.folder import open_folder
 from torchlamp.sweep.points import Point
+from torchlamp.sweep.ray_engine import check_address
 from torchlamp.sweep.ray_points import MAX_ATTEMPTS, Queue, RayEngine
 from torchlamp.sweep.run import sweep
 
@@ -125,3 +127,19 @@ def test_workers_that_can_not_start(cluster, local, monkeypatch):
 def test_too_many_workers(cluster, local):
     with pytest.raises(ValueError, match="9 Ray workers of 1 processors each: the cluster has room for 2"):
         list(RayEngine(local[0], workers=9).run(points(1, "a"), lambda point: None))
+
+
+def test_an_address_where_nobody_answers():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for address in (
+        f"127.0.0.1:{port}",
+        f"ray://127.0.0.1:{port}",
+        "no.such.host.invalid:6379",
+        "127.0.0.1:99999",
+    ):
+        with pytest.raises(OSError, match=f"RAY_ADDRESS='{address}': no Ray cluster answers there"):
+            check_address(address)
+    for address in ("auto", "local", "ray://head"):
+        check_address(address)

@@ -77,3 +77,23 @@ def test_the_nearest_key_is_suggested(tmp_path):
     root = read(tmp_path, "rules: 1\nmodel: x\n")
     with pytest.raises(ValueError, match="line 2: unknown key 'model' in it: did you mean 'models'"):
         root.mapping(["rules", "models"], "it")
+
+
+def test_aliases_are_not_written_out_without_end(tmp_path):
+    """Nine levels of nine aliases each would be 387 million values."""
+    path = tmp_path / "bomb.yaml"
+    lines = ["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match=r"bomb.yaml, line \d+: more than 100000 values, aliases written out"
+    ):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("depth", [30, 100_000])
+def test_nesting_ends_somewhere(tmp_path, depth):
+    path = tmp_path / "deep.yaml"
+    path.write_text("a: " + "[" * depth + "]" * depth)
+    with pytest.raises(ValueError, match=r"deep.yaml.*: nested more than 20 deep"):
+        read_yaml(path)

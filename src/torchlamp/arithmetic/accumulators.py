@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from torchlamp.arithmetic.formats import Format
 from torchlamp.arithmetic.operands import Operand
-from torchlamp.arithmetic.units import UNITS, entering, floor_of
+from torchlamp.arithmetic.units import UNITS, entering, floor_of, scale_of
 from torchlamp.kernels.specification import Accumulation, Fuse
 
 _COUNT = re.compile(r"(block|promote)([1-9][0-9]*)")
 #: A unit's products and bits, which may stand in front, without a format, for float32.
-_FUSE = re.compile(r"(?:^|/)fuse([1-9][0-9]*)/([1-9][0-9]*)(/nearest)?(?=/|$)")
+_FUSE = re.compile(r"(?:^|/)fuse([1-9][0-9]*)/([1-9][0-9]*)(/nearest)?(?:/group([1-9][0-9]*))?(?=/|$)")
 
 #: Accumulators that have a name of their own, and their spellings; a new one is one entry. A name has no '/', and none
 #: of '@ . + , =', which separate the parts of a policy.
@@ -31,8 +31,9 @@ class Accumulator:
     (`ps4`) and the options after it, `ps7/unfused`, `ps7/block32`, `ps13/promote128`, `ps7/unfused/promote128`. A
     matrix unit that aligns L products and the accumulator, truncates them to F bits and rounds their sum once is
     `FORMAT/fuseL/F`, float32 where no format is given: `fuse16/25`, `ps13/fuse32/13/promote128`; toward zero, or
-    `/nearest`. Or by its name in `NAMED`, such as `deepseek-fp8` or `hopper-fp8`, under which it is printed then. A
-    name is only a name: an accumulator equals that of its spelling.
+    `/nearest`; `/groupG` aligns exact sums of G products by the scales of their operands. Or by its name in `NAMED`,
+    such as `deepseek-fp8` or `hopper-fp8`, under which it is printed then. A name is only a name: an accumulator
+    equals that of its spelling.
 
     References
     ----------
@@ -83,7 +84,7 @@ class Accumulator:
         rest, fuse = spelling.strip().lower(), None
         if match := _FUSE.search(rest):
             rest = (rest[: match.start()] or "fp32") + rest[match.end() :]
-            fuse = Fuse(int(match[1]), int(match[2]), nearest=match[3] is not None)
+            fuse = Fuse(int(match[1]), int(match[2]), nearest=match[3] is not None, group=int(match[4] or 1))
             name, *options = rest.split("/")
         fused, counts = _options(options, spelling)
         if not name.strip():
@@ -123,10 +124,15 @@ class Accumulator:
         """
         if self.fuse is None:
             return self
+        fuse = (
+            self.fuse
+            if self.fuse.group == 1
+            else replace(self.fuse, scales=(scale_of(left), scale_of(right)))
+        )
         if self.name not in UNITS:
-            return replace(self, fuse=replace(self.fuse, floors=(floor_of(left), floor_of(right))))
+            return replace(self, fuse=replace(fuse, floors=(floor_of(left), floor_of(right))))
         (a, low), (b, high) = entering(self.name, left), entering(self.name, right)
-        return replace(self, fuse=replace(self.fuse, length=min(a, b), floors=(low, high)))
+        return replace(self, fuse=replace(fuse, length=min(a, b), floors=(low, high)))
 
     def __str__(self) -> str:
         if self.name:
@@ -136,6 +142,8 @@ class Accumulator:
         if self.fuse is not None:
             parts = [] if self.format.grid.is_float32 else parts
             parts.append(f"fuse{self.fuse.length}/{self.fuse.bits}" + "/nearest" * self.fuse.nearest)
+            if self.fuse.group > 1:
+                parts.append(f"group{self.fuse.group}")
         if not self.fused:
             parts.append("unfused")
         if self.block > 1:

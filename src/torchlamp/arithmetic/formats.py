@@ -169,6 +169,8 @@ def _base_grid(base: str) -> Grid | None:
 
 
 def _suggestion(base: str) -> str:
+    if match := re.fullmatch(r"ps([0-9]+)", base):
+        return f", did you mean 'ps{min(max(int(match[1]), 1), 23)}'?"
     known = [*NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24))]
     nearest = [ELSEWHERE[base]] if base in ELSEWHERE else difflib.get_close_matches(base, known, n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -107,7 +107,7 @@ class _LowPrecision:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """float32 (G, M, N)."""
-        changed = transformed(a, b, self.transforms)
+        changed = transformed(a, b, self.transforms, promote=self.accumulator.promote)
         left, right = quantise(changed.left, self.operands[0]), quantise(changed.right, self.operands[1], -2)
         out, _ = products(left, right, self.accumulator.accumulation)
         return out if changed.row_shift is None else out + changed.row_shift

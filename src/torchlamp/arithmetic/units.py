@@ -46,6 +46,7 @@ UNITS: dict[str, Unit] = {
     "hopper-fp8": _unit("ps13/fuse32/13", *_FP8),
     "blackwell": _unit("fuse16/25", "fp16", "bf16", tf32=8),
     "blackwell-fp8": _unit("fuse32/25", *_FP8, *_BELOW_FP8),
+    "blackwell-fp4": _unit("fuse64/35/group16", "e2m1fn"),
 }
 
 
@@ -88,6 +89,25 @@ def floor_of(operand: Operand) -> int:
     if block is None or block.scale != "none":
         return _FLOOR
     return Format.parse(str(block.element)).grid.min_exponent
+
+
+def scale_of(operand: Operand) -> tuple[int, float]:
+    """How many numbers share a scale, 0 for none, and the largest of them in units of the scale's power of two.
+
+    An MX scale is the power of two that brings the largest number into the top binade of the elements; other scales
+    bring it to the largest element. Numbers that are stored as float32 are taken for MX blocks of 16.
+    """
+    block = operand.block
+    if block is None:
+        return 16, 4.0
+    if block.scale == "none":
+        return 0, 1.0
+    if isinstance(block.element, int):
+        largest = 2.0 ** (block.element - 1) - 1
+    else:
+        grid = Format.parse(block.element).grid
+        largest = 2.0**grid.max_exponent if block.scale == "e8m0" else grid.max_value
+    return block.length or -1, largest
 
 
 def _floor(block: Block, grid: Grid) -> int:

@@ -3,16 +3,18 @@
 # Each module adds its commands to the application, in the order of the help.
 # isort: off
 from torchlamp.cli.common import app, main
-from torchlamp.cli import evaluate, generate, chat, bench, about, catalogue
+from torchlamp.cli import evaluate, generate, chat, bench, about, catalogue, cache
 from torchlamp.cli import tasks
 from torchlamp.cli import sweep
 from torchlamp.cli import report
 from torchlamp.cli import compare
+from torchlamp.cli.help import show_all
 
 __all__ = [
     "about",
     "app",
     "bench",
+    "cache",
     "catalogue",
     "chat",
     "compare",
@@ -23,3 +25,5 @@ __all__ = [
     "sweep",
     "tasks",
 ]
+
+show_all(app)

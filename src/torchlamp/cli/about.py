@@ -36,7 +36,8 @@ def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False)
 @one_line_errors
 def models() -> None:
     """List the models with short names: installed or how to install them, and what the cache holds."""
-    from torchlamp.models.cache import cache_folder, entry_size
+    from torchlamp.cli.cache import size_words
+    from torchlamp.models.cache import cache_folder, entries, entry_size
     from torchlamp.models.load import cache_entry
     from torchlamp.models.packaged import PACKAGED
 
@@ -52,7 +53,9 @@ def models() -> None:
             if size
             else "    converted copy: none yet, the first load makes one"
         )
+    found = entries()
+    total = size_words(sum(entry.size for entry in found))
     print(
         "Also: any .gguf file, a transformers folder, or a hub name. "
-        f"Converted copies are in {cache_folder()}"
+        f"Converted copies, {len(found)} with {total}, are in {cache_folder()}: see torchlamp cache list"
     )

@@ -10,15 +10,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import torchlamp
+from torchlamp.cli.help import HelpGroup
 from torchlamp.cli.signals import exit_code, process_ends_with_command, signals_of_command, word
 from torchlamp.cli.verbosity import add_options, is_verbose, set_verbosity
 
 #: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
 MAX_THREADS = 1024
+#: Generators take 64 bits, and windows, layers and sites add to a seed.
+MAX_SEED = 2**62
 
 app = typer.Typer(
     name="torchlamp",
     help="Look-ahead mixed precision (LAMP) for transformer inference: how narrow may an accumulator be?",
+    cls=HelpGroup,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -130,6 +134,12 @@ def text_files(named: list[Path], more: list[Path]) -> list[Path]:
             f"unexpected argument {str(more[0])!r}: write --text before each file, or once before all of them"
         )
     return [*named, *more]
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that no generator takes, before anything is loaded."""
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"seed {seed}: give 0 or more, and less than 2^62")
 
 
 def check_threads(threads: int | None) -> None:

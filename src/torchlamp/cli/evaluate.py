@@ -11,6 +11,7 @@ from torchlamp.cli.common import (
     PolicyOption,
     Threads,
     app,
+    check_seed,
     one_line_errors,
     read_policy,
     set_threads,
@@ -76,6 +77,7 @@ def evaluate(
     files = text_files(text or [], more or [])
     chosen = read_policy(policy, accumulate, rule)
     others = [read_policy(spelling, None, None) for spelling in compare or []]
+    check_seed(seed)
     texts = _check_inputs(files, dataset or [], windows, window_length, output)
     set_threads(threads)
 

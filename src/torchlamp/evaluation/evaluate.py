@@ -17,6 +17,7 @@ from torchlamp.evaluation.loop import Loop, Progress, References, inference_in_e
 from torchlamp.evaluation.runs import EvaluationRun, plan_runs, rounded
 from torchlamp.evaluation.sizes import model_sizes
 from torchlamp.huggingface.lookahead import check_untouched
+from torchlamp.kernels import native
 from torchlamp.policy.policy import Policy
 from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
@@ -107,6 +108,7 @@ def evaluate(
         progress=progress,
     )
     loop.check()
+    native.warn_if_absent("the simulation")
     interrupted = False
     try:
         with inference_in_eval_mode(model):

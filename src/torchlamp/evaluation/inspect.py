@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from torchlamp.data.text import check_context
+from torchlamp.evaluation.loop import inference_in_eval_mode
 from torchlamp.evaluation.metrics import Comparer
 from torchlamp.huggingface.lookahead import check_untouched, lookahead
-from torchlamp.huggingface.widening import widened
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.policy import Policy
 from torchlamp.simulation.attention_call import Observation
@@ -93,15 +93,10 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     check_context(model, length, "number of tokens")
     ids = ids.to(model.device)
     recorder = _Recorder(length)
-    training = model.training
-    model.eval()
-    try:
-        with widened(model), torch.inference_mode():
-            reference = model(input_ids=ids, use_cache=False).logits[0]
-            with lookahead(model, policy, seed=seed, observe=recorder.observe) as statistics:
-                tested = model(input_ids=ids, use_cache=False).logits[0]
-    finally:
-        model.train(training)
+    with inference_in_eval_mode(model):
+        reference = model(input_ids=ids, use_cache=False).logits[0]
+        with lookahead(model, policy, seed=seed, observe=recorder.observe) as statistics:
+            tested = model(input_ids=ids, use_cache=False).logits[0]
     comparer = Comparer()
     kl = comparer.compare(comparer.reference(reference, ids[0]), tested).kl.clamp_min(0)
     return Inspection(

@@ -82,7 +82,7 @@ class LampLM(HFLM):  # type: ignore[misc]
         **arguments: Any,
     ) -> None:
         self.policy = _policy(policy, accumulate, rule)
-        self.seed = seed
+        self.seed = _seed(seed)
         model, tokenizer, name = _model(pretrained, tokenizer)
         # The harness asks for CUDA wherever nothing else is asked for.
         if device is not None and (torch.cuda.is_available() or not str(device).startswith("cuda")):
@@ -91,7 +91,7 @@ class LampLM(HFLM):  # type: ignore[misc]
         self.pretrained = name
         self._rates: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self._stack = ExitStack()
-        self.statistics = self._stack.enter_context(lookahead(model, self.policy, seed=seed))
+        self.statistics = self._stack.enter_context(lookahead(model, self.policy, seed=self.seed))
 
     def close(self) -> None:
         """Take the policy off the model, which then runs as it did before."""
@@ -185,6 +185,13 @@ def _policy(policy: str | None, accumulate: str, rule: str | None) -> Policy:
             f"policy {policy!r} already names accumulator and rule: leave out accumulate and rule"
         )
     return Policy.parse(_commas(policy))
+
+
+def _seed(seed: Any) -> int:
+    """A seed of random rules. ValueError unless it is a whole number of 0 or more."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed={seed!r}: a whole number of 0 or more is expected")
+    return seed
 
 
 def _commas(spelling: Any) -> str:

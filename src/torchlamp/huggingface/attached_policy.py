@@ -16,6 +16,8 @@ from torchlamp.simulation.calibration import Calibration, input_moments, score_m
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.statistics import Statistics
 
+#: Name of the attention that simulates `scores` and `values`.
+SIMULATION = "lamp"
 _ATTRIBUTE = "_torchlamp"
 
 #: Called with the number of a layer and an observation of one of its attention tiles.
@@ -92,22 +94,39 @@ class AttachedPolicy:
         if policy is None or not policy.precision.transforms:
             return None
         if self.collect is not None:
-            needs_products = any(t.needs_products for t in policy.precision.transforms)
-            self.collect.add("scores", layer, *score_moments(query, key, needs_products))
+            # Heads are small, and `fold` wants to know how their channels hang together.
+            self.collect.add("scores", layer, *score_moments(query, key, products=True))
         if self.calibration is None:
             return None
         left, right = self.calibration.of("scores", layer, (key.shape[1], key.shape[3]))
         return left, right
 
-    def input_moments(self, site: str, layer: int, x: Tensor) -> Moments | None:
-        """The same for the inputs (..., inputs) of a site's linear layers."""
+    def value_mean(self, layer: int, value: Tensor) -> Tensor | None:
+        """The calibrated mean of a layer's values, float32 (key heads, size), for `center` at the site `values`.
+
+        Collects the statistics of the call's values (batch, key heads, keys, size) where asked to.
+        """
+        policy = self.policy("values", layer)
+        if policy is None or not policy.precision.has("center"):
+            return None
+        if self.collect is not None:
+            vectors = value.movedim(1, 0).flatten(1, 2)
+            self.collect.add("values", layer, Moments.of(vectors))
+        if self.calibration is None:
+            return None
+        return self.calibration.of("values", layer, (value.shape[1], value.shape[3]))[0].mean.float()
+
+    def input_moments(self, site: str, layer: int, x: Tensor, place: str = "") -> Moments | None:
+        """The same for the inputs (..., inputs) of a site's linear layers, or of one of its places in a layer."""
         policy = self.policy(site, layer)
         if policy is None or not policy.precision.transforms:
             return None
         if self.collect is not None:
             needs_products = any(t.needs_products for t in policy.precision.transforms)
-            self.collect.add(site, layer, input_moments(x, needs_products))
-        return None if self.calibration is None else self.calibration.of(site, layer, (1, x.shape[-1]))[0]
+            self.collect.add(site + place, layer, input_moments(x, needs_products))
+        if self.calibration is None:
+            return None
+        return self.calibration.of(site + place, layer, (1, x.shape[-1]))[0]
 
     def positions_of_last(self, length: int) -> Tensor:
         """Positions of the last `length` tokens, (batch or 1, length); counted from 0 where the model doesn't tell."""

@@ -38,13 +38,18 @@ def decode_attention(
     Raises
     ------
     ValueError
-        Keywords that change the mathematics and aren't handled, or dropout.
+        Keywords that change the mathematics and aren't handled, attention weights that are wanted, or dropout.
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{NAME}: {type(module).__name__} passes {name}, which isn't handled; use another attention"
             )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            f"output_attentions=True: the attention {NAME!r} doesn't return its weights; undo the preparation and use "
+            "attn_implementation='eager' to get them"
+        )
     if dropout:
         raise ValueError(f"{NAME}: dropout={dropout} is for training; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -46,6 +46,28 @@ class Memory:
         return f"weights {self.full / 1e6:.0f} MB, low-bit and transposed copies {added / 1e6:.0f} MB more"
 
 
+@dataclass(frozen=True, eq=False)
+class _WithLookaheadCache:
+    """A model's `_prepare_cache_for_generation` with a look-ahead cache; no closure, so that it can be pickled."""
+
+    model: Any
+    #: The method that the model's instance had of its own; None: its class's.
+    own: Callable[..., Any] | None
+    cache: Callable[[], LookaheadCache]
+
+    def __call__(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if wanted and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.cache()
+        if self.own is not None:
+            return self.own(generation_config, model_kwargs, *args, **kwargs)
+        return getattr(type(self.model), _GENERATE)(
+            self.model, generation_config, model_kwargs, *args, **kwargs
+        )
+
+
 @dataclass
 class Layer:
     """A decoder layer, or what the model has once (number -1), and what decodes its sites."""
@@ -192,7 +214,7 @@ class DecodePlan:
         module = forward.module
         before = own_forward(module)
         set_forward(module, forward)
-        self._undo.append(lambda: set_forward(module, before))
+        self._undo.append(functools.partial(set_forward, module, before))
 
     def _use_cache(self, cache: Callable[[], LookaheadCache]) -> None:
         """Set the attention implementation, and let `generate` make a look-ahead cache where it would make its own.
@@ -206,20 +228,7 @@ class DecodePlan:
         model.set_attn_implementation(NAME)
         self._undo.append(functools.partial(model.set_attn_implementation, before))
         own = vars(model).get(_GENERATE)  # other tools replace it, too
-        original = getattr(model, _GENERATE)
-
-        @functools.wraps(original)
-        def with_lookahead_cache(
-            generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-        ) -> Any:
-            wanted = (
-                generation_config.use_cache is not False and generation_config.cache_implementation is None
-            )
-            if wanted and model_kwargs.get("past_key_values") is None:
-                model_kwargs["past_key_values"] = cache()
-            return original(generation_config, model_kwargs, *args, **kwargs)
-
-        setattr(model, _GENERATE, with_lookahead_cache)
+        setattr(model, _GENERATE, _WithLookaheadCache(model, own, cache))
         give_back = functools.partial(delattr, model, _GENERATE)
         self._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))
 

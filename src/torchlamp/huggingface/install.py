@@ -4,6 +4,7 @@ from torch import nn
 
 from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.compositions import COMPOSITIONS
+from torchlamp.huggingface.interface import uses_interface
 from torchlamp.huggingface.layer_build import LayerBuild
 from torchlamp.huggingface.site_forwards import Forward, LayerForward
 from torchlamp.huggingface.sites import Sites
@@ -65,5 +66,6 @@ def _check_no_layers(model: nn.Module, attached: AttachedPolicy) -> None:
     if inner:
         raise ValueError(
             f"{kind}: no list of decoder layers found, so the site{'s' * (len(inner) > 1)} {', '.join(inner)} can't "
-            "run in low precision; `scores` can"
+            "run in low precision; "
+            + ("`scores` can" if uses_interface(model) else "nor can `scores`: it has no attention interface")
         )

@@ -75,11 +75,11 @@ class LayerBuild:
         norms = self.sites.norms(self.module)
         for sublayer, module in (("attention", norms.attention[1]), ("mlp", norms.mlp[1])):
             if self.norm_policy is not None or sublayer in self._streams:
-                self._norm(module, self._streams.get(sublayer))
+                self._norm(module, self._streams.get(sublayer), f"/{sublayer}")
         if self.norm_policy is not None and self.number + 1 == len(self.sites.layers):
-            self._norm(self.sites.final_norm(), None)
+            self._norm(self.sites.final_norm(), None, "/final")
         return self.forwards
 
-    def _norm(self, module: nn.Module, stream: Residual | None) -> None:
+    def _norm(self, module: nn.Module, stream: Residual | None, place: str) -> None:
         norm, policy = self.sites.norm(module), self.norm_policy
-        self.forwards.append(NormForward(module, self.attached, self.number, norm, policy, stream))
+        self.forwards.append(NormForward(module, self.attached, self.number, norm, policy, stream, place))

@@ -5,7 +5,6 @@ boolean one of `sdpa`: without a registered form transformers would pass no mask
 sliding windows.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from torchlamp.huggingface.attached_policy import (
+    SIMULATION,
     AttachedPolicy,
     LayerContext,
     Observer,
@@ -24,7 +24,7 @@ from torchlamp.huggingface.attached_policy import (
     set_context,
 )
 from torchlamp.huggingface.install import build, is_in_attention
-from torchlamp.huggingface.lookahead_cache import NAME as DECODING
+from torchlamp.huggingface.interface import check_interface, check_not_prepared, configs, no_interface
 from torchlamp.huggingface.simulated_attention import lamp_attention
 from torchlamp.huggingface.site_forwards import Forward, SimulatedForward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
@@ -34,7 +34,7 @@ from torchlamp.simulation.calibration import Calibration
 from torchlamp.simulation.statistics import Statistics
 
 #: Name of the attention implementation, as in `model.set_attn_implementation("lamp")`.
-NAME = "lamp"
+NAME = SIMULATION
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,14 @@ def _attached_within(model: nn.Module, policy: str | Policy, how: _How) -> Itera
     """A policy attached for the duration of a block."""
     with widened(model):
         attached, forwards = _new_attached(model, policy, how)
-        implementations = [(config, config._attn_implementation) for config in _configs(model)]
+        implementations = [(config, config._attn_implementation) for config in configs(model)]
         before = [(module, context_of(module), vars(module).get("forward")) for module in model.modules()]
         try:
             _put_in_place(model, attached, forwards)
             if is_in_attention(attached):
                 model.set_attn_implementation(NAME)  # type: ignore[operator]
                 if implementations[0][0]._attn_implementation != NAME:
-                    raise _no_interface(model)
+                    raise no_interface(model)
             yield attached
         finally:
             for config, implementation in implementations:
@@ -213,7 +213,7 @@ def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[At
         raise TypeError(
             f"{type(model).__name__} is no transformers model: pass a transformers.PreTrainedModel"
         )
-    _refuse_prepared(model)
+    check_not_prepared(model)
     attached = AttachedPolicy(
         parsed.sites,
         Statistics(seed=how.seed, blocks=how.blocks),
@@ -223,8 +223,8 @@ def _new_attached(model: nn.Module, policy: str | Policy, how: _How) -> tuple[At
         calibration=how.calibration,
         collect=how.collect,
     )
-    if is_in_attention(attached) and not any(_dispatches(type(module)) for module in model.modules()):
-        raise _no_interface(model)
+    if is_in_attention(attached):
+        check_interface(model)
     return attached, build(model, attached)
 
 
@@ -232,27 +232,16 @@ def check_untouched(model: nn.Module) -> None:
     """Refuse a model that can't be a float32 reference, because a policy runs in it or it is prepared (ValueError)."""
     if not isinstance(model, PreTrainedModel):
         return
-    _refuse_prepared(model)
+    check_not_prepared(model)
     forwards = (vars(module).get("forward") for module in model.modules())
     if any(isinstance(own, SimulatedForward) for own in forwards):
         raise ValueError(
             "a policy is attached to the model, so it is no float32 reference: call torchlamp.detach(model) first"
         )
-    if any(config._attn_implementation == NAME for config in _configs(model)):
+    if any(config._attn_implementation == NAME for config in configs(model)):
         raise ValueError(
             "the model already runs under 'lamp': call its set_attn_implementation('sdpa'), so that it can be the "
             "reference"
-        )
-
-
-def _refuse_prepared(model: PreTrainedModel) -> None:
-    """Refuse a model whose low-bit forwards or attention a policy would take away."""
-    forwards = (vars(module).get("forward") for module in model.modules())
-    decodes = any(isinstance(own, Forward) and not isinstance(own, SimulatedForward) for own in forwards)
-    if decodes or any(config._attn_implementation == DECODING for config in _configs(model)):
-        raise ValueError(
-            "the model is prepared for low-bit decoding, which a simulated policy would take away: call undo() of what "
-            "prepare returned first"
         )
 
 
@@ -281,33 +270,6 @@ def _clear(module: nn.Module) -> None:
     """Take our forward, but nobody else's, from a module."""
     if isinstance(vars(module).get("forward"), SimulatedForward):
         set_forward(module, own_forward(module))
-
-
-def _dispatches(kind: type) -> bool:
-    """Whether the source file of a class, or of a class it derives from, uses the attention interface."""
-    # PreTrainedModel's own file defines the interface, which says nothing about the classes derived from it.
-    files = {base.__module__ for base in kind.__mro__} - {PreTrainedModel.__module__}
-    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
-
-
-def _no_interface(model: nn.Module) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} doesn't use transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so "
-        "its attention can't be replaced: choose a decoder such as Llama, Qwen, Mistral, Gemma or GPT-2"
-    )
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Every config of a model and of its parts, once each, outer ones before those inside."""
-    found: dict[int, Any] = {}
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    while waiting:
-        config = waiting.pop(0)
-        if id(config) not in found:
-            found[id(config)] = config
-            inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
-            waiting += [part for part in inner if part is not None]
-    return list(found.values())
 
 
 # It counts, and calls kernels that a compiler can't see into (transformers compiles static-cache decoding).

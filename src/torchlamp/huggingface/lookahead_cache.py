@@ -1,8 +1,10 @@
 """A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from torchlamp.simulation.statistics import Statistics
 NAME = "lamp-decode"
 _FULL = {"float16": torch.float16, "float32": torch.float32}
 _SLACK = 256
+#: Key of a saved cache's metadata that holds its layers' options as JSON.
+_OPTIONS = "torchlamp_cache_options"
 
 
 def full_dtype(full: str) -> torch.dtype:
@@ -75,6 +79,13 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         #: Tokens seen, and how many of them are no longer stored.
         self.seen = 0
         self.dropped = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the stored numbers mean: bits of keys and values, dtype in full, transforms, sliding window."""
+        options = asdict(self.store.options)
+        full = str(options.pop("full")).removeprefix("torch.")
+        return {**options, "full": full, "sliding_window": self.sliding_window}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; the store takes its sizes from the first append."""
@@ -295,11 +306,12 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         from safetensors.torch import save_file
 
         tensors = {}
+        options = json.dumps([layer.options for layer in self.layers])
         for number, layer in enumerate(self.layers):
             tensors[f"{number}.seen"] = torch.tensor([layer.seen, layer.dropped])
             tensors |= {f"{number}.{name}": tensor for name, tensor in layer.store.state().items()}
         try:
-            save_file(tensors, path)
+            save_file(tensors, path, metadata={_OPTIONS: options})
         except SafetensorError as error:
             raise OSError(f"the cache can't be written to {str(path)!r}: {error}") from error
 
@@ -311,22 +323,38 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         OSError
             The file can't be read.
         ValueError
-            It holds another number of layers.
+            It was saved by a cache of another number of layers, or of other options: bits, dtype of the full copies,
+            transforms, sliding windows. Then this cache is as it was.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise OSError(f"{str(path)!r} holds no saved cache: {error}") from error
-        if sum(name.endswith(".seen") for name in tensors) != len(self.layers):
-            raise ValueError(
-                f"{str(path)!r} was saved by a cache of another number of layers than {len(self.layers)}"
-            )
+        self._check_options(path, metadata.get(_OPTIONS))
         for number, layer in enumerate(self.layers):
             own = {name.partition(".")[2]: t for name, t in tensors.items() if name.startswith(f"{number}.")}
             layer.seen, layer.dropped = own.pop("seen").tolist()
             layer.store.restore(own)
             if own:
                 layer.lazy_initialization(own["full_keys"].float()[:0], own["full_values"])
+
+    def _check_options(self, path: str | Path, saved: str | None) -> None:
+        """Refuse the options of a file, as `save` writes them, unless they are this cache's."""
+        if saved is None:
+            raise ValueError(f"{str(path)!r} doesn't say with which options it was saved: save it again")
+        options = json.loads(saved)
+        if len(options) != len(self.layers):
+            raise ValueError(
+                f"{str(path)!r} was saved by a cache of {len(options)} layers, this one has {len(self.layers)}"
+            )
+        for number, (layer, theirs) in enumerate(zip(self.layers, options, strict=True)):
+            for name, own in layer.options.items():
+                if theirs.get(name) != own:
+                    raise ValueError(
+                        f"{str(path)!r} was saved with {name}={theirs.get(name)} in layer {number}, this cache has "
+                        f"{name}={own}: make the cache with the same options"
+                    )

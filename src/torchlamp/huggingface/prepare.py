@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -11,13 +11,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchlamp.arithmetic.transforms import Transform
-from torchlamp.huggingface.decode_attention import NAME
 from torchlamp.huggingface.decode_forwards import check_head, check_mlp
 from torchlamp.huggingface.decode_plan import DecodePlan, Memory
-from torchlamp.huggingface.lookahead import NAME as SIMULATION
+from torchlamp.huggingface.interface import check_interface, check_no_policy, check_not_prepared
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate
-from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.huggingface.sites import Sites
+from torchlamp.kernels import native
 from torchlamp.policy.decodable import Settings, settings
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
@@ -36,7 +35,7 @@ FAST = (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Prepared:
     """A model whose decoding reads low-bit copies; `undo`, or the end of a `with` block, gives it back as it was."""
 
@@ -49,7 +48,11 @@ class Prepared:
     settings: dict[str, Settings]
     #: Dtype of the cache's copies in full.
     full: str = "float16"
-    _plan: DecodePlan | None = field(default=None, repr=False)
+    _plan: DecodePlan | None = None
+
+    def __repr__(self) -> str:
+        kind = type(self.model).__name__
+        return f"<Prepared {kind} under {str(self.policy)!r}: {self.memory}; {self.statistics}>"
 
     def cache(self) -> LookaheadCache:
         """An empty look-ahead cache with the policy's formats and thresholds, for calls of the model itself.
@@ -146,8 +149,10 @@ def prepare(
         raise TypeError(
             f"the model is {model.dtype}: low-bit copies are made of float32, load it with dtype=torch.float32"
         )
-    if _taken(model):
-        raise ValueError("the model is prepared, or under a policy, already: undo that first")
+    check_not_prepared(model)
+    check_no_policy(model)
+    if not Sites(model).layers:
+        check_interface(model)  # of the two that are missing, what a reader of the model's name understands
     parsed = Policy.parse(DEFAULT if policy is None else policy)
     if parsed in (Policy.parse(DEFAULT), Policy.parse(FAST)):
         parsed = _possible(model, parsed)
@@ -156,6 +161,7 @@ def prepare(
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     prepared = Prepared(model, parsed, Statistics(), Memory(sum(sizes.values())), told, full)
     if "scores" in told:
+        check_interface(model)
         if not told["scores"].center and center is None:
             logger.warning(
                 "scores without .center: the first edition centred keys, and rotated them, of its own accord; "
@@ -163,6 +169,7 @@ def prepare(
                 told["scores"].bits,
             )
         prepared.cache()  # refuses options that can't be
+    native.warn_if_absent("low-bit decoding")
     prepared._plan = DecodePlan(model, told, prepared.statistics, prepared.memory, full, top)
     try:
         prepared._plan.put(prepared.cache if "scores" in told else None)
@@ -170,12 +177,6 @@ def prepare(
         prepared.undo()
         raise
     return prepared
-
-
-def _taken(model: PreTrainedModel) -> bool:
-    """Whether a policy, of decoding or of simulation, has replaced something of the model."""
-    ours = any(isinstance(vars(module).get("forward"), Forward) for module in model.modules())
-    return ours or model.config._attn_implementation in (NAME, SIMULATION)
 
 
 def _with_transforms(policy: Policy, **wanted: bool | None) -> Policy:
@@ -191,11 +192,8 @@ def _with_transforms(policy: Policy, **wanted: bool | None) -> Policy:
 
 
 def _possible(model: PreTrainedModel, policy: Policy) -> Policy:
-    """The policy without the rotation, MLPs and LM head that the model doesn't allow or their kernels don't know."""
+    """The policy without the attention, rotation, MLPs and LM head that the model or the kernels don't allow."""
     sites = Sites(model)
-    if not can_rotate(model.config):
-        logger.warning("scores: keys aren't rotated, since the head size is no power of two")
-        policy = _with_transforms(policy, hadamard=False)
 
     def without(policy: Policy, check: Callable[[], object], *names: str) -> Policy:
         try:
@@ -205,6 +203,10 @@ def _possible(model: PreTrainedModel, policy: Policy) -> Policy:
             return policy.without(*names)
         return policy
 
+    policy = without(policy, lambda: check_interface(model), "scores", "values")
+    if "scores" in policy.sites and not can_rotate(model.config):
+        logger.warning("scores: keys aren't rotated, since the head size is no power of two")
+        policy = _with_transforms(policy, hadamard=False)
     policy = without(
         policy, lambda: [check_mlp(sites, layer) for layer in sites.layers], "mlp_up", "mlp_down"
     )

@@ -95,7 +95,9 @@ def lamp_attention(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         seen = visibility(attention_mask, shape=(*query.shape[:3], key.shape[2]), causal=bool(causal))
         call = replace(
-            _call(attached, layer, step, query.shape[-1] ** -0.5 if scaling is None else float(scaling)),
+            _call(
+                attached, layer, step, query.shape[-1] ** -0.5 if scaling is None else float(scaling), value
+            ),
             seen=seen,
             keys=_keys(attached, layer, key, query.shape[2]),
             moments=attached.score_moments(layer, query, key),
@@ -127,7 +129,7 @@ def _context(module: nn.Module, query: Tensor) -> LayerContext:
     return context
 
 
-def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> AttentionCall:
+def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float, value: Tensor) -> AttentionCall:
     """The call of a layer under its policy; mask, softcap and sinks are the model's and still missing.
 
     Parameters
@@ -138,6 +140,8 @@ def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> At
         One more than the last position, for random rules.
     scaling
         Of the scores.
+    value
+        The values, for their calibrated mean.
     """
     scores, values = attached.policy("scores", layer), attached.policy("values", layer)
     policy = scores or _FLOAT32
@@ -148,7 +152,10 @@ def _call(attached: AttachedPolicy, layer: int, step: int, scaling: float) -> At
             summed = StoredValues(operand, values.rule, generator, layer)
         else:
             norms = attached.value_norms.get(layer)
-            summed = Values(values.accumulate, values.rule, norms, generator, layer, operand)
+            transforms, mean = values.precision.transforms, attached.value_mean(layer, value)
+            summed = Values(
+                values.accumulate, values.rule, norms, generator, layer, operand, transforms, mean
+            )
     named = not policy.precision.is_stored
     return AttentionCall(
         accumulator=policy.accumulate,

@@ -110,6 +110,7 @@ class NormForward(SimulatedForward):
         norm: Norm,
         policy: SitePolicy | None,
         residual: Residual | None,
+        place: str,
     ) -> None:
         super().__init__(module)
         self.attached, self.layer, self.norm, self.policy, self.residual = (
@@ -119,6 +120,8 @@ class NormForward(SimulatedForward):
             policy,
             residual,
         )
+        #: Which of a layer's norms it is, for calibrations.
+        self.place = place
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The norm of what it may read."""
@@ -135,9 +138,19 @@ class NormForward(SimulatedForward):
             rule=self.policy.rule,
             generator=self.attached.generator(self.policy, "norm", self.layer, last_step(positions)),
             layer=self.layer,
+            mean=self._mean(x.detach()),
         )
         record(self.attached, "norm", self.layer, read.eligible, read.selected, positions)
         return self.original(forward_only(read.x, x), *args, **kwargs)
+
+    def _mean(self, x: Tensor) -> Tensor | None:
+        """What `center` takes off x (..., length, size): a calibrated mean, or that of each sample's tokens."""
+        assert self.policy is not None
+        if not self.policy.precision.has("center"):
+            return None
+        moments = self.attached.input_moments("norm", self.layer, x, self.place)
+        mean = x.mean(-2, keepdim=True) if moments is None else moments.mean[0].float()
+        return torch.where(mean.isfinite(), mean, 0.0)
 
 
 class LinearGroup:

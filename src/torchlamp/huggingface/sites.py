@@ -151,8 +151,8 @@ class Sites:
         kind = type(module)
         if kind is not nn.Linear and kind is not Conv1D:
             raise ValueError(
-                f"{self._path(module)} is a {kind.__name__}: only torch.nn.Linear and GPT-2's Conv1D can run in low "
-                "precision; merge adapters and load the model without quantisation"
+                f"{self._path(module)} is a {kind.__module__}.{kind.__name__}: only torch.nn.Linear and GPT-2's Conv1D "
+                "can run in low precision; merge adapters and load the model without quantisation"
             )
         weight: Tensor = module.weight  # type: ignore[assignment]
         if weight.dtype != torch.float32:
@@ -230,6 +230,11 @@ class Sites:
         raise self._missing(parent, names, what)
 
     def _missing(self, parent: nn.Module, names: Iterable[str], what: str) -> ValueError:
+        if isinstance(getattr(parent, "experts", None), nn.Module):
+            return ValueError(
+                f"{type(self._model).__name__}: {self._path(parent)} ({type(parent).__name__}) is a mixture of experts "
+                "that the look-ahead doesn't know: leave out mlp_up and mlp_down; the other sites can run"
+            )
         return ValueError(
             f"{type(self._model).__name__}: no {what} found in {self._path(parent)} ({type(parent).__name__}); looked "
             f"for {', '.join(names)}"

@@ -6,8 +6,11 @@ chooses for a call.
 """
 
 import functools
+import logging
 import os
 from typing import Any
+
+logger = logging.getLogger("torchlamp.kernels")
 
 #: Instruction sets, best first. `portable` is plain C++.
 INSTRUCTION_SETS = ("avx512_vnni", "avx512", "avx2", "portable")
@@ -21,7 +24,8 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         return (
             None,
-            f"the native extension is not there ({error}); install torchlamp where a C++20 compiler is",
+            f"the native extension is not there ({error}); install a C++20 compiler (GCC 11+ or Clang 14+; on Debian "
+            "apt-get install g++) and run pip install --force-reinstall --no-deps torchlamp",
         )
     return _native, None
 
@@ -57,6 +61,17 @@ def available() -> bool:
 def why_not() -> str | None:
     """Why no native kernel runs, or None if they do."""
     return _choose(os.environ.get("TORCHLAMP_KERNELS", ""))[1]
+
+
+def warn_if_absent(what: str) -> None:
+    """Say once for each reason that something runs in torch, many times slower, and what to install."""
+    if (reason := why_not()) is not None:
+        _warn(what, reason)
+
+
+@functools.cache
+def _warn(what: str, reason: str) -> None:
+    logger.warning("%s runs in torch, many times slower than by native kernels: %s", what, reason)
 
 
 def extension() -> Any:

@@ -54,11 +54,12 @@ def products(
         When an operand isn't float32.
     """
     _check(a, b)
+    grouped = accumulation.fuse is not None and accumulation.fuse.group > 1
     device = a.device
     if device.type in WITHOUT_FLOAT64:
         a, b = a.cpu(), b.cpu()
-    empty = 0 in (a.shape[0], a.shape[1], b.shape[2])
-    native = None if empty else native_for(a, b)
+    by_reference = grouped or 0 in (a.shape[0], a.shape[1], b.shape[2])
+    native = None if by_reference else native_for(a, b)
     if native is None:
         out, sums = products_reference(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
     else:

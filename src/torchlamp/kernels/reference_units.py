@@ -29,12 +29,19 @@ def unit_chain(left: Tensor, right: Tensor, grid: Grid, fuse: Fuse, start: int, 
     -------
     float32 (..., rows, columns), ceil((stop - start) / length) of them; a last, shorter group is filled with zeros.
     """
+    aligned = None
+    if fuse.group > 1:
+        aligned = scale_exponents(left, *fuse.scales[0]) + scale_exponents(right, *fuse.scales[1])
     shape = (*left.shape[:-2], right.shape[-1])
     accumulator = torch.zeros(shape, dtype=torch.float32, device=left.device)
     steps = []
     for first in range(start, stop, fuse.length):
         group = slice(first, min(first + fuse.length, stop))
-        accumulator = unit_step(left[..., group, :], right[..., group, :], accumulator, grid, fuse)
+        terms = left[..., group, :], right[..., group, :]
+        if aligned is None:
+            accumulator = unit_step(*terms, accumulator, grid, fuse)
+        else:
+            accumulator = grouped_step(*terms, aligned[..., group, :], accumulator, grid, fuse)
         steps.append(accumulator)
     return steps
 
@@ -62,6 +69,44 @@ def unit_step(left: Tensor, right: Tensor, accumulator: Tensor, grid: Grid, fuse
     result = torch.where(plain.isfinite(), rounded, special)
     nan = torch.tensor(_NAN_BITS, dtype=torch.int32, device=result.device).view(torch.float32)
     return torch.where(plain.isnan(), nan, result)
+
+
+def grouped_step(
+    left: Tensor, right: Tensor, exponents: Tensor, accumulator: Tensor, grid: Grid, fuse: Fuse
+) -> Tensor:
+    """`unit_step` of a unit with groups; `exponents` (..., L, columns) are those of each product's two scales."""
+    running, zero = accumulator.double(), fuse.zero_exponent(grid)
+    sums, largest = [], _exponent(running, grid.min_exponent, zero)
+    for first in range(0, left.shape[-2], fuse.group):
+        total, seen = torch.zeros_like(running), torch.zeros_like(running, dtype=torch.bool)
+        for k in range(first, min(first + fuse.group, left.shape[-2])):
+            product = left[..., k, :] * right[..., k, :]
+            total, seen = total + product, seen | (product != 0)
+        sums.append(total)
+        own = exponents[..., first, :].masked_fill(~seen, zero)
+        largest = torch.maximum(largest, own)
+    unit = torch.exp2(fuse.bits - largest)
+    whole = torch.trunc(running * unit)
+    for total in sums:
+        whole = whole + torch.trunc(total * unit)
+    rounded = _rounded(whole / unit, grid, fuse.nearest)
+    nan = torch.tensor(_NAN_BITS, dtype=torch.int32, device=rounded.device).view(torch.float32)
+    return torch.where(rounded.isnan(), nan, rounded)
+
+
+def scale_exponents(x: Tensor, length: int, peak: float) -> Tensor:
+    """Exponents of the scales of float64 numbers (..., K, n), `length` of which share one along K; float64 (..., K, n).
+
+    The scale has the exponent of the largest magnitude divided by `peak`; 0 for numbers without a scale.
+    """
+    if length == 0:
+        return torch.zeros_like(x)
+    depth = x.shape[-2]
+    length = min(length, depth) if length > 0 else depth
+    padded = torch.nn.functional.pad(x.abs(), (0, 0, 0, -depth % length))
+    blocks = padded.reshape(*x.shape[:-2], -1, length, x.shape[-1])
+    largest = blocks.amax(dim=-2) / peak
+    return _exponent(largest, -1000, 0).repeat_interleave(length, dim=-2)[..., :depth, :]
 
 
 def _exponent(x: Tensor, floor: int, zero: int | None) -> Tensor:

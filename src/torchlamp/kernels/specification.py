@@ -67,6 +67,9 @@ class Fuse:
     the largest exponent among `length` products and the accumulator, all terms are truncated toward zero to multiples
     of q = 2^(E - bits), and their exact sum is rounded to the grid. Zero terms count with `zero_exponent(grid)`.
 
+    `group` > 1 is the adder of block-scaled operands: a term is the exact sum of `group` products, and its exponent
+    that of the left scale plus that of the right one, whatever the elements are.
+
     Source: the models of hardware in mmasim (PyPI), which they were measured for; arXiv 2512.07004.
     """
 
@@ -78,15 +81,27 @@ class Fuse:
     nearest: bool = False
     #: Exponents below which left and right operands are subnormal numbers of the format that they are stored in.
     floors: tuple[int, int] = (-126, -126)
+    #: G > 1: the products of G neighbours are summed exactly and enter as one term, aligned by its two scales.
+    group: int = 1
+    #: Of the left and of the right operand, for groups: how many numbers share a scale, 0 for a scale of 1, and the
+    #: factor between the largest of them and a number with the scale's exponent.
+    scales: tuple[tuple[int, float], tuple[int, float]] = ((16, 4.0), (16, 4.0))
 
     def __post_init__(self) -> None:
+        if self.length % self.group:
+            raise ValueError(f"fuse{self.length}/{self.bits}/group{self.group}: groups must fill the length")
         if not 1 <= self.length <= 1024 or not 1 <= self.bits <= 40:
             raise ValueError(
                 f"fuse{self.length}/{self.bits}: allowed are 1 to 1024 products and 1 to 40 bits"
             )
 
     def zero_exponent(self, grid: Grid) -> int:
-        """The exponent of a zero term: five to seven below the smallest normal exponent, by the unit's bits."""
+        """The exponent of a zero term: five to seven below the smallest normal exponent, by the unit's bits.
+
+        Of groups, 13 below.
+        """
+        if self.group > 1:
+            return grid.min_exponent - 13
         return grid.min_exponent - max(5, self.bits - 18)
 
 
@@ -125,6 +140,10 @@ class Accumulation:
             return
         if self.block > 1 or not self.fused:
             raise ValueError("a unit's sum goes with neither block > 1 nor fused=False")
+        if self.promote % self.fuse.group:
+            raise ValueError(
+                f"promote={self.promote}: runs must be whole groups of {self.fuse.group} products"
+            )
         plain = replace(self.grid, mantissa_bits=23, min_exponent=-126, max_exponent=127)
         if not plain.is_float32:
             raise ValueError("a unit's sum is rounded to a signed format with infinities and subnormals")

@@ -5,20 +5,28 @@ threads, so that checking half a gigabyte takes a few tenths of a second and a f
 never goes unnoticed.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchlamp.models.memory import is_out_of_memory
+
 MANIFEST = "manifest.json"
 _PIECE = 1 << 24
+#: Names of entries, and of the folders in which they are written.
+_ENTRY = re.compile(r"[^.].*-[0-9a-f]{16}")
+_LEFTOVER = re.compile(r"\..+-[0-9a-f]{16}\.tmp-.*")
 
 logger = logging.getLogger("torchlamp.cache")
 
@@ -33,7 +41,10 @@ def cache_folder() -> Path:
 
 
 def find_problem(entry: Path) -> str | None:
-    """What is wrong with an entry, in a few words; None if every byte is as it was written."""
+    """What is wrong with an entry, in a few words; None if every byte is as it was written.
+
+    Full memory, which says nothing about the entry, is raised as OSError, MemoryError or RuntimeError.
+    """
     try:
         manifest = json.loads((entry / MANIFEST).read_bytes())
         files: dict[str, dict[str, Any]] = manifest["files"]
@@ -47,6 +58,8 @@ def find_problem(entry: Path) -> str | None:
             if _pieces(entry / name) != expected["sha256"]:
                 return f"{name} has changed content"
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         return f"{Path(error.filename or entry).name} can't be read: {error.strerror or error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is unreadable"
@@ -115,6 +128,59 @@ def store(entry: Path, fill: Callable[[Path], None]) -> None:
     finally:
         for leftover in entry.parent.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A converted copy in the cache folder, or what a writer that was killed left of one."""
+
+    path: Path
+    #: Bytes on the disk.
+    size: int
+    #: When it was last read or written, in seconds since 1970.
+    used: float
+    #: False: it was never finished.
+    whole: bool
+
+    @property
+    def name(self) -> str:
+        """The folder's name: that of the model or file and a hash of its content and of what converted it."""
+        return self.path.name
+
+
+def entries() -> list[Entry]:
+    """Everything in the cache folder that `store` wrote, last used first; nothing else that may lie there."""
+    folder = cache_folder()
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        whole = _ENTRY.fullmatch(path.name) is not None
+        if path.is_dir() and (whole or _LEFTOVER.fullmatch(path.name)):
+            manifest = path / MANIFEST
+            used = (manifest if manifest.is_file() else path).stat().st_mtime
+            found.append(Entry(path, entry_size(path), used, whole and manifest.is_file()))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def remove(entry: Entry) -> None:
+    """Delete an entry; whoever has mapped its files keeps them until the end of the process.
+
+    Raises
+    ------
+    OSError
+        A file can't be deleted.
+    """
+    stem = entry.name if entry.whole else entry.name.removeprefix(".").partition(".tmp-")[0]
+    with locked(entry.path.parent / stem):
+        # Moved away in one step: nobody finds half an entry.
+        gone = Path(tempfile.mkdtemp(prefix=f".{stem}.tmp-", dir=entry.path.parent))
+        entry.path.rename(gone / "old")
+        shutil.rmtree(gone)
+
+
+def note_use(entry: Path) -> None:
+    """Note that an entry is used now, if its folder can be written."""
+    with contextlib.suppress(OSError):
+        os.utime(entry / MANIFEST)
 
 
 def entry_size(entry: Path) -> int:

@@ -15,12 +15,19 @@ from typing import Any
 
 from torchlamp.models import cache, conversion
 from torchlamp.models.complete import check_complete
+from torchlamp.models.gguf_header import check_not_cut, read_header
 from torchlamp.models.hub import hub_resolves
+from torchlamp.models.memory import is_out_of_memory
 from torchlamp.models.packaged import PACKAGED
 from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
 
 logger = logging.getLogger("torchlamp.models")
 _SAMPLE = 1 << 20
+#: A tokenizer's folder has at least one of them.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json", "merges.txt",
+)  # fmt: skip
 
 
 def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
@@ -55,6 +62,8 @@ def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
         another shape; another dtype.
     TypeError
         `name` is no string.
+    MemoryError
+        The model doesn't fit into the memory that is free.
     """
     if isinstance(name, Path):
         name = str(name)
@@ -62,8 +71,16 @@ def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
         raise TypeError(f"a model is named by a string, got {type(name).__name__}: {name!r}")
     if dtype not in ("float32", "auto"):
         raise ValueError(f"dtype={dtype!r}: allowed are 'float32' and 'auto', which keeps the checkpoint's")
-    with _collector_paused():
-        model, tokenizer = _load(name, dtype)
+    try:
+        with _collector_paused():
+            model, tokenizer = _load(name, dtype)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"model {name!r} doesn't fit into the memory that is free ({conversion.first_line(error)}): close other "
+            "programs, or take a smaller model"
+        ) from error
     # Results are named after what was asked for, not after a folder of the cache.
     model.name_or_path = model.config._name_or_path = name
     return model, tokenizer
@@ -108,8 +125,8 @@ def check_name(name: str) -> None:
         return
     path = Path(name).expanduser()
     _check_path(name, path)
-    if not path.exists() and (near := difflib.get_close_matches(name, PACKAGED, n=1, cutoff=0.8)):
-        raise ValueError(f"unknown model {name!r}: did you mean {near[0]!r}? {_allowed()}")
+    if not path.exists() and (hint := _hint(name)):
+        raise ValueError(f"unknown model {name!r}: {hint}{_allowed()}")
 
 
 def _check_path(name: str, path: Path) -> None:
@@ -132,15 +149,38 @@ def layer_count(name: str) -> int:
     OSError, ValueError
         As for `load`.
     """
+    config = _config_at_hand(name)
+    if config is None:
+        config = load(name)[0].config
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def context_length(name: str) -> int | None:
+    """Tokens that a model can read, as far as its configuration is at hand and says so; nothing is loaded.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for `load`.
+    """
+    config = _config_at_hand(name)
+    if config is not None:
+        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+    path = Path(name).expanduser()
+    header = read_header(path) if name.endswith(".gguf") and path.is_file() else None
+    return None if header is None else header.context_length
+
+
+def _config_at_hand(name: str) -> Any:
+    """The transformers configuration in a model's folder or converted copy; None: there is none yet."""
     from transformers import AutoConfig
 
     folder = cache_entry(name) if name in PACKAGED or name.endswith(".gguf") else Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    else:
-        config = load(name)[0].config
-    return int(config.get_text_config().num_hidden_layers)
+    if not (folder / "config.json").is_file():
+        return None
+    with quiet_transformers():
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
 
 
 def cache_entry(name: str) -> Path:
@@ -191,7 +231,10 @@ def _fill(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any] 
 
 
 def _from_cache(entry: Path) -> tuple[Any, Any] | None:
-    """The converted model, or None if there is none or it is damaged, which is then said."""
+    """The converted model, or None if there is none or it is damaged, which is then said.
+
+    Full memory is no damage: MemoryError, or what the reader raises for it.
+    """
     if not entry.exists():
         return None
     with ThreadPoolExecutor(1) as pool:
@@ -202,14 +245,19 @@ def _from_cache(entry: Path) -> tuple[Any, Any] | None:
     if problem is None:
         try:
             with quiet_transformers():
-                return conversion.read(entry)
+                found = conversion.read(entry)
+            cache.note_use(entry)
+            return found
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
     logger.warning("the cached model in %s is damaged (%s); converting it again", entry, problem)
     return None
 
 
 def _convert(gguf: Path) -> tuple[Any, Any]:
+    check_not_cut(gguf)
     logger.info("converting %s to float32, once: this can take a minute", gguf.name)
     with quiet_transformers(), quiet_gguf_loader():
         return conversion.convert(gguf)
@@ -231,10 +279,13 @@ def _say_unkept(reason: OSError) -> None:
 
 
 def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The hub client would try for a minute before it says that there is no network.
     local = Path(source).is_dir() or not hub_resolves()
+    if Path(source).is_dir():
+        _check_tokenizer(Path(source), name)
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
@@ -255,12 +306,41 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
             )
             raise OSError(
                 f"model {name!r} is no packaged model, file or folder, and the hub gave none ({reason}); "
-                f"{_allowed()}"
+                f"{_hint(name)}{_allowed()}"
             ) from error
-        except (ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"model {name!r} can't be loaded: {conversion.first_line(error)}") from error
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of model {name!r} are cut or damaged ({conversion.first_line(error)}): get them again"
+            ) from error
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # transformers raises whatever a strange configuration or tokenizer leads it to
+            raise ValueError(f"model {name!r} can't be loaded: {_reason(error)}") from error
     check_complete(name, report)
     return model.eval(), tokenizer
+
+
+def _check_tokenizer(folder: Path, name: str) -> None:
+    """FileNotFoundError for a folder in which no tokenizer was saved: transformers would name what it tried instead."""
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"folder {name!r} holds no tokenizer ({', '.join(_TOKENIZER_FILES[:2])}, ...): write it there with "
+            "tokenizer.save_pretrained"
+        )
+
+
+def _hint(name: str) -> str:
+    """The packaged model that was meant, if a name is nearly its own."""
+    near = difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=0.8)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _reason(error: Exception) -> str:
+    """An error's words in one line, its class before them unless it is one whose words are written for users."""
+    words = " ".join(str(error).split()[:60]) or type(error).__name__
+    return words if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: {words}"
 
 
 def _allowed() -> str:

@@ -60,8 +60,9 @@ def check_precision(site: str, precision: Precision) -> None:
             f"multiplied there; it fits {', '.join(fitting)}"
         )
     for transform in map(str, precision.transforms):
-        if not record.takes(transform):
-            fitting = [name for name, other in SITES.items() if other.takes(transform)]
+        if not record.takes(transform, precision.is_stored):
+            fitting = [name for name, other in SITES.items() if other.takes(transform, precision.is_stored)]
+            stored = " with a stored operand" if record.takes(transform, False) else ""
             raise ValueError(
-                f"transform '{transform}' can't be used at the site {site}; it fits {', '.join(fitting)}"
+                f"transform '{transform}' can't be used at the site {site}{stored}; it fits {', '.join(fitting)}"
             )

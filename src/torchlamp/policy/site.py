@@ -42,10 +42,13 @@ class Look:
         What follows the sums, and runs them in the simulation: a name of `huggingface.compositions.COMPOSITIONS`.
     shows : tuple of str
         What rules see there (`Rule.looks_through`) beside what every site shows, "any".
+    transforms : tuple of str, optional
+        The transforms that are exact there; None: all.
     """
 
     composition: str
     shows: tuple[str, ...] = ()
+    transforms: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,6 @@ class Site:
     stored : Look, optional
         The same where an operand is stored and what is repaired is a row or a term that is read in full. None: the
         site has no product of two operands.
-    transforms : tuple of str, optional
-        The transforms that are exact there; None: all.
     length : str
         What the number of a sum's terms is: a key of `Result.sizes`, or ``"window"``.
     kernel : Kernel, optional
@@ -113,7 +114,6 @@ class Site:
     place: Place
     sums: Look
     stored: Look | None = None
-    transforms: tuple[str, ...] | None = None
     length: str = "hidden"
     kernel: Kernel | None = None
     partner: str | None = None
@@ -122,6 +122,7 @@ class Site:
         """How the site looks ahead under a stored operand or without one."""
         return self.stored if is_stored and self.stored is not None else self.sums
 
-    def takes(self, transform: str) -> bool:
-        """Whether a transform is exact at the site."""
-        return self.transforms is None or transform in self.transforms
+    def takes(self, transform: str, is_stored: bool) -> bool:
+        """Whether a transform is exact at the site, under a stored operand or without one."""
+        known = self.look(is_stored).transforms
+        return known is None or transform in known

@@ -24,11 +24,10 @@ _RECORDS = (
         "values",
         "values weighted by the softmax",
         Place("attention"),
-        sums=Look("values", ("elementwise",)),
+        # Probabilities come out of a softmax, key by key: they have no basis but the keys', and no scale but 1.
+        sums=Look("values", ("elementwise",), ("center", "sort")),
         # A key's value is chosen by what the softmax in front of it says.
-        stored=Look("stored values", ("softmax",)),
-        # Probabilities come out of a softmax, key by key: they are no side that a transform could change.
-        transforms=(),
+        stored=Look("stored values", ("softmax",), ()),
         length="window",
         kernel=Kernel(None, (4, 8), TopZ(0.003)),
     ),
@@ -71,9 +70,8 @@ _RECORDS = (
         "norm",
         "residual sum into the norm",
         Place("layer"),
-        sums=Look("norm"),
-        # One number after the other is summed: there are no two operands to change.
-        transforms=(),
+        # One rounding for each number: there is no sum to order, and no second operand.
+        sums=Look("norm", (), ("center",)),
     ),
     Site(
         "lm_head",

@@ -14,7 +14,7 @@ from torchlamp.policy.sites import SITES
 from torchlamp.results.journal import read_lines
 from torchlamp.results.read import read_result
 from torchlamp.results.result import Result
-from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
+from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each, record_problem
 from torchlamp.rules.rule import Rule
 
 #: `Result.sizes` of the packaged models, for results that are older than this figure.
@@ -119,10 +119,7 @@ def _read(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
     if lines.torn:
         notes.append(f"The last line of {path} is torn and was left out.")
     for number, record in enumerate(lines.records, start=1):
-        missing = [name for name in ("key", "point", "status", "result") if name not in record]
-        missing += [name for name in (*GROUP, "policy") if name not in (record.get("point") or ())]
-        if missing or record["status"] not in ("done", "failed"):
-            reason = f"lacks {', '.join(missing)}" if missing else f"has status {record['status']!r}"
+        if (reason := record_problem(record)) is not None:
             raise ValueError(f"line {number} of {str(path)!r} {reason}: it is no point of a sweep")
     return lines.records
 
@@ -136,9 +133,13 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _layers(point: dict[str, Any]) -> str:
-    """The numbers of the layers that ran under the policy, or "all"."""
+    """The numbers of the layers that ran under the policy, or "all". ValueError for anything else."""
     layers = point.get("layers")
-    return "all" if layers is None else ", ".join(str(layer) for layer in layers)
+    if layers is None:
+        return "all"
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise ValueError(f"a point's layers are {layers!r}: a list of layer numbers is expected, or null")
+    return ", ".join(map(str, layers))
 
 
 def _row(result: Result) -> dict[str, Any]:
@@ -219,7 +220,8 @@ def _check_settings(table: pd.DataFrame) -> None:
         sizes = part[["windows", "window_length"]].drop_duplicates()
         if len(sizes) > 1:
             listed = " and ".join(
-                f"{row.windows} windows of {row.window_length}" for row in sizes.itertuples()
+                f"{row.windows} window{'' if row.windows == 1 else 's'} of {row.window_length}"
+                for row in sizes.itertuples()
             )
             example = part.groupby(["windows", "window_length"])["model"].first()
             what = "points" if whole else "points of single layers"

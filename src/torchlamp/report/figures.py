@@ -1,5 +1,6 @@
 """The figures of a report on paper: the tables of `figures_data`, drawn with matplotlib as SVG and PNG."""
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ _TITLES = {
 }
 #: Kind of figure -> the beginning of its file's name, where it isn't the kind.
 _FILES = {"mu": "kl-mu", "positions": "position"}
+
+#: Characters of a name in a file name at most: four names, a kind and an ending share the 255 bytes that systems allow.
+_MAX_WORD = 48
 
 
 @dataclass(frozen=True)
@@ -266,5 +270,13 @@ def _legend(canvas: Any, panels: Any) -> None:
 
 
 def _slug(*names: str) -> str:
-    """Names as a part of a file name."""
-    return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.") or "x" for name in names)
+    """Names as a part of a file name: of long ones, such as paths, the end, and what tells them apart."""
+    return "-".join(_word(name) for name in names)
+
+
+def _word(name: str) -> str:
+    word = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_.") or "x"
+    if len(word) <= _MAX_WORD:
+        return word
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"{word[-(_MAX_WORD - 9) :].lstrip('_.')}_{digest}"

@@ -45,9 +45,11 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     OSError, ValueError
         As `read_report_data`; or the output can't be written.
     """
-    data = read_report_data(folders)
     first = folders[0].parent if folders[0].is_file() else folders[0]
     target = first if output is None else output
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"can't write a report into {str(target)!r}: it is a file, give a folder")
+    data = read_report_data(folders)
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)
@@ -80,7 +82,8 @@ def report_page(data: ReportData, folders: Sequence[str]) -> str:
     whole = points[points["layers"] == "all"]
     sizes = (whole if len(whole) else points)[["windows", "window_length"]].drop_duplicates()
     settings = " and ".join(
-        f"{row.windows} windows of {row.window_length} tokens" for row in sizes.itertuples()
+        f"{row.windows} window{'' if row.windows == 1 else 's'} of {row.window_length} tokens"
+        for row in sizes.itertuples()
     )
     return render(
         "report",

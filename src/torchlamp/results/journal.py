@@ -55,12 +55,14 @@ def read_lines(path: Path, schema: str) -> Lines:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("a JSON object is expected")
-        except ValueError as error:
+        except (ValueError, RecursionError) as stop:
+            # Brackets in brackets by the thousand: no line of ours.
+            wrong = "nested too deeply" if isinstance(stop, RecursionError) else str(stop)
             if number == len(lines):
                 return Lines(records, size, data[size:])
             raise ValueError(
-                f"{str(path)!r}, line {number}: {error}; repair or remove that line, or give another folder"
-            ) from error
+                f"{str(path)!r}, line {number}: {wrong}; repair or remove that line, or give another folder"
+            ) from stop
         if record.get("schema") != schema:
             raise ValueError(
                 f"{str(path)!r}, line {number}: schema {record.get('schema')!r} was written by another "
@@ -96,17 +98,22 @@ class Journal:
         ValueError
             A line is of another version, or is broken and not the last one.
         """
-        return self._lines().records
+        return self.lines().records
 
-    def recover(self) -> list[dict[str, Any]]:
+    def recover(self, lines: Lines | None = None) -> list[dict[str, Any]]:
         """All whole records; a torn last line is moved to a file of its own, with a warning.
+
+        Parameters
+        ----------
+        lines : Lines, optional
+            What `lines` returned, if the file was read already and nobody has written to it since.
 
         Raises
         ------
         OSError, ValueError
             As for `read`; then nothing was changed.
         """
-        lines = self._lines()
+        lines = self.lines() if lines is None else lines
         if lines.torn:
             aside = free_name(self.path.with_suffix(".torn"))
             logger.warning(
@@ -158,8 +165,8 @@ class Journal:
                 "the same command continues from there"
             ) from error
 
-    def _lines(self) -> Lines:
-        """The file's lines; none if there is no file yet."""
+    def lines(self) -> Lines:
+        """The file's lines; none if there is no file yet. Raises as `read`, and changes nothing."""
         try:
             return read_lines(self.path, self.schema)
         except FileNotFoundError:

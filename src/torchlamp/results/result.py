@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from torchlamp.extras import import_extra
 from torchlamp.results.result_table import plain_table
@@ -132,46 +132,67 @@ class Result:
         Raises
         ------
         ValueError
-            A key is missing.
+            A key is missing, or a value has another type than the field.
         """
-        known = {f.name: f.type for f in fields(cls)}
+        if not isinstance(record, dict):
+            raise ValueError("this is no result of an evaluation: a JSON object is expected")
+        known: dict[str, Any] = {f.name: f.type for f in fields(cls)}
         # Results of version 0.1.0 lack the later figures, which have defaults.
         needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
         missing = [name for name in needed if name not in record]
         if missing:
             raise ValueError(f"this is no result of an evaluation: {', '.join(missing)} missing")
-        values: dict[str, Any] = {
-            name: _number(value) if known[name] is float else value
+        values = {
+            name: _read(name, known[name], value)
             for name, value in record.items()
-            if name in known
+            if name in known and name != "comparisons"
         }
-        for name in ("kl_percentiles", "recompute_rate_by_site", "block_rates"):
-            values[name] = {k: _number(v) for k, v in record.get(name, {}).items()}
-        for name in (
-            "recompute_rate_by_layer",
-            "recompute_rate_by_position",
-            "kl_by_window",
-            "flip_by_window",
-            "log_perplexity_ratio_by_window",
-        ):
-            values[name] = [_number(v) for v in record.get(name, [])]
-        values["recompute_rate_by_head"] = [
-            [_number(v) for v in heads] for heads in record.get("recompute_rate_by_head", [])
-        ]
-        values["comparisons"] = tuple(cls.from_dict(c) for c in record.get("comparisons", ()))
-        return cls(**values)
+        comparisons = record.get("comparisons", ())
+        if not isinstance(comparisons, list | tuple):
+            raise _no_result("comparisons", comparisons)
+        return cls(**values, comparisons=tuple(cls.from_dict(c) for c in comparisons))
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
         """The inverse of `to_json`; figures written as null come back as NaN. ValueError if it is none."""
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError("this is no result of an evaluation: a JSON object is expected")
-        return cls.from_dict(record)
+        try:
+            return cls.from_dict(json.loads(text))
+        except RecursionError:
+            raise ValueError("this is no result of an evaluation: nested too deeply") from None
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _read(name: str, kind: Any, value: Any) -> Any:
+    """The value of a field of this type as JSON holds it. ValueError, naming the field, for another type's value."""
+    try:
+        return _convert(kind, value)
+    except TypeError:
+        raise _no_result(name, value) from None
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """The value as a `kind`: a class, a union, a literal, or a list or dictionary of such. TypeError if it is none."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if kind is float:
+        if value is None:
+            return math.nan
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError
+        return float(value)
+    if origin is list and isinstance(value, list):
+        return [_convert(inside[0], v) for v in value]
+    if origin is dict and isinstance(value, dict):
+        return {k: _convert(inside[1], v) for k, v in value.items()}
+    if origin is Literal and isinstance(value, str) and value in inside:
+        return value
+    if origin in (list, dict, Literal) or (type(value) is not kind and type(value) not in inside):
+        raise TypeError
+    return value
+
+
+def _no_result(name: str, value: Any) -> ValueError:
+    return ValueError(f"this is no result of an evaluation: its {name} is {value!r:.60}")
 
 
 def finite(value: Any) -> Any:

@@ -56,12 +56,16 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
     for sample in range(batch):
         for own, start in zip(generators, starts, strict=True):
             own.set_state(start)
+        summed = call.values
+        if isinstance(summed, Values):
+            summed = summed.fitted(value[sample])
         sources = _Sources(
             operands,
             value[sample],
             SampleDistances(value[sample], heads, call.ahead),
             None if call.keys is None else call.keys.store(query[sample], key[sample], sample),
-            None if call.values is None else call.values.stored(value[sample]),
+            summed,
+            None if summed is None else summed.stored(value[sample]),
         )
         for first in range(0, queries, TILE_ROWS):
             rows = range(first, min(first + TILE_ROWS, queries))
@@ -70,7 +74,7 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             if seen.last > seen.first:
                 weigh_tile = _tile if sources.keys is None else _stored_tile
                 weighed = weigh_tile(call, sources, sample, rows, seen)
-                out, counts = _values(call.values, weighed, sources, seen)
+                out, counts = _values(sources.values, weighed, sources, seen)
                 if values_selected is not None and counts is not None:
                     values_selected[sample, :, at] = counts
                 eligible[sample, :, at] = weighed.visible.sum(dim=-1)
@@ -96,6 +100,8 @@ class _Sources:
     value: Tensor
     distances: SampleDistances
     keys: StoredKeys | None
+    #: How these values are summed.
+    values: Values | StoredValues | None
     #: The numbers that the stored values stand for.
     low_value: Tensor | None
 

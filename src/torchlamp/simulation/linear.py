@@ -266,7 +266,7 @@ def linears(
         if generator is not None and start is not None:
             generator.set_state(start)
         own = flat[sample * length : (sample + 1) * length]
-        sides = [_side(own, m, operand, transforms, moments) for m in maps]
+        sides = [_side(own, m, operand, transforms, moments, accumulator.promote) for m in maps]
         if copies is not None:
             sides = [replace(side, copy=copy) for side, copy in zip(sides, copies, strict=True)]
         for first in range(0, length, chunk):
@@ -331,14 +331,21 @@ class _Side:
 
 
 def _side(
-    x: Tensor, weights: Weights, operand: Operand, transforms: Sequence[Transform], moments: Moments | None
+    x: Tensor,
+    weights: Weights,
+    operand: Operand,
+    transforms: Sequence[Transform],
+    moments: Moments | None,
+    promote: int,
 ) -> _Side:
     """A map and the input of one sample, changed by transforms; a new copy of changed weights."""
     if not transforms or 0 in x.shape:
         return _Side(x, weights)
     a, b = x[None], weights.matrix.detach()[None]
     left, right = moments_of(a, b, transforms)
-    changed = change_operands(fit(transforms, left if moments is None else moments, right, "left"), a, b)
+    changed = change_operands(
+        fit(transforms, left if moments is None else moments, right, "left", promote), a, b
+    )
     bias, narrow = weights.bias, weights.narrow_bias
     if changed.column_shift is not None:
         added = changed.column_shift[0, 0]

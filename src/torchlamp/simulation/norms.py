@@ -113,11 +113,13 @@ def norm_input(
     rule: str | Rule,
     generator: torch.Generator | None = None,
     layer: int = 0,
+    mean: Tensor | None = None,
 ) -> NormInput:
     """A residual sum as its norm reads it: rounded to the accumulator's format, the selected entries in float32.
 
     The rounding is that of the last addition of the sum, one per entry, so that the expected error is (u / 2) |x_j|
-    and `running:T` is `strict:T` with another unit. The residual stream itself isn't changed.
+    and `running:T` is `strict:T` with another unit; with `mean`, it is x less the mean that is rounded. The residual
+    stream itself isn't changed.
 
     Parameters
     ----------
@@ -131,6 +133,8 @@ def norm_input(
         On the CPU; needed by random rules, which draw once for all samples (the first of three dimensions or more).
     layer : int
         What the tile says of its layer.
+    mean : Tensor or None
+        float32, broadcastable to x: taken off before the rounding and added back in float32 after it.
 
     Raises
     ------
@@ -140,15 +144,16 @@ def norm_input(
     if x.dtype != torch.float32:
         raise TypeError(f"norm_input takes float32 input, got {x.dtype}: convert with .float()")
     form, chooser = Accumulator.parse(accumulator).format, Rule.parse(rule)
-    rounded = round_to_grid(x, form.grid)
+    narrow = round_to_grid(x if mean is None else x - mean, form.grid)
+    rounded = narrow if mean is None else narrow + mean
     if isinstance(chooser, Nothing):
         return NormInput(rounded, x.shape[-1], torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device))
     tile = ElementTile(
         scores=rounded,
         visible=torch.ones_like(x, dtype=torch.bool),
         gain=norm.gain(rounded),
-        error=lambda: rounded.abs() * (form.unit_roundoff / 2),
-        bridge_error=lambda: rounded.abs() * (form.unit_roundoff / 2),
+        error=lambda: narrow.abs() * (form.unit_roundoff / 2),
+        bridge_error=lambda: narrow.abs() * (form.unit_roundoff / 2),
         exact=x,
         generator=generator,
         layer=layer,

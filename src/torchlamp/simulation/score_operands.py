@@ -69,6 +69,7 @@ def score_operands(
     scaling: float,
     wants_shift: bool,
     moments: ScoreMoments | None = None,
+    promote: int = 0,
 ) -> ScoreOperands:
     """The operands of scores, transformed and then quantised.
 
@@ -89,6 +90,8 @@ def score_operands(
         Whether what follows sees a shift of a row: a softcap or sinks.
     moments : pair of Moments, optional
         Calibrated statistics of queries and keys.
+    promote : int
+        After how many terms the accumulator adds its sums to float32 ones, which `sort` minds; 0: never.
 
     Raises
     ------
@@ -100,7 +103,7 @@ def score_operands(
     if transforms and 0 not in (*query.shape, *key.shape):
         left, right = query.flatten(0, 1), key.flatten(0, 1).mT
         known = moments_of(left, right, transforms) if moments is None else _repeated(moments, len(key))
-        changed = change_operands(fit(transforms, *known), left, right)
+        changed = change_operands(fit(transforms, *known, promote=promote), left, right)
         exact_query, exact_key = changed.left.view(query.shape), changed.right.mT.reshape(key.shape)
         if changed.row_shift is not None and wants_shift:
             shift = (changed.row_shift[..., 0] * scaling).view(query.shape[:3])

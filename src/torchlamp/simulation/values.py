@@ -1,6 +1,6 @@
 """The site `values`: sums of values weighted by probabilities, in low precision, selected ones recomputed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,6 +8,8 @@ from torch import Tensor
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
+from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
+from torchlamp.arithmetic.transforms.sort import dealt
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
@@ -21,6 +23,8 @@ _AS_THEY_ARE = Operand()
 #: Smaller probabilities count as 0: 7000 keys together lose less than 1e-10 of the mass, and no product comes near the
 #: subnormal numbers, where the native kernel would take a path that is hundreds of times slower.
 SMALLEST_PROBABILITY = 2.0**-46
+#: Numbers of values put into each row's own order at a time.
+_SORTED_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,30 @@ class Values:
     layer: int = 0
     #: How probabilities and values enter the sums; groups run along the keys, from the first key of the sample on.
     operand: Operand = _AS_THEY_ARE
+    #: `center`: values less a mean, whose product with the row's sum of probabilities is added in float32. `sort`: the
+    #: terms of every row in ascending order of its probabilities.
+    transforms: tuple[Transform, ...] = ()
+    #: What `center` takes off, float32 (key heads, value size); None: the mean of each sample's values.
+    mean: Tensor | None = None
+
+    def has(self, transform: str) -> bool:
+        """Whether the transform of this name is applied."""
+        return TRANSFORMS[transform] in self.transforms
+
+    def fitted(self, value: Tensor) -> "Values":
+        """The same with the mean of one sample's values (key heads, keys, value size), if it needs one."""
+        if not self.has("center") or self.mean is not None or not value.shape[1]:
+            return self
+        mean = value.mean(1)
+        return replace(self, mean=torch.where(mean.isfinite(), mean, 0.0))
+
+    def centred(self, value: Tensor) -> Tensor:
+        """Values (key heads, keys, value size) less the mean."""
+        return value if self.mean is None or not self.has("center") else value - self.mean[:, None]
 
     def stored(self, value: Tensor) -> Tensor:
-        """The values float32 (key heads, keys, value size) of one sample as they enter the sums."""
-        return quantise(value, self.operand, dim=1)
+        """The values float32 (key heads, keys, value size) of one sample as they enter the sums, less the mean."""
+        return quantise(self.centred(value), self.operand, dim=1)
 
 
 def weighted_sums(
@@ -52,8 +76,10 @@ def weighted_sums(
 ) -> tuple[Tensor, Tensor]:
     """Probabilities times values for a tile of one sample.
 
-    Sums run over the keys in their order; a hidden key has probability 0 and leaves the sum as it is. Probabilities
-    below `SMALLEST_PROBABILITY` count as 0. Recomputed sums have full-precision operands.
+    Sums run over the keys in their order, or with `sort` in ascending order of the row's probabilities (equal ones
+    as they are); a hidden key has probability 0 and leaves the sum as it is. Probabilities below `SMALLEST_PROBABILITY`
+    count as 0. Recomputed sums have full-precision operands, and the keys in their order. With `center` the product of
+    the mean and the row's sum of probabilities is added to the finished sum, which isn't rounded again.
 
     Parameters
     ----------
@@ -77,22 +103,53 @@ def weighted_sums(
     # The queries of a group are stacked, so that values aren't repeated.
     kept = probabilities.masked_fill(probabilities < SMALLEST_PROBABILITY, 0.0)
     stacked = kept.reshape(groups, heads // groups * rows, keys)
-    rule = how.rule
+    rule, how = how.rule, how.fitted(value)
+    value = how.centred(value)
     entering = (stacked, value)
     if not how.operand.is_float32:
-        low = how.stored(value) if low is None else low
+        low = quantise(value, how.operand, dim=1) if low is None else low
         # Groups start at the sample's first key, whatever the tile.
         padded = torch.nn.functional.pad(stacked, (first, 0))
         entering = (quantise(padded, how.operand)[..., first:], low[:, first : first + keys])
-    sums, squares = products(*entering, how.accumulator.accumulation, squares="squares" in rule.byproducts)
+    sums, squares = _products(entering, how, squares="squares" in rule.byproducts)
+    shift = None
+    if how.mean is not None and how.has("center"):
+        shift = stacked.sum(-1, keepdim=True) * how.mean[:, None]
+    y = sums if shift is None else sums + shift
     counts = torch.zeros(heads, rows, dtype=torch.int64, device=value.device)
     shape = (heads, rows, size)
     if not isinstance(rule, Nothing):
-        chosen = rule.select(_tile(stacked, value, entering, sums.view(shape), squares, how))[0]
+        chosen = rule.select(_tile(stacked, value, entering, y.view(shape), squares, shift, how))[0]
         counts = chosen.sum(dim=-1)
         if bool(counts.any()):
             recompute(sums, stacked, value, chosen.reshape(sums.shape))
-    return sums.view(shape), counts
+            y = sums if shift is None else sums + shift
+    return y.view(shape), counts
+
+
+def _products(entering: tuple[Tensor, Tensor], how: Values, squares: bool) -> tuple[Tensor, Tensor | None]:
+    """Narrow sums (groups, rows, size) of probabilities (groups, rows, keys) and values (groups, keys, size)."""
+    weights, value = entering
+    form = how.accumulator.accumulation
+    if not how.has("sort"):
+        return products(weights, value, form, squares=squares)
+    groups, rows, keys = weights.shape
+    size = value.shape[-1]
+    order = weights.argsort(dim=-1, stable=True)
+    order = order.gather(-1, dealt(keys, form.promote).to(order.device).expand_as(order))
+    ascending = weights.gather(-1, order)
+    sums = weights.new_empty(groups, rows, size)
+    found = torch.empty_like(sums) if squares else None
+    some = max(1, _SORTED_ENTRIES // max(1, keys * size))
+    for group in range(groups):
+        for first in range(0, rows, some):
+            at = slice(first, min(first + some, rows))
+            own = value[group].index_select(0, order[group, at].flatten()).view(-1, keys, size)
+            out, running = products(ascending[group, at, None], own, form, squares=squares)
+            sums[group, at] = out[:, 0]
+            if found is not None and running is not None:
+                found[group, at] = running[:, 0]
+    return sums, found
 
 
 def _tile(
@@ -101,6 +158,7 @@ def _tile(
     entering: tuple[Tensor, Tensor],
     y: Tensor,
     squares: Tensor | None,
+    shift: Tensor | None,
     how: Values,
 ) -> ElementTile:
     """The tile of the sums y (heads, rows, value size); it computes the rest when a rule asks.
@@ -108,17 +166,24 @@ def _tile(
     Parameters
     ----------
     stacked, value
-        The operands, (groups, heads / groups * rows, keys) and (groups, keys, value size).
+        The operands, the values less the mean, (groups, heads / groups * rows, keys) and (groups, keys, value size).
     entering
         The same as they entered the sums.
     y
         The sums, (heads, rows, value size).
     squares
         Sums of the squared partial sums, the shape of the product; None where the rule needs none.
+    shift
+        What was added to the finished sums, the shape of the product; None: nothing.
     how
         Accumulator and rule.
     """
     shape = (1, *y.shape)
+
+    def with_shift(sums: Tensor, absolute: bool = False) -> Tensor:
+        if shift is not None:
+            sums = sums + (shift.abs() if absolute else shift)
+        return sums.reshape(shape)
 
     def error(known: Tensor) -> Tensor:
         rounding = known.sqrt().mul_(how.accumulator.unit_roundoff / 2)
@@ -130,11 +195,11 @@ def _tile(
         return (rounding.square() + of_value + of_weights).sqrt().view(shape)
 
     def numerator() -> Tensor:
-        return products(stacked, value.abs(), _FLOAT32)[0].view(shape)
+        return with_shift(products(stacked, value.abs(), _FLOAT32)[0], absolute=True)
 
     def cheap_numerator() -> Tensor:
         bounds: Tensor = stacked.norm(dim=-1, keepdim=True) * value.norm(dim=1, keepdim=True)
-        return bounds.view(shape)
+        return with_shift(bounds, absolute=True)
 
     return ElementTile(
         scores=y[None],
@@ -145,7 +210,7 @@ def _tile(
         numerator=numerator,
         cheap_numerator=cheap_numerator,
         error=None if squares is None else lambda: error(squares),
-        exact=lambda: products(stacked, value, _FLOAT32)[0].view(shape),
+        exact=lambda: with_shift(products(stacked, value, _FLOAT32)[0]),
         generator=how.generator,
         layer=how.layer,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchlamp.data.datasets import check_text
-from torchlamp.models.load import check_name, layer_count
+from torchlamp.models.load import check_name, context_length, layer_count
 from torchlamp.sweep.points import REAL, SHUFFLED, Calibration, Point, digest, in_order
 from torchlamp.sweep.policies import candidates
 from torchlamp.sweep.yaml_tree import Node, read_yaml
@@ -104,7 +104,7 @@ def _points(grid: Node, axes: dict[str, Node]) -> list[Point]:
     texts = _axis(axes, "texts", _text)
     tokens = _axis(axes, "tokens", _tokens)
     windows = _axis(axes, "windows", lambda node: node.integer("windows", 1))
-    lengths = _axis(axes, "window_length", lambda node: node.integer("window_length", 2))
+    lengths = _axis(axes, "window_length", lambda node: _length(node, models))
     seeds = _axis(axes, "seeds", lambda node: node.integer("seed", 0))
     layer_sets = {model: _layers(axes.get("layers"), model) for model in models}
     policies = candidates(grid, axes)
@@ -144,6 +144,18 @@ def _model(node: Node) -> str:
     except (OSError, ValueError) as error:
         raise node.error(str(error)) from error
     return name
+
+
+def _length(node: Node, models: list[str]) -> int:
+    """The length of a window, which must fit the contexts of all models whose configuration is at hand."""
+    length = node.integer("window_length", 2)
+    for model in models:
+        context = context_length(model)
+        if context is not None and length > context:
+            raise node.error(
+                f"window_length {length} is longer than the context of {model}: give at most {context}"
+            )
+    return length
 
 
 def _text(node: Node) -> str:

@@ -18,8 +18,14 @@ class Estimate:
         #: Seconds and tokens of each kind and each model.
         self._totals: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for record in records:
-            if record.get("status") == "done":
-                self.add(Point.from_dict(record["point"]), record["seconds"])
+            seconds = record.get("seconds")
+            if record.get("status") != "done" or not isinstance(seconds, int | float):
+                continue
+            try:
+                point = Point.from_dict(record["point"])
+            except TypeError:  # another version's: it teaches nothing
+                continue
+            self.add(point, seconds)
 
     def add(self, point: Point, seconds: float) -> None:
         """Learn from a finished point."""

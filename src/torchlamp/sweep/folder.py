@@ -10,7 +10,7 @@ from typing import Any
 import torchlamp
 from torchlamp.results.journal import Journal, free_name
 from torchlamp.results.output import write_text
-from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each
+from torchlamp.results.sweep_file import RESULTS, SCHEMA, last_of_each, record_problem
 from torchlamp.sweep.config import SweepConfig
 from torchlamp.sweep.points import Point
 
@@ -26,7 +26,8 @@ class Outcome:
     result: dict[str, Any] | None
     error: str | None
     seconds: float
-    #: The calibration that was made for it, if one was: "key", "calibration", "policy", "rate", "passes".
+    #: The calibration that was made for it, if one was: "key", "calibration", "policy", "rate", "tries" (thresholds
+    #: that were tried).
     calibration: dict[str, Any] | None = None
 
 
@@ -56,11 +57,16 @@ class Folder:
         self.path = path
         self._results = Journal(path / RESULTS, SCHEMA)
         self._calibrations = Journal(path / CALIBRATIONS, CALIBRATION_SCHEMA)
-        # Both are read before either is changed.
-        self._results.read()
-        self._calibrations.read()
-        self.records = last_of_each(self._results.recover())
-        self.calibrations = {c["key"]: str(c["policy"]) for c in self._calibrations.recover()}
+        # Both are read before either is changed: an error leaves both as they were.
+        results, calibrations = self._results.lines(), self._calibrations.lines()
+        for number, record in enumerate(results.records, start=1):
+            if (reason := record_problem(record)) is not None:
+                raise _foreign(path / RESULTS, number, reason)
+        for number, record in enumerate(calibrations.records, start=1):
+            if not isinstance(record.get("key"), str) or not isinstance(record.get("policy"), str):
+                raise _foreign(path / CALIBRATIONS, number, "lacks key or policy")
+        self.records = last_of_each(self._results.recover(results))
+        self.calibrations = {c["key"]: str(c["policy"]) for c in self._calibrations.recover(calibrations)}
 
     def done(self, point: Point) -> bool:
         """Whether the point has a result; a failed one has none."""
@@ -86,6 +92,12 @@ class Folder:
         """Write sweep.json in one step."""
         record = {"schema": SCHEMA, "torchlamp": torchlamp.__version__} | config.to_dict()
         write_text(self.path / CONFIGURATION, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _foreign(path: Path, number: int, reason: str) -> ValueError:
+    return ValueError(
+        f"{str(path)!r}, line {number} {reason}: no sweep wrote it; repair or remove that line, or give another folder"
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Nothing here knows what the tasks are. Needs the extra ``ray``, which is importe
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,6 +16,8 @@ logger = logging.getLogger("torchlamp.ray")
 Task = TypeVar("Task")
 #: An actor that ends so often before it has computed anything will not do better the next time.
 _MAX_FALSE_STARTS = 3
+#: Seconds that a cluster has to answer.
+_PATIENCE = 10.0
 
 
 class Computes(Protocol):
@@ -45,6 +48,32 @@ class _Held:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+def check_address(address: str) -> None:
+    """Find out that nobody answers at the address of a cluster, for which Ray itself takes minutes.
+
+    Parameters
+    ----------
+    address : str
+        A host and a port, ``ray://`` before them or not; other words, such as ``auto``, are Ray's to understand.
+
+    Raises
+    ------
+    OSError
+        Nobody answers within `_PATIENCE` seconds.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise OSError(
+            f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({reason}); start one, or unset the variable to "
+            "compute on this machine"
+        ) from error
 
 
 class ActorPool:
@@ -103,7 +132,9 @@ class ActorPool:
             "log_to_driver": False,
             "logging_level": "ERROR",
         }
-        if not os.environ.get("RAY_ADDRESS"):
+        if address := os.environ.get("RAY_ADDRESS"):
+            check_address(address)
+        else:
             # As many slots as workers are asked for, even if that is more than there are processors.
             options["num_cpus"] = max((workers or 0) * processors, os.cpu_count() or 1)
         self._ray.init(**options)

@@ -1,13 +1,16 @@
 """YAML as a tree of values that remember their lines, so that every error can say where it is."""
 
 import difflib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 #: Deeper than any configuration; an alias that contains itself would never end.
 _MAX_DEPTH = 20
+#: More values than any configuration; aliases of aliases would multiply without a limit.
+_MAX_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,10 @@ def read_yaml(path: Path) -> Node:
         root = loader.get_single_node()
         if root is None:
             raise ValueError(f"{name}, line 1: the file is empty: docs/sweep.md has an example")
-        return _tree(loader, root, name, 0)
+        return _tree(loader, root, name, 0, itertools.count(1))
+    except RecursionError:
+        # Brackets in brackets, deeper than PyYAML itself can follow.
+        raise ValueError(f"{name}: nested more than {_MAX_DEPTH} deep") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         # A quote or bracket that is never closed: where it opens says more than the end of the file.
@@ -136,14 +142,17 @@ def read_yaml(path: Path) -> Node:
             loader.dispose()
 
 
-def _tree(loader: Any, node: Any, name: str, depth: int) -> Node:
+def _tree(loader: Any, node: Any, name: str, depth: int, numbers: Iterator[int]) -> Node:
+    """The node and what is under it, aliases written out; `numbers` counts the nodes of the whole tree."""
     import yaml
 
     line = node.start_mark.line + 1
+    if next(numbers) > _MAX_NODES:
+        raise ValueError(f"{name}, line {line}: more than {_MAX_NODES} values, aliases written out")
     if depth > _MAX_DEPTH:
         raise ValueError(f"{name}, line {line}: nested more than {_MAX_DEPTH} deep")
     if isinstance(node, yaml.SequenceNode):
-        return Node([_tree(loader, child, name, depth + 1) for child in node.value], name, line)
+        return Node([_tree(loader, child, name, depth + 1, numbers) for child in node.value], name, line)
     if isinstance(node, yaml.ScalarNode):
         try:
             return Node(loader.construct_object(node), name, line)
@@ -159,7 +168,7 @@ def _tree(loader: Any, node: Any, name: str, depth: int) -> Node:
                 f"{name}, line {key_line}: key {word!r} appears twice, first in line {entries[word].line}: "
                 "give it once"
             )
-        child = _tree(loader, value, name, depth + 1)
+        child = _tree(loader, value, name, depth + 1, numbers)
         # The line of the key, where a reader looks for it, unless a list follows that has lines of its own.
         entries[word] = Node(child.value, name, key_line)
     return Node(entries, name, line)

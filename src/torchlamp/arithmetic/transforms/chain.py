@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.transforms.moments import Moments
-from torchlamp.arithmetic.transforms.transform import Change, Side, Transform
+from torchlamp.arithmetic.transforms.sort import dealt
+from torchlamp.arithmetic.transforms.transform import TRANSFORMS, Change, Diagonal, Side, Transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,12 @@ def moments_of(a: Tensor, b: Tensor, transforms: Sequence[Transform]) -> tuple[M
 
 
 @torch.no_grad()
-def fit(transforms: Sequence[Transform], left: Moments, right: Moments, side: Side = "right") -> list[Change]:
+def fit(
+    transforms: Sequence[Transform], left: Moments, right: Moments, side: Side = "right", promote: int = 0
+) -> list[Change]:
     """The changes that statistics of the unchanged operands ask for; each sees the statistics after the one before.
+
+    Sorted terms are dealt out to the pieces of a sum that is promoted after every `promote` terms (0: none is).
 
     Raises
     ------
@@ -45,6 +50,10 @@ def fit(transforms: Sequence[Transform], left: Moments, right: Moments, side: Si
         change = transform.fit(left, right, side)
         left, right = change.moments(left, right)
         changes.append(change)
+    size = left.total.shape[1]
+    if 0 < promote < size and TRANSFORMS.get("sort") in transforms:
+        order = dealt(size, promote).to(left.total.device)
+        changes.append(Diagonal(order.expand(left.total.shape[0], -1)))
     return changes
 
 
@@ -90,8 +99,10 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def transformed(a: Tensor, b: Tensor, transforms: Sequence[Transform], side: Side = "right") -> Changed:
+def transformed(
+    a: Tensor, b: Tensor, transforms: Sequence[Transform], side: Side = "right", promote: int = 0
+) -> Changed:
     """Operands changed by transforms that are fitted to these operands themselves; as `change_operands`."""
     if not transforms or 0 in (*a.shape, *b.shape):
         return Changed(a, b)
-    return change_operands(fit(transforms, *moments_of(a, b, transforms), side), a, b)
+    return change_operands(fit(transforms, *moments_of(a, b, transforms), side, promote), a, b)

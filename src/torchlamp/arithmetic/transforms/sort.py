@@ -3,9 +3,28 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.arithmetic.transforms.transform import Change, Diagonal, Side, Transform
+
+
+def dealt(size: int, promote: int) -> Tensor:
+    """Where the terms of a sum go that ascend: int64 (size,), position p takes term number dealt[p].
+
+    A term passes through a rounding for every step that its partial sum goes on for. In one narrow sum, in blocks of
+    float32 or not, that falls from the first term to the last, and ascending terms stay as they are. With promotion
+    after every `promote` terms it falls within each piece: the largest terms go to the ends of the pieces, the next
+    ones in front of them. 0: no promotion. Source: derived, docs/transforms.md 2.
+    """
+    places = torch.arange(size)
+    if not 0 < promote < size:
+        return places
+    steps = promote - places % promote
+    rest = size % promote
+    if rest:  # the last piece is shorter
+        steps[-rest:] -= promote - rest
+    return steps.argsort(descending=True, stable=True).argsort()
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ function drawMap(l, h) {
       if (j > i || !bit(layer.visible, k)) { row.push(null); words.push(""); continue; }
       const root = layer.p[k] / 255, chosen = bit(layer.chosen, k);
       row.push(chosen ? 1.02 + 0.98 * root : 0.98 * root);
-      let note = `query ${i} “${show(DATA.tokens[i])}”<br>key ${j} “${show(DATA.tokens[j])}”<br>probability ${number(root * root, 2)}`;
+      let note = `query ${i} “${safe(show(DATA.tokens[i]))}”<br>key ${j} “${safe(show(DATA.tokens[j]))}”<br>probability ${number(root * root, 2)}`;
       if (layer.exact) { const exact = half(layer.exact[k]),
         error = half(layer.error[k]); note += `<br>score, low precision ${number(exact + error, 4)}<br>score, float32 ${number(exact, 4)}`; }
       words.push(note + (chosen ? "<br><b>recomputed</b>" : ""));
@@ -86,7 +86,7 @@ function drawMap(l, h) {
   const shapes = pinned < 0 ? [] : [["x", "y"], ["y", "x"]].map(([a, b]) => ({ type: "rect", [a + "0"]: pinned - 0.5,
     [a + "1"]: pinned + 0.5, [b + "0"]: -0.5, [b + "1"]: N - 0.5, line: { color: css("--accent"), width: 1.5 },
     fillcolor: "rgba(0,0,0,0)" }));
-  const axis = { tickmode: "array", tickvals: ticks, ticktext: ticks.map((i) => short(DATA.tokens[i])),
+  const axis = { tickmode: "array", tickvals: ticks, ticktext: ticks.map((i) => safe(short(DATA.tokens[i]))),
     showgrid: false, ticks: "", tickfont: { size: Math.max(9, Math.min(12, cell)), color: css("--muted") },
     range: [-0.5, N - 0.5] };
   draw("map", [{ type: "heatmap", z, text, hoverongaps: false, hovertemplate: "%{text}<extra></extra>", zmin: 0,

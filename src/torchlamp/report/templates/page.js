@@ -79,6 +79,19 @@ function unpack(text, Kind) {
   return new Kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 }
 const unique = (values) => [...new Set(values)];
+// Strings of the data become text nodes, never HTML. Plotly reads tags in labels: there they are escaped.
+const safe = (value) => String(value).replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
+function node(tag, attributes, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children.flat());
+  return made;
+}
+// A table of rows of cells, each a `td` or `th`, under a row of headings.
+function fillTable(table, headings, rows) {
+  table.replaceChildren(node("thead", {}, node("tr", {}, headings.map((words) => node("th", {}, words)))),
+    node("tbody", {}, rows.map((cells) => node("tr", {}, cells))));
+}
 const number = (v, digits) => v === null || v === undefined || !isFinite(v) ? "–" :
   v === 0 ? "0" : Math.abs(v) < 1e-3 ||
     Math.abs(v) >= 1e5 ? v.toExponential(digits - 1) : String(Number(v.toPrecision(digits)));

@@ -46,6 +46,19 @@ function updateControls() {
   el("error").parentElement.hidden = el("axis").value === "rate";
 }
 
+// A piece of a rule's line for the legend.
+function lineSample(color, dash) {
+  const shape = (tag, attributes) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  };
+  const picture = shape("svg", { width: 22, height: 10, "aria-hidden": "true" });
+  picture.append(shape("line", { x1: 0, y1: 5, x2: 22, y2: 5, stroke: color, "stroke-width": 2.5,
+    "stroke-dasharray": dash }));
+  return picture;
+}
+
 function drawLegend(names) {
   el("legend").replaceChildren(...names.map((rule) => {
     const item = document.createElement("li"), button = document.createElement("button"), own = style(rule);
@@ -53,8 +66,7 @@ function drawLegend(names) {
     button.dataset.rule = rule;
     button.setAttribute("aria-pressed", String(!hidden.has(rule)));
     const dash = { dash: "4 3", dot: "1 3" }[own.dash] || "";
-    button.innerHTML = `<svg width="22" height="10" aria-hidden="true"><line x1="0" y1="5" x2="22" y2="5" stroke="${own.color}" stroke-width="2.5" stroke-dasharray="${dash}"/></svg>`;
-    button.append(own.label);
+    button.append(lineSample(own.color, dash), own.label);
     button.addEventListener("click", () => { hidden.has(rule) ? hidden.delete(rule) : hidden.add(rule); redraw(); });
     item.append(button);
     return item;
@@ -62,7 +74,7 @@ function drawLegend(names) {
 }
 
 function hover(p) {
-  return `<b>${p.policy}</b><br>KL ${number(p.kl, 3)} ± ${number(p.kl_se, 1)}<br>flips ${percentText(p.flip)} ± ${percentText(p.flip_se || 0)}` +
+  return `<b>${safe(p.policy)}</b><br>KL ${number(p.kl, 3)} ± ${number(p.kl_se, 1)}<br>flips ${percentText(p.flip)} ± ${percentText(p.flip_se || 0)}` +
     `<br>recomputed ${percentText(p.rate)}` + (p.cost_entry === null ? "" : `<br>cost ${number(p.cost_entry, 3)}, row blocks ${number(p.cost_row_block_16, 3)}, tiles ${number(p.cost_tile_16x16, 3)}`) +
     (p.realisable ? "" : "<br>not realisable");
 }
@@ -80,18 +92,18 @@ function drawPareto(s) {
     traces.push({
       x: curve.map((p) => p[key]), y: curve.map((p) => p[s.metric]), text: curve.map(hover),
         hovertemplate: "%{text}<extra></extra>",
-      mode: "lines+markers", name: rule, line: { color: own.color, dash: own.dash, width: 2 },
+      mode: "lines+markers", name: safe(rule), line: { color: own.color, dash: own.dash, width: 2 },
         marker: { symbol: own.symbol, size: 7, color: own.color, line: { width: 1.4, color: own.color } },
       error_y: bars(curve, s.metric, own.color),
     });
     if (s.accumulate === "") annotations.push({ x: Math.log10(curve[0][key]), y: Math.log10(curve[0][s.metric]),
-      text: accumulate, showarrow: false, xanchor: "right", xshift: -8, font: { size: 10, color: own.color } });
+      text: safe(accumulate), showarrow: false, xanchor: "right", xshift: -8, font: { size: 10, color: own.color } });
   }
   const plain = hidden.has("none") ? [] : points.filter((p) => p.rule === "none" && p[s.metric] > 0);
   const { color: ink, symbol } = style("none");
   if (plain.length && cost) {
     traces.push({ x: plain.map((p) => p[key]), y: plain.map((p) => p[s.metric]), mode: "lines+markers+text",
-      name: "uniform", text: plain.map((p) => p.accumulate),
+      name: "uniform", text: plain.map((p) => safe(p.accumulate)),
       textposition: "top right", textfont: { color: ink, size: 11 }, line: { color: ink, width: 1 },
         marker: { symbol, size: 8, color: ink },
       customdata: plain.map(hover), hovertemplate: "%{customdata}<extra>uniform</extra>" });
@@ -103,7 +115,7 @@ function drawPareto(s) {
     shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: p[s.metric], y1: p[s.metric], line: { color: ink,
       width: 1, dash: "dot" }, opacity: 0.7 });
     annotations.push({ xref: "paper", x: 1, xanchor: "left", xshift: 2, y: Math.log10(p[s.metric]), yanchor: "middle",
-      text: p.accumulate, showarrow: false, font: { size: 11, color: ink } });
+      text: safe(p.accumulate), showarrow: false, font: { size: 11, color: ink } });
   }
   const ys = [...traces.flatMap((t) => t.y), ...plain.map((p) => p[s.metric])], xs = [...traces.flatMap((t) => t.x),
     ...(cost ? [1] : [])];
@@ -130,21 +142,21 @@ function drawEqual(s) {
   el("equal-measure").textContent = s.metric === "kl" ? "KL" : "Flip rate";
   const rates = unique(rows.map((r) => r.rate)).sort((a, b) => a - b), ratio = s.metric + "_ratio";
   const cell = (r) => {
-    if (!r) return "<td>–</td>";
-    const se = r[ratio + "_se"], error = se ? ` <span class="se">± ${fixed(se)}</span>` : "";
-    const text = r[ratio] === null ? `<span class="se">${number(r[s.metric], 3)}</span>` : fixed(r[ratio]) + error;
+    if (!r) return node("td", {}, "–");
+    const se = r[ratio + "_se"], small = (words) => node("span", { class: "se" }, words);
+    const text = r[ratio] === null ? [small(number(r[s.metric], 3))] :
+      [fixed(r[ratio]), ...(se ? [" ", small(`± ${fixed(se)}`)] : [])];
     const title = `${s.metric} ${number(r[s.metric], 3)} ± ${number(r[s.metric + "_se"], 1)}`;
-    return `<td class="${r[s.metric + "_best"] ? "best" : ""}" title="${title}">${text}</td>`;
+    return node("td", { class: r[s.metric + "_best"] ? "best" : "", title }, text);
   };
-  const body = accumulators(rows).flatMap((accumulate) => rules(rows).map((rule) => {
+  const body = accumulators(rows).flatMap((accumulate) => rules(rows).flatMap((rule) => {
     const curve = rows.filter((r) => r.accumulate === accumulate && r.rule === rule);
-    if (!curve.length) return "";
-    const cells = rates.map((rate) => cell(curve.find((r) => r.rate === rate))).join("");
+    if (!curve.length) return [];
     const own = style(rule), name = (s.accumulate === "" ? accumulate + " " : "") + own.label;
-    return `<tr><td><span class="swatch" style="background:${own.color}"></span>${name}</td>${cells}</tr>`;
+    const swatch = node("span", { class: "swatch", style: `background:${own.color}` });
+    return [[node("td", {}, swatch, name), ...rates.map((rate) => cell(curve.find((r) => r.rate === rate)))]];
   }));
-  const head = `<thead><tr><th>Rule</th>${rates.map((r) => `<th>${percentText(r)}</th>`).join("")}</tr></thead>`;
-  el("equal").innerHTML = head + `<tbody>${body.join("")}</tbody>`;
+  fillTable(el("equal"), ["Rule", ...rates.map(percentText)], body);
 }
 
 function drawMu(s) {
@@ -155,10 +167,10 @@ function drawMu(s) {
     (r.rate === 0 || r.rate === 1 || String(r.rate) === el("mu-rate").value));
   const traces = rules(shown).map((rule) => {
     const curve = shown.filter((r) => r.rule === rule), own = style(rule);
-    return { x: curve.map((r) => r.mu), y: curve.map((r) => r[s.metric]), name: own.label, mode: "lines+markers",
+    return { x: curve.map((r) => r.mu), y: curve.map((r) => r[s.metric]), name: safe(own.label), mode: "lines+markers",
       line: { color: own.color, dash: own.dash, width: 2 }, marker: { symbol: own.symbol, size: 7, color: own.color },
-      error_y: bars(curve, s.metric, own.color), text: curve.map((r) => r.accumulate),
-      hovertemplate: `${own.label}<br>%{text}: %{y:.3~g}<extra></extra>` };
+      error_y: bars(curve, s.metric, own.color), text: curve.map((r) => safe(r.accumulate)),
+      hovertemplate: `${safe(own.label)}<br>%{text}: %{y:.3~g}<extra></extra>` };
   });
   el("mu-section").hidden = unique(traces.flatMap((t) => t.x)).length < 2;
   el("mu-title").textContent = `${s.metric === "kl" ? "KL" : "Flips"} against mantissa bits`;
@@ -174,9 +186,9 @@ function drawPosition(s) {
   el("position-section").hidden = !rows.length;
   const traces = unique(rows.map((r) => r.policy)).map((policy) => {
     const curve = rows.filter((r) => r.policy === policy), own = style(curve[0].rule);
-    return { x: curve.map((r) => r.position), y: curve.map((r) => r.rate > 0 ? r.rate : null), name: policy,
+    return { x: curve.map((r) => r.position), y: curve.map((r) => r.rate > 0 ? r.rate : null), name: safe(policy),
       mode: "lines", line: { color: own.color, dash: own.dash, width: 2 },
-      hovertemplate: `${policy}<br>position %{x}: %{y:.2%}<extra></extra>` };
+      hovertemplate: `${safe(policy)}<br>position %{x}: %{y:.2%}<extra></extra>` };
   });
   if (rows.length) draw("position", traces, { height: 360, xaxis: { words: "position of the token",
     rangemode: "tozero" }, yaxis: { ...logTicks(traces.flatMap((t) => t.y), true), words: DATA.axes.rate } });
@@ -206,9 +218,9 @@ function drawLayers(s) {
   if (!rows.length) return;
   const traces = unique(rows.map((r) => r.label)).map((label) => {
     const curve = rows.filter((r) => r.label === label), { color } = style(curve[0].rule);
-    return { x: curve.map((r) => r.layer), y: curve.map((r) => r[s.metric]), name: label, mode: "lines+markers",
+    return { x: curve.map((r) => r.layer), y: curve.map((r) => r[s.metric]), name: safe(label), mode: "lines+markers",
       line: { color, width: 1.5, dash: dashes[curve[0].line] }, marker: { size: 6, color },
-      error_y: bars(curve, s.metric, color), hovertemplate: `${label}<br>layer %{x}: %{y:.3~g}<extra></extra>` };
+      error_y: bars(curve, s.metric, color), hovertemplate: `${safe(label)}<br>layer %{x}: %{y:.3~g}<extra></extra>` };
   });
   draw("layers", traces, { height: 340 + 18 * traces.length, showlegend: true, legend: { orientation: "h", y: -0.22,
     font: { size: 11 } }, xaxis: { words: "the only narrow layer" }, yaxis: { ...logTicks(traces.flatMap((t) => t.y),
@@ -222,12 +234,12 @@ function drawSites(s) {
   if (sites.length < 2) return;
   const traces = accumulators(rows).map((name) => {
     const part = rows.filter((r) => r.accumulate === name), color = styles[name][dark() ? "dark" : "light"];
-    return { y: part.map((r) => r.site), x: part.map((r) => r[s.metric]), name, mode: "markers",
+    return { y: part.map((r) => safe(r.site)), x: part.map((r) => r[s.metric]), name: safe(name), mode: "markers",
       marker: { size: 9, symbol: styles[name].symbol, color }, error_x: bars(part, s.metric, color),
-      hovertemplate: `%{y}=${name}: %{x:.3~g}<extra></extra>` };
+      hovertemplate: `%{y}=${safe(name)}: %{x:.3~g}<extra></extra>` };
   });
   draw("sites", traces, { height: 150 + 34 * sites.length, showlegend: true, legend: { orientation: "h", y: -0.3,
-    font: { size: 11 } }, yaxis: { words: "", categoryorder: "array", categoryarray: [...sites].reverse() },
+    font: { size: 11 } }, yaxis: { words: "", categoryorder: "array", categoryarray: sites.map(safe).reverse() },
     xaxis: { ...logTicks(traces.flatMap((t) => t.x), s.metric === "flip"), words: DATA.metrics[s.metric] } });
 }
 
@@ -235,18 +247,18 @@ function drawPoints(s) {
   const points = ofGroup(DATA.points, s).filter((p) => p.site === s.site && (s.accumulate === "" ||
     p.accumulate === s.accumulate || p.rule === "none"));
   const layered = points.some((p) => p.layers !== "all");
-  const pm = (p, name, digits) => `${number(p[name], digits)} <span class="se">± ${number(p[name + "_se"], 1)}</span>`;
+  const small = (words) => node("span", { class: "se" }, `± ${words}`);
+  const pm = (p, name, digits) => [number(p[name], digits), " ", small(number(p[name + "_se"], 1))];
   const share = (v) => (100 * v).toFixed(2);
-  const same = (p) => `${share(p.same_top)} <span class="se">± ${share(p.same_top_se)}</span> %`;
+  const same = (p) => [share(p.same_top), " ", small(share(p.same_top_se)), " %"];
   const columns = [
     ["Policy", (p) => p.policy], ...(layered ? [["layers", (p) => p.layers]] : []), ["PPL", (p) => number(p.PPL, 5)],
     ["ΔPPL", (p) => pm(p, "delta_PPL", 2)], ["KLD", (p) => pm(p, "KLD", 3)], ["99 % KLD", (p) => number(p.KLD_99, 3)],
     ["RMS Δp", (p) => percentText(p.rms_delta_p)], ["same top", same],
     ["recomputed", (p) => percentText(p.recompute_rate)],
   ];
-  const row = (p) => `<tr>${columns.map(([, cell]) => `<td>${cell(p)}</td>`).join("")}</tr>`;
-  el("points").innerHTML = `<thead><tr>${columns.map(([name]) => `<th>${name}</th>`).join("")}</tr></thead>` +
-    `<tbody>${points.map(row).join("")}</tbody>`;
+  const row = (p) => columns.map(([, cell]) => node("td", {}, cell(p)));
+  fillTable(el("points"), columns.map(([name]) => name), points.map(row));
 }
 
 function redraw() {
