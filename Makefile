@@ -6,7 +6,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/
 CROSS ?= aarch64-linux-gnu
 
 .PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 \
-  sanitize sanitize-build sanitize-selftest sanitize-threads sanitize-tests bench study study-small clean
+  sanitize sanitize-build sanitize-selftest sanitize-threads sanitize-tests bench study study-small wheels docs clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
 	$(BIN)/torchlamp evaluate smollm2-135m --policy "ps4.center.sort+strict:0.1" --compare "ps4+strict:0.1"
@@ -87,7 +87,7 @@ sanitize-tests: sanitize-build
 
 # `bench decode` times the other engines, too, where their packages are installed.
 bench: $(VENV)/installed  ## the figures of docs/performance.md
-	for name in scores forward evaluate attention decode soak; do $(BIN)/torchlamp bench $$name || exit 1; done
+	for name in scores forward evaluate attention prompt decode soak; do $(BIN)/torchlamp bench $$name || exit 1; done
 
 # What docs/study reports, computed anew: hours. Stopped at any point, it goes on where it was.
 study: $(VENV)/installed
@@ -98,8 +98,20 @@ study-small: $(VENV)/installed  ## the same in three minutes
 	$(BIN)/torchlamp sweep docs/study/study-small.yaml --output build/study-small
 	$(BIN)/torchlamp report build/study-small
 
+wheels:  ## wheels for this machine into dist/, each tested in a fresh environment: some minutes
+	.ci/wheels
+
+# Needs only the packages of its own environment: it reads the sources and doesn't import them.
+docs: build/docs-venv/installed  ## the site into build/site, without a warning
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/python -m mkdocs build --strict --quiet --site-dir build/site
+
+build/docs-venv/installed: docs/requirements.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -44,53 +44,56 @@ class Layer {
     call_.out_bias = vector(kept_[7], call_.hidden);
   }
 
-  // One token of each sequence through the whole layer: its key and value go to position `start` of the store. Returns
+  // Some tokens of each sequence through the whole layer: their keys and values go to positions `start`, ... of the
+  // store. x and y (tokens, hidden), those of the first sequence first; mask (batch, tokens of a sequence, keys). Returns
   // scores recomputed, values read in full, keys seen, neurons recomputed, columns of down read in full, and what
   // `KeyValueStore.append` returns.
   std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int> step(
       Floats<2> x, Floats<2> cosines, Floats<2> sines, const KeyValueStore& keys_values, std::ptrdiff_t start,
-      std::ptrdiff_t first, std::optional<Array<const std::uint8_t, 2>> mask, float scaling, float scores_threshold,
+      std::ptrdiff_t first, std::optional<Array<const std::uint8_t, 3>> mask, float scaling, float scores_threshold,
       float values_threshold, bool nonfinite_values, Array<float, 2> y, int threads) const {
     LowBitLayer p = call_;
     const KeyValues& store = keys_values.store();
-    const std::ptrdiff_t batch = length(x.shape(0)), size = p.head_size, keys = p.kv_heads * size;
-    p.batch = batch;
-    p.threads = threads;
-    check_step(x, y, cosines, sines, store, start, first);
+    const std::ptrdiff_t batch = store.batches, size = p.head_size, keys = p.kv_heads * size;
+    set_tokens(p, x, threads);
+    set_angles(p, cosines, sines);
+    set_output(p, y);
+    require(p.tokens % batch == 0 && store.heads == p.kv_heads && store.size == size && store.value_size == size,
+            "the store must be of the layer's batch, heads and size");
+    const std::ptrdiff_t count = p.tokens / batch;
+    require(0 <= first && first <= start && start + count <= store.capacity,
+            "the new positions must lie within the capacity");
     if (mask)
-      require(length(mask->shape(0)) == batch && length(mask->shape(1)) == start + 1 - first &&
-                  (start == first || mask->stride(1) == 1),
-              "mask must have shape (batch, keys) and contiguous keys");
+      require(length(mask->shape(0)) == batch && length(mask->shape(1)) == count &&
+                  length(mask->shape(2)) == start + count - first && (mask->shape(2) <= 1 || mask->stride(2) == 1),
+              "mask must have shape (batch, tokens of a sequence, keys) and contiguous keys");
     thread_local std::vector<float> numbers;
     thread_local std::vector<std::int32_t> counts;
-    numbers.resize(static_cast<std::size_t>(batch * (2 * p.heads * size + 2 * keys)));
-    counts.assign(static_cast<std::size_t>(batch * (p.heads + p.kv_heads + 1)), 0);
-    p.x = x.data();
-    p.y = y.data();
+    numbers.resize(static_cast<std::size_t>(p.tokens * (2 * p.heads * size + 2 * keys)));
+    counts.assign(static_cast<std::size_t>(p.tokens * (p.heads + p.kv_heads + 1)), 0);
     p.q = numbers.data();
-    p.k = p.q + batch * p.heads * size;
-    p.v = p.k + batch * keys;
-    float* attended = p.v + batch * keys;
+    p.k = p.q + p.tokens * p.heads * size;
+    p.v = p.k + p.tokens * keys;
+    float* attended = p.v + p.tokens * keys;
     p.attended = attended;
-    p.cosines = cosines.data();
-    p.sines = sines.data();
-    p.angle_stride = cosines.shape(0) == 1 ? 0 : size;
     std::int64_t selected[2] = {0, 0};
     p.mlp.selected = selected;
 
-    Append append = append_step(p, store, start);
-    Attend attend = attend_step(p, store, first, start + 1);
+    Append append = append_step(p, store, start, count);
+    Attend attend = attend_step(p, store, first, start + count, count);
     attend.out = attended;
+    attend.causal = count > 1 && !mask;
     if (mask) {
       attend.mask = mask->data();
       attend.mask_batch = mask->stride(0);
+      attend.mask_row = mask->stride(1);
     }
     attend.scaling = scaling;
     attend.scores_threshold = scores_threshold;
     attend.values_threshold = values_threshold;
     attend.recomputed = counts.data();
-    attend.full_rows = attend.recomputed + batch * p.heads;
-    attend.visible = attend.full_rows + batch * p.kv_heads;
+    attend.full_rows = attend.recomputed + p.tokens * p.heads;
+    attend.visible = attend.full_rows + p.tokens * p.kv_heads;
     {
       const nb::gil_scoped_release release;
       kernels_.lowbit.layer_begin(p);
@@ -99,54 +102,103 @@ class Layer {
       kernels_.decode.attend(attend);
       kernels_.lowbit.layer_end(p);
     }
-    const auto total = [](const std::int32_t* from, std::ptrdiff_t count) {
-      return std::accumulate(from, from + count, std::int64_t{0});
+    const auto total = [](const std::int32_t* from, std::ptrdiff_t n) {
+      return std::accumulate(from, from + n, std::int64_t{0});
     };
-    return {total(attend.recomputed, batch * p.heads), total(attend.full_rows, batch * p.kv_heads),
-            total(attend.visible, batch), selected[0], selected[1], append.flags};
+    return {total(attend.recomputed, p.tokens * p.heads), total(attend.full_rows, p.tokens * p.kv_heads),
+            total(attend.visible, p.tokens), selected[0], selected[1], append.flags};
+  }
+
+  // What comes before the attention: queries (tokens, heads, size), keys and values (tokens, key heads, size) of tokens
+  // x (tokens, hidden).
+  void begin(Floats<2> x, Floats<2> cosines, Floats<2> sines, Array<float, 3> q, Array<float, 3> k, Array<float, 3> v,
+             int threads) const {
+    LowBitLayer p = call_;
+    set_tokens(p, x, threads);
+    set_angles(p, cosines, sines);
+    const auto fits = [&](const Array<float, 3>& a, std::ptrdiff_t heads) {
+      return row_major(a) && length(a.shape(0)) == p.tokens && length(a.shape(1)) == heads &&
+             length(a.shape(2)) == p.head_size;
+    };
+    require(fits(q, p.heads) && fits(k, p.kv_heads) && fits(v, p.kv_heads),
+            "q, k and v must be contiguous, of shape (tokens, heads, size)");
+    p.q = q.data();
+    p.k = k.data();
+    p.v = v.data();
+    const nb::gil_scoped_release release;
+    kernels_.lowbit.layer_begin(p);
+  }
+
+  // What comes after it: y (tokens, hidden) from the layer's input x and the attention's output (tokens, heads * size).
+  // Returns neurons recomputed and columns of down read in full.
+  std::tuple<std::int64_t, std::int64_t> end(Floats<2> x, Floats<2> attended, Array<float, 2> y, int threads) const {
+    LowBitLayer p = call_;
+    set_tokens(p, x, threads);
+    set_output(p, y);
+    require(row_major(attended) && length(attended.shape(0)) == p.tokens &&
+                length(attended.shape(1)) == p.heads * p.head_size,
+            "attended must be contiguous, of shape (tokens, heads * size)");
+    std::int64_t selected[2] = {0, 0};
+    p.attended = attended.data();
+    p.mlp.selected = selected;
+    {
+      const nb::gil_scoped_release release;
+      kernels_.lowbit.layer_end(p);
+    }
+    return {selected[0], selected[1]};
   }
 
  private:
-  void check_step(const Floats<2>& x, const Array<float, 2>& y, const Floats<2>& cosines, const Floats<2>& sines,
-                  const KeyValues& store, std::ptrdiff_t start, std::ptrdiff_t first) const {
-    const std::ptrdiff_t batch = length(x.shape(0)), size = call_.head_size;
-    require(row_major(x) && length(x.shape(1)) == call_.hidden, "x must be contiguous, of shape (batch, hidden)");
-    require(row_major(y) && y.shape(0) == x.shape(0) && length(y.shape(1)) == call_.hidden,
-            "y must be contiguous, of shape (batch, hidden)");
-    require(length(cosines.shape(1)) == size && length(sines.shape(1)) == size && row_major(cosines) &&
-                row_major(sines) && cosines.shape(0) == sines.shape(0) &&
-                (cosines.shape(0) == 1 || length(cosines.shape(0)) == batch),
-            "cosines and sines must be contiguous, of shape (batch or 1, head size)");
-    require(store.batches == batch && store.heads == call_.kv_heads && store.size == size && store.value_size == size,
-            "the store must be of the layer's batch, heads and size");
-    require(0 <= first && first <= start && start < store.capacity, "the new position must lie within the capacity");
+  static void set_tokens(LowBitLayer& p, const Floats<2>& x, int threads) {
+    require(row_major(x) && length(x.shape(1)) == p.hidden, "x must be contiguous, of shape (tokens, hidden)");
+    p.x = x.data();
+    p.tokens = length(x.shape(0));
+    p.threads = threads;
   }
 
-  // The new keys and values of a step, to position `start`.
-  static Append append_step(const LowBitLayer& p, const KeyValues& store, std::ptrdiff_t start) {
+  static void set_angles(LowBitLayer& p, const Floats<2>& cosines, const Floats<2>& sines) {
+    p.angles = length(cosines.shape(0));
+    require(length(cosines.shape(1)) == p.head_size && length(sines.shape(1)) == p.head_size && row_major(cosines) &&
+                row_major(sines) && cosines.shape(0) == sines.shape(0) && p.angles > 0 && p.tokens % p.angles == 0,
+            "cosines and sines must be contiguous, of shape (tokens or those of a sequence, head size)");
+    p.cosines = cosines.data();
+    p.sines = sines.data();
+  }
+
+  static void set_output(LowBitLayer& p, const Array<float, 2>& y) {
+    require(row_major(y) && length(y.shape(0)) == p.tokens && length(y.shape(1)) == p.hidden,
+            "y must be contiguous, of shape (tokens, hidden)");
+    p.y = y.data();
+  }
+
+  // The new keys and values of a step, to positions `start`, ...
+  static Append append_step(const LowBitLayer& p, const KeyValues& store, std::ptrdiff_t start, std::ptrdiff_t count) {
     Append append;
     append.store = store;
     append.k = p.k;
     append.v = p.v;
     append.start = start;
-    append.count = 1;
-    append.k_batch = append.v_batch = p.kv_heads * p.head_size;
-    append.k_head = append.v_head = append.k_row = append.v_row = p.head_size;
+    append.count = count;
+    append.k_row = append.v_row = p.kv_heads * p.head_size;
+    append.k_batch = append.v_batch = count * append.k_row;
+    append.k_head = append.v_head = p.head_size;
     append.threads = p.threads;
     return append;
   }
 
   // The queries of a step over positions [first, last).
-  static Attend attend_step(const LowBitLayer& p, const KeyValues& store, std::ptrdiff_t first, std::ptrdiff_t last) {
+  static Attend attend_step(const LowBitLayer& p, const KeyValues& store, std::ptrdiff_t first, std::ptrdiff_t last,
+                            std::ptrdiff_t count) {
     Attend attend;
     attend.store = store;
     attend.first = first;
     attend.last = last;
     attend.q = p.q;
-    attend.q_batch = p.heads * p.head_size;
-    attend.q_head = attend.q_row = p.head_size;
+    attend.q_row = p.heads * p.head_size;
+    attend.q_batch = count * attend.q_row;
+    attend.q_head = p.head_size;
     attend.heads = p.heads;
-    attend.queries = 1;
+    attend.queries = count;
     attend.threads = p.threads;
     return attend;
   }
@@ -185,7 +237,9 @@ void bind_layer(nb::module_& m) {
            "out_bias"_a.none(), "heads"_a, "kv_heads"_a, "head_size"_a, "up_threshold"_a, "down_threshold"_a,
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def("step", &Layer::step, "x"_a, "cosines"_a, "sines"_a, "store"_a, "start"_a, "first"_a, "mask"_a.none(),
-           "scaling"_a, "scores_threshold"_a, "values_threshold"_a, "nonfinite_values"_a, "y"_a, "threads"_a);
+           "scaling"_a, "scores_threshold"_a, "values_threshold"_a, "nonfinite_values"_a, "y"_a, "threads"_a)
+      .def("begin", &Layer::begin, "x"_a, "cosines"_a, "sines"_a, "q"_a, "k"_a, "v"_a, "threads"_a)
+      .def("end", &Layer::end, "x"_a, "attended"_a, "y"_a, "threads"_a);
 }
 
 }  // namespace lamp::python

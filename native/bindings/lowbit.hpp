@@ -68,14 +68,18 @@ class BlockMatrix {
 
 using Table = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 
-// A full-precision matrix (rows, columns), float32 or float16.
+// A full-precision matrix (rows, columns), float32, float16 or bfloat16.
 inline Full full(const Table& x, std::ptrdiff_t rows, std::ptrdiff_t columns) {
   const auto type = x.dtype();
-  const bool half = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 16;
-  require(half || x.dtype() == nb::dtype<float>(), "a full copy must be float32 or float16");
+  const auto is = [&](nb::dlpack::dtype_code code, int bits) {
+    return type.code == static_cast<std::uint8_t>(code) && type.bits == bits;
+  };
+  const bool half = is(nb::dlpack::dtype_code::Float, 16), brain = is(nb::dlpack::dtype_code::Bfloat, 16);
+  require(half || brain || x.dtype() == nb::dtype<float>(), "a full copy must be float32, float16 or bfloat16");
   require(length(x.shape(0)) == rows && length(x.shape(1)) == columns && (rows == 0 || columns <= 1 || x.stride(1) == 1),
           "a full copy must have the shape of its low-bit copy and a contiguous last dimension");
-  return {x.data(), half, x.stride(0)};
+  const FullType kind = half ? FullType::float16 : brain ? FullType::bfloat16 : FullType::float32;
+  return {x.data(), kind, x.stride(0)};
 }
 
 // A gated MLP.

@@ -38,8 +38,9 @@ class KeyValueStore {
     require(s.capacity % kPackRows == 0 && s.size > 0 && s.value_size > 0,
             "the capacity must be a multiple of 16, and sizes positive");
     require(!rotated || (s.size & (s.size - 1)) == 0, "only keys whose size is a power of two can be rotated");
-    s.full_keys = {full_keys.data(), half, s.size};
-    s.full_values = {full_values.data(), half, s.value_size};
+    const FullType type = half ? FullType::float16 : FullType::float32;
+    s.full_keys = {full_keys.data(), type, s.size};
+    s.full_values = {full_values.data(), type, s.value_size};
     s.keys = {key_codes.data(), key_scales.data(), key_errors.data(), key_bits, groups(s.size)};
     s.values = {value_codes.data(), value_scales.data(), value_bits, groups(s.value_size)};
     s.rotated = rotated;

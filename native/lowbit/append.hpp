@@ -47,7 +47,7 @@ inline Kept keep_full(const lamp::Full& full, std::ptrdiff_t row, const float* x
   float sum = 0.0f;
   for (std::ptrdiff_t i = 0; i < columns; ++i) sum += x[i] * 0.0f;
   Kept kept{false, sum != sum};  // 0 * x is NaN for an infinite x and for NaN
-  if (full.half) {
+  if (full.type == lamp::FullType::float16) {
     for (std::ptrdiff_t i = 0; i < columns; ++i) {
       static_cast<std::uint16_t*>(to)[row * full.row + i] = to_f16(x[i]);
       kept.overflow |= std::fabs(x[i]) >= 65520.0f && std::fabs(x[i]) <= std::numeric_limits<float>::max();

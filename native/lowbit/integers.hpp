@@ -34,5 +34,7 @@ struct Integers {
 inline vf widen(const float* p) { return load(p); }
 inline float widen_one(const float* p) { return *p; }
 inline float widen_one(const std::uint16_t* p) { return from_f16(*p); }
+inline vf widen(const lamp::BFloat16* p) { return widen_bf16(&p->pattern); }
+inline float widen_one(const lamp::BFloat16* p) { return from_bf16(p->pattern); }
 
 }  // namespace LAMP_ISA

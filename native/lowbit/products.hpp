@@ -9,6 +9,20 @@ namespace LAMP_ISA {
 // Bytes ahead of their use at which codes are asked for: processors look ahead by themselves, but not beyond a page.
 constexpr std::ptrdiff_t kAhead = 2048;
 
+// f.operator()<n>() for 1 <= n <= Most.
+template <int Most, class F>
+inline void with_count(std::ptrdiff_t n, F&& f) {
+  if constexpr (Most > 0) {
+    if (n == Most)
+      f.template operator()<Most>();
+    else
+      with_count<Most - 1>(n, f);
+  }
+}
+
+// Vectors whose sums registers hold at a time.
+constexpr int kAtOnce = vf::width == kRows ? 8 : 4;
+
 // out[v][row] = sum over columns of row * vector v, for the sixteen rows of a block and Vectors vectors.
 template <class Format, int Vectors>
 LAMP_OWN_FUNCTION inline void block_dot(const std::uint8_t* codes, const std::uint16_t* scales, std::ptrdiff_t groups,
@@ -43,19 +57,15 @@ inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts
                        std::ptrdiff_t vectors, float* out) {
   const std::uint8_t* codes = b.codes + block * b.block_codes();
   const std::uint16_t* scales = b.scales + block * b.block_scales();
-  const auto run = [&]<int Vectors>(std::ptrdiff_t v) {
-    const std::int16_t* at[Vectors];
-    const float* scale[Vectors];
-    vrows sums[Vectors];
-    for (int i = 0; i < Vectors; ++i) at[i] = x.at(first + v + i), scale[i] = x.scale(first + v + i);
-    block_dot<Format, Vectors>(codes, scales, b.groups, at, scale, sums);
-    for (int i = 0; i < Vectors; ++i) rows_store(out + (v + i) * kRows, sums[i]);
-  };
-  std::ptrdiff_t v = 0;
-  for (; v + 4 <= vectors; v += 4) run.template operator()<4>(v);
-  if (vectors - v == 3) run.template operator()<3>(v);
-  if (vectors - v == 2) run.template operator()<2>(v);
-  if (vectors - v == 1) run.template operator()<1>(v);
+  for (std::ptrdiff_t v = 0; v < vectors; v += kAtOnce)
+    with_count<kAtOnce>(std::min<std::ptrdiff_t>(kAtOnce, vectors - v), [&]<int Vectors>() {
+      const std::int16_t* at[Vectors];
+      const float* scale[Vectors];
+      vrows sums[Vectors];
+      for (int i = 0; i < Vectors; ++i) at[i] = x.at(first + v + i), scale[i] = x.scale(first + v + i);
+      block_dot<Format, Vectors>(codes, scales, b.groups, at, scale, sums);
+      for (int i = 0; i < Vectors; ++i) rows_store(out + (v + i) * kRows, sums[i]);
+    });
 }
 
 inline void block_dots(const lamp::Blocks& b, std::ptrdiff_t block, const Shorts& x, std::ptrdiff_t first,
@@ -80,8 +90,7 @@ inline float full_dot(const T* row, const float* x, std::ptrdiff_t columns) {
 }
 
 inline float full_dot(const lamp::Full& full, std::ptrdiff_t row, const float* x, std::ptrdiff_t columns) {
-  if (full.half) return full_dot(static_cast<const std::uint16_t*>(full.data) + row * full.row, x, columns);
-  return full_dot(static_cast<const float*>(full.data) + row * full.row, x, columns);
+  return full.with_row(row, [&](const auto* numbers) { return full_dot(numbers, x, columns); });
 }
 
 // Rows that are summed together, weights beside them; those with weight 0 in all vectors aren't read.
@@ -216,8 +225,7 @@ inline void add_full(const T* row, float weight, std::ptrdiff_t columns, float* 
 }
 
 inline void add_full(const lamp::Full& full, std::ptrdiff_t row, float weight, std::ptrdiff_t columns, float* out) {
-  if (full.half) return add_full(static_cast<const std::uint16_t*>(full.data) + row * full.row, weight, columns, out);
-  add_full(static_cast<const float*>(full.data) + row * full.row, weight, columns, out);
+  full.with_row(row, [&](const auto* numbers) { add_full(numbers, weight, columns, out); });
 }
 
 }  // namespace LAMP_ISA

@@ -13,11 +13,28 @@ constexpr int kPackRows = 16;   // rows of a block
 constexpr int kPackGroup = 32;  // columns that share a scale
 constexpr int kLargestShort = 32767;  // largest of the 16-bit integers that vectors are rounded to
 
-// A full-precision matrix, row after row: float32 or float16.
+enum class FullType : int { float32, float16, bfloat16 };
+
+// The pattern of a bfloat16 number; that of a float16 number is a plain std::uint16_t.
+struct BFloat16 {
+  std::uint16_t pattern;
+};
+
+// A full-precision matrix, row after row.
 struct Full {
   const void* data = nullptr;
-  bool half = false;
+  FullType type = FullType::float32;
   std::ptrdiff_t row = 0;  // elements from a row to the next
+
+  std::ptrdiff_t bytes() const { return type == FullType::float32 ? 4 : 2; }  // of an element
+
+  // What `f(pointer to the first number of a row)` gives, for a pointer of the matrix's type.
+  template <class F>
+  auto with_row(std::ptrdiff_t r, const F& f) const {
+    if (type == FullType::float16) return f(static_cast<const std::uint16_t*>(data) + r * row);
+    if (type == FullType::bfloat16) return f(static_cast<const BFloat16*>(data) + r * row);
+    return f(static_cast<const float*>(data) + r * row);
+  }
 };
 
 // A low-bit copy in blocks: codes [block][pair of columns][row of the block], scales as bfloat16
@@ -104,7 +121,7 @@ struct RmsNorm {
   float eps = 0.0f;
 };
 
-// A decoder layer but for its attention, one token of each sequence: begin gives queries, keys and values, rotated to
+// A decoder layer but for its attention, some tokens of each sequence: begin gives queries, keys and values, rotated to
 // their positions; end takes the attention's output to the layer's. Norms behind the sublayers are optional, as are
 // norms of queries and keys and biases.
 struct LowBitLayer {
@@ -114,10 +131,11 @@ struct LowBitLayer {
   const float* out_bias = nullptr;
   std::ptrdiff_t hidden = 0, heads = 0, kv_heads = 0, head_size = 0;
   LowBitMlp mlp;  // thresholds included
-  // The call: x (batch, hidden); cosines and sines (batch or 1, head_size); q (batch, heads, head_size), k and v
-  // (batch, kv_heads, head_size); attended (batch, heads * head_size); y (batch, hidden).
+  // The call: tokens are those of the first sequence, then of the next. x (tokens, hidden); cosines and sines (angles,
+  // head_size), token t having row t % angles; q (tokens, heads, head_size), k and v (tokens, kv_heads, head_size);
+  // attended (tokens, heads * head_size); y (tokens, hidden).
   const float* x = nullptr;
-  std::ptrdiff_t batch = 0, angle_stride = 0;
+  std::ptrdiff_t tokens = 0, angles = 1;
   const float* cosines = nullptr;
   const float* sines = nullptr;
   float* q = nullptr;

@@ -40,7 +40,7 @@ struct KeyValues {
  private:
   static Full at(const Full& full, std::ptrdiff_t row) {
     Full f = full;
-    f.data = static_cast<const char*>(full.data) + row * full.row * (full.half ? 2 : 4);
+    f.data = static_cast<const char*>(full.data) + row * full.row * full.bytes();
     return f;
   }
 };

@@ -11,12 +11,12 @@
 namespace LAMP_ISA {
 
 // Blocks of rows that a tile has beside each other, and its vectors: as many sums as registers hold.
-constexpr int kTileBlocks = vf::width == kRows ? 2 : 1, kTileVectors = vf::width == kRows ? 8 : 4;
+constexpr int kTileBlocks = vf::width == kRows ? 2 : 1, kTileVectors = kAtOnce;
 constexpr std::ptrdiff_t kPanelGroups = 8;   // groups of columns of a panel
 constexpr std::ptrdiff_t kPairShorts = 2 * kRows;  // integers of a pair of columns of a block
 constexpr std::ptrdiff_t kPanelShorts = kPanelGroups * (kGroup / 2) * kPairShorts;  // of a block
 // From so many vectors on panels are worth their unpacking.
-constexpr std::ptrdiff_t kMany = 5;
+constexpr std::ptrdiff_t kMany = kAtOnce + 1;
 // Vectors whose sums are formed before the panel moves on.
 constexpr std::ptrdiff_t kVectorsTogether = 128;
 
@@ -94,17 +94,6 @@ LAMP_OWN_FUNCTION inline void panel_dot(const std::int16_t* const* rows, const s
       float* to = sums + kVector * stride + kBlock * kRows;
       for (int k = 0; k < kRowVectors; ++k, to += vf::width) store(to, fma(sum.v[k], scale.v[k] * own, load(to)));
     });
-  }
-}
-
-// f.operator()<n>() for 1 <= n <= Most.
-template <int Most, class F>
-inline void with_count(std::ptrdiff_t n, F&& f) {
-  if constexpr (Most > 0) {
-    if (n == Most)
-      f.template operator()<Most>();
-    else
-      with_count<Most - 1>(n, f);
   }
 }
 

@@ -12,8 +12,7 @@ namespace LAMP_ISA {
 using lamp::kSurprise;
 
 inline void ask_for(const lamp::Full& full, std::ptrdiff_t row, std::ptrdiff_t columns) {
-  const std::ptrdiff_t bytes = full.half ? 2 : 4;
-  ask_for(static_cast<const char*>(full.data) + row * full.row * bytes, columns * bytes);
+  ask_for(static_cast<const char*>(full.data) + row * full.row * full.bytes(), columns * full.bytes());
 }
 
 // Positions that wait for their memory.
@@ -99,8 +98,8 @@ inline void add_full_rows(const lamp::Full& full, const FullRows& rows, std::ptr
       vf part[kParts];
       for (int i = 0; i < kParts; ++i) {
         const std::ptrdiff_t k = at + i * vf::width;
-        part[i] = full.half ? widen(static_cast<const std::uint16_t*>(full.data) + k)
-                            : load(static_cast<const float*>(full.data) + k);
+        part[i] = full.type == lamp::FullType::float16 ? widen(static_cast<const std::uint16_t*>(full.data) + k)
+                                                       : load(static_cast<const float*>(full.data) + k);
       }
       for (int v = 0; v < Vectors; ++v) {
         const vf w = set1(weights[v][static_cast<std::size_t>(r)]);
@@ -113,7 +112,7 @@ inline void add_full_rows(const lamp::Full& full, const FullRows& rows, std::ptr
   if (whole * kGroup == columns) return;
   // The columns behind the last whole group, as rows of their own.
   lamp::Full rest = full;
-  rest.data = static_cast<const char*>(full.data) + whole * kGroup * (full.half ? 2 : 4);
+  rest.data = static_cast<const char*>(full.data) + whole * kGroup * full.bytes();
   for (int r = 0; r < rows.count; ++r)
     for (int v = 0; v < Vectors; ++v)
       add_full(rest, rows.at[r], weights[v][static_cast<std::size_t>(r)], columns - whole * kGroup,

@@ -3,12 +3,15 @@ import re
 import subprocess
 import sys
 
+import typer
 from commands import error_line, run
+from typer.testing import CliRunner
 
 from torchlamp.arithmetic import accumulators
 from torchlamp.arithmetic.formats import NAMED
 from torchlamp.arithmetic.operands import BLOCKS
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
+from torchlamp.cli.common import one_line_errors
 from torchlamp.models import packaged
 from torchlamp.policy.policy import Policy
 from torchlamp.rules import RULES, Rule
@@ -110,3 +113,17 @@ def test_summaries_are_whole_at_any_width(monkeypatch):
     ):
         assert run(command, "--help").stdout.splitlines()[0].endswith(usage)
     assert run("cache", "clear", "--help").stdout.splitlines()[0].endswith("clear [OPTIONS] [NAME ...]")
+
+
+def test_full_memory_is_one_line_and_other_errors_are_not():
+    def command(words):
+        raise RuntimeError(words)
+
+    said = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried\nmore"
+    application = typer.Typer()
+    application.command()(one_line_errors(lambda: command(said)))
+    line = error_line(CliRunner().invoke(application, []))
+    assert "the memory is full ([enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator" in line
+    other = typer.Typer()
+    other.command()(one_line_errors(lambda: command("a mistake of ours")))
+    assert isinstance(CliRunner().invoke(other, []).exception, RuntimeError)

@@ -1,11 +1,13 @@
 import json
 
 import pytest
+import torch
 from commands import error_line, run
 from typer.testing import CliRunner
 
 from chat_folder import save_chat_folder
 from torchlamp.cli import app
+from torchlamp.models.load import load
 
 
 def test_generate(tiny_folder):
@@ -27,6 +29,25 @@ def test_generate_low_bit_and_compare(tiny_folder):
     alone = run("generate", tiny_folder, "the quick brown", "--tokens", "3", "--policy", "lm_head=int8")
     assert "3 tokens under lm_head=int8" in alone.stdout
     assert "'qvk'" in error_line(run("generate", tiny_folder, "the", "--policy", "qvk=int8"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_generate_on_a_half_precision_folder(tiny_folder, tmp_path, dtype):
+    """It keeps its weights, and answers as its widened copy does."""
+    model, tokenizer = load(str(tiny_folder))
+    narrow = model.to(getattr(torch, dtype))
+    narrow.save_pretrained(tmp_path / "narrow")
+    narrow.float().save_pretrained(tmp_path / "wide")
+    results = {}
+    for name in ("narrow", "wide"):
+        tokenizer.save_pretrained(tmp_path / name)
+        given = ("the quick brown", "--tokens", "6", "--json", str(tmp_path / f"{name}.json"), "--compare")
+        result = run("generate", tmp_path / name, *given)
+        assert result.exit_code == 0, result.output
+        results[name] = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))
+    assert results["narrow"]["token_ids"] == results["wide"]["token_ids"]
+    megabytes = [float(results[name]["memory"].split()[1]) for name in ("narrow", "wide")]
+    assert megabytes[0] <= megabytes[1]
 
 
 def test_generate_shows_no_special_tokens(tiny_folder):

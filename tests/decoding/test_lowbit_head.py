@@ -214,8 +214,20 @@ def test_what_it_cannot_run_is_refused(implementation):
         head.run(x, 0.0, 0)
     with pytest.raises(ValueError, match="bits=5"):
         LowBitHead.pack(weight, 5)
-    with pytest.raises(TypeError, match=r"must be float32, got torch\.float16"):
-        LowBitHead.pack(weight.half())
+    with pytest.raises(TypeError, match=r"must be float32 or of half precision, got torch\.float64"):
+        LowBitHead.pack(weight.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_head_gives_the_numbers_of_its_widened_copy(implementation, dtype):
+    weight, x = case("gaussian", 70, 33)
+    narrow = weight.to(dtype)
+    few, many = LowBitHead.pack(narrow), LowBitHead.pack(narrow.float())
+    for threshold in (-1.0, 0.001, float("inf")):
+        found, expected = few.run(x, threshold), many.run(x, threshold)
+        assert torch.equal(found[0], expected[0])
+        assert found[1:] == expected[1:]
+    assert few.full.dtype == dtype
 
 
 @pytest.mark.parametrize("scale", [3.0, 30.0])

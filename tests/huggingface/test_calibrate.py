@@ -1,5 +1,7 @@
 """Calibrated transforms: collected on a text, saved, and exact all the same."""
 
+import logging
+
 import pytest
 import torch
 
@@ -100,3 +102,50 @@ def test_moments_of_operands_are_what_a_dynamic_transform_sees():
     left, right = moments_of(a, b, [Transform.parse("balance")])
     torch.testing.assert_close(left.mean[1], a[2:].reshape(-1, 6).double().mean(0))
     torch.testing.assert_close(right.energy[0], b[0].double().square().mean(1))
+
+
+def test_a_text_that_is_too_short(llama, tokens):
+    with pytest.raises(
+        ValueError,
+        match="too short to calibrate: 1 finite vector of 1 token at site mlp_up, layer 0; give windows",
+    ):
+        torchlamp.calibrate(llama, tokens(1, 1), "mlp_up=ps4.center")
+    with pytest.raises(ValueError, match=r"windows has shape .0, 8.: give .n, length. with n >= 1"):
+        torchlamp.calibrate(llama, tokens(1, 8)[:0], "ps4.center")
+
+
+def test_numbers_that_are_not_finite_are_no_statistics(build, tokens):
+    model = build("llama")
+    model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="0 finite vectors of 16 tokens at site scores, layer 1"):
+        torchlamp.calibrate(model, tokens(1, 16), "ps4.center")
+
+
+def test_a_calibration_without_what_a_transform_needs(llama, tokens):
+    calibration = torchlamp.calibrate(llama, tokens(1, 40), "mlp_up=ps4.sort, attention_out=ps4.sort")
+    with (
+        torchlamp.lookahead(llama, "mlp_up=ps4.balance", calibration=calibration),
+        pytest.raises(
+            ValueError, match="hold no products of channels, which transform 'balance' needs: calibrate"
+        ),
+    ):
+        llama(tokens(1, 8))
+    with pytest.raises(ValueError, match="hold no products of channels, which transform 'balance' needs"):
+        torchlamp.fold(llama, "attention_out=ps4.balance", calibration)
+
+
+def test_singular_second_moments_are_said_and_stay_exact(llama, tokens, caplog):
+    """Ten tokens span ten of 32 directions; the others are the regularisation's."""
+    policy = "mlp_up=fp32.balance, scores=fp32.balance"
+    with caplog.at_level(logging.WARNING, logger="torchlamp.calibrate"):
+        calibration = torchlamp.calibrate(llama, tokens(1, 10), policy)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        "singular second moments: balance at mlp_up has 10 vectors for 32 channels; they are"
+    )
+    expected = llama(tokens(2, 20)).logits
+    with torchlamp.lookahead(llama, policy, calibration=calibration):
+        torch.testing.assert_close(llama(tokens(2, 20)).logits, expected, rtol=2e-3, atol=2e-3)
+    caplog.clear()
+    torchlamp.calibrate(llama, tokens(2, 30), policy)
+    assert not caplog.records

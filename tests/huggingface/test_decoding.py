@@ -35,7 +35,7 @@ def test_linear_sites_are_those_of_the_dequantised_model(build, tokens, name):
                 low = LowBitMatrix.pack(rows.contiguous(), bits[site]).dequantised()
                 module.weight.copy_(low if isinstance(module, nn.Linear) else low.T)
     mask = left_padding(3, 16)
-    # The prompt runs in full precision, in both.
+    # The prompt runs in full precision, in both: neither is prepared yet.
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
         model(x[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
@@ -58,8 +58,8 @@ def test_decoding_is_close_to_full_precision(build, tokens, name):
     assert (got - want).norm() < 0.03 * want.norm()
     eligible = prepared.statistics.eligible_by_site
     assert list(prepared.statistics.recompute_rates) == ["scores", "values", "mlp_up", "mlp_down", "lm_head"]
-    assert eligible["lm_head"] == 3 * 11 * 61
-    assert eligible["mlp_up"] == eligible["mlp_down"] == 2 * 3 * 11 * 48
+    assert eligible["lm_head"] == 3 * 20 * 61
+    assert eligible["mlp_up"] == eligible["mlp_down"] == 2 * 3 * 20 * 48
     assert all(0 < rate <= 1 for rate in prepared.statistics.recompute_rates.values())
 
 
@@ -78,11 +78,11 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
     with prepare(model, policy) as prepared:
         got = decoded(model, x, prepared.cache(), mask=mask)
         counts = prepared.statistics
-    assert calls == [0, 1] * 21
+    assert calls == [0, 1] * 22
     monkeypatch.setattr(decode_plan, "can_fuse", lambda layer, rows: False)
     with prepare(model, policy) as prepared:
         want = decoded(model, x, prepared.cache(), mask=mask)
-    assert calls == [0, 1] * 21
+    assert calls == [0, 1] * 22
     assert (got - want).norm() < (2e-4 if policy == STEADY else 3e-3) * want.norm()
     assert counts.eligible_by_site == prepared.statistics.eligible_by_site
     for layer in (-1, 0, 1):
@@ -95,14 +95,16 @@ def test_layers_in_one_call_equal_their_modules(build, tokens, monkeypatch, name
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_more_than_one_token_and_other_caches_run_the_layers_own_forward(build, tokens, name):
+def test_whole_windows_parts_and_other_caches_are_near_float32(build, tokens, name):
     model, x = build(name), tokens(2, 14)
     want = model(x).logits
     with prepare(model, GUARDED) as prepared:
-        torch.testing.assert_close(model(x).logits, want, rtol=1e-4, atol=1e-4)
+        whole = model(x).logits
+        assert 1e-5 * want.norm() < (whole - want).norm() < 0.03 * want.norm()
         cache = prepared.cache()
         parts = [model(part, past_key_values=cache).logits for part in (x[:, :6], x[:, 6:])]
-        torch.testing.assert_close(torch.cat(parts, 1), want, rtol=5e-3, atol=5e-3)
+        assert (torch.cat(parts, 1) - want).norm() < 0.03 * want.norm()
+        assert (parts[0] - whole[:, :6]).norm() < 1e-3 * want.norm()
         plain = decoded(model, x, DynamicCache(config=model.config))
         assert (plain - want[:, 9:]).norm() < 0.03 * want.norm()
 

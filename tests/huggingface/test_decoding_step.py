@@ -1,4 +1,4 @@
-"""Steps of one token through a whole decoder: when they run in native calls, and that nobody can tell."""
+"""Prompts and steps through a whole decoder: when they run in native calls, and that nobody can tell."""
 
 import copy
 
@@ -45,7 +45,28 @@ def test_generate_runs_every_step_natively(build, tokens, calls, name):
     model, x = build(name), tokens(2, 7)
     with prepare(model, GUARDED):
         generated(model, x, 12)
-    assert calls == [0, 1] * 11
+    assert calls == [0, 1] * 12
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("policy", [STEADY, GUARDED])
+@pytest.mark.parametrize("name", NATIVE)
+def test_steps_of_any_length_are_their_tokens(build, tokens, calls, name, policy, padded):
+    """Also past a sliding window and the store's first memory; the first part is the prompt."""
+    model, x = build(name), tokens(3, 90)
+    mask = left_padding(3, 90) if padded else torch.ones_like(x)
+    with prepare(model, policy) as prepared:
+        want = decoded(model, x, prepared.cache(), mask=mask)
+        prepared.statistics.reset()
+        ends, cache, parts = [9, 11, 15, 16, 48, 80, 90], prepared.cache(), []
+        for start, end in zip([0, *ends], ends, strict=False):
+            words = {"attention_mask": mask[:, :end], "past_key_values": cache}
+            parts.append(model(x[:, start:end], **words).logits)
+        counts = prepared.statistics
+    got = torch.cat(parts[1:], 1)
+    assert_near(got, want, 2e-4 if policy == STEADY else 5e-3)
+    assert calls == [0, 1] * (82 + 7)
+    assert counts.eligible_by_site["scores"] > 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -53,14 +74,14 @@ def test_a_step_after_hidden_states_is_native_again(build, tokens, calls, name):
     model, x = build(name), tokens(2, 14)
     with prepare(model, STEADY) as prepared:
         want = decoded(model, x, prepared.cache())
-        assert calls == [0, 1] * 5
+        assert calls == [0, 1] * 6  # the prompt's, too
         cache = prompted(model, prepared, x)
         out = model(x[:, 9:10], past_key_values=cache, output_hidden_states=True)
-        assert calls == [0, 1] * 5
+        assert calls == [0, 1] * 7
         assert len(out.hidden_states) == 3
         assert_near(out.logits[:, 0], want[:, 0])
         last = model.lm_head(model.model(x[:, 10:11], past_key_values=cache).last_hidden_state)
-        assert calls == [0, 1] * 6  # transformers' hooks stay, and collect nothing
+        assert calls == [0, 1] * 8  # transformers' hooks stay, and collect nothing
         assert_near(model(x[:, 11:12], past_key_values=cache).logits[:, 0], want[:, 2])
         if getattr(model.config, "final_logit_softcapping", None) is None:
             assert_near(last[:, 0], want[:, 1])
@@ -82,7 +103,7 @@ def test_hooks_around_the_layers_run(build, tokens, calls, at):
         for handle in handles:
             handle.remove()
     assert len(seen) == 6
-    assert calls == ([] if at == "model.norm" else [0, 1] * 5)
+    assert calls == ([] if at == "model.norm" else [0, 1] * 6)
     handle = model.get_submodule(at).register_forward_hook(double)
     want = decoded(model, x, DynamicCache(config=model.config))
     handle.remove()
@@ -101,7 +122,7 @@ def test_results_have_the_models_form(build, tokens, calls, name):
             if words != {"return_dict": False}:
                 assert (got.past_key_values is cache) == (want.past_key_values is other)
                 assert got.keys() == want.keys()
-    assert calls == [0, 1] * 3
+    assert calls == [0, 1] * 7
 
 
 def test_embeddings_and_positions_may_be_given(build, tokens, calls):
@@ -112,7 +133,7 @@ def test_embeddings_and_positions_may_be_given(build, tokens, calls):
         embedded = model.model.embed_tokens(x[:, 9:10])
         got = model(inputs_embeds=embedded, past_key_values=cache, position_ids=torch.full((2, 1), 9)).logits
         assert torch.equal(got[:, 0], want[:, 0])
-        assert len(calls) == 12
+        assert len(calls) == 16
         with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
             model(x[:, :1], inputs_embeds=embedded, past_key_values=cache)
 
@@ -124,10 +145,13 @@ def test_what_steps_are_not(build, tokens, calls):
         del calls[:]
         model(x[:, :1])
         model(x[:, :1], past_key_values=prepared.cache())  # an empty cache
-        for words in ({"output_attentions": True}, {"output_hidden_states": True}, {"something": 3}):
+        for words in ({"output_hidden_states": True}, {"something": 3}):
             cache = prompted(model, prepared, x)
+            del calls[:]
             assert_near(model(x[:, 9:10], past_key_values=cache, **words).logits[:, 0], want)
+            assert calls == []
         cache = prompted(model, prepared, x)
+        del calls[:]
         with torch.enable_grad():
             assert_near(model(x[:, 9:10], past_key_values=cache).logits[:, 0], want)
         model.set_attn_implementation("sdpa")

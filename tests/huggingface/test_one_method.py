@@ -1,12 +1,12 @@
-"""The simulation of a policy and the kernels that run it agree: logits of a step, and what is read in full.
+"""The simulation of a policy and the kernels that run it agree: logits of prompts and steps, and what is read in full.
 
-A prompt runs in float32 with a cache for each; then come steps of one token, of the prepared model with its look-ahead
-cache and of the model under `lookahead` with transformers' own.
+A prompt runs with a cache for each, all its sites but the attention's under the policy; then come steps of one token or
+of some, of the prepared model with its look-ahead cache and of the model under `lookahead` with transformers' own.
 """
 
 import copy
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from transformers import DynamicCache
 import torchlamp
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.kernels import native
+from torchlamp.policy.policy import Policy
+from torchlamp.simulation.statistics import Statistics
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 MODELS = ["llama", "qwen2", "gemma3"]
@@ -63,36 +65,44 @@ def kernels(name):
             os.environ["TORCHLAMP_KERNELS"] = before
 
 
-def steps(model, tokens, mask, cache, prompt=PROMPT):
+def steps(model, tokens, mask, cache, prompt=PROMPT, size=1):
     return torch.cat(
         [
-            model(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
-            for t in range(prompt, tokens.shape[1])
+            model(tokens[:, t : t + size], attention_mask=mask[:, : t + size], past_key_values=cache).logits
+            for t in range(prompt, tokens.shape[1], size)
         ],
         dim=1,
     )
 
 
-def both(model, tokens, mask, policy, full="float32", prompt=PROMPT):
-    """Logits (batch, steps, vocabulary) of a prepared model, and of the simulation, and both statistics."""
+def both(model, tokens, mask, policy, full="float32", prompt=PROMPT, size=1):
+    """Of a prepared model and of the simulation: logits (batch, tokens, vocabulary), statistics of prompt and steps."""
+    # What padding sees of nothing depends on the attention; a mean of keys sees it.
+    model.set_attn_implementation("sdpa")
     plain = DynamicCache(config=model.config)
     start = {"attention_mask": mask[:, :prompt]}
     with prepare(model, policy, full=full) as prepared:
         cache = prepared.cache() if "scores" in prepared.policy.sites else DynamicCache(config=model.config)
-        model(tokens[:, :prompt], past_key_values=cache, **start)
-        prepared.statistics.reset()  # the head of the prompt's last token, if it ran
-        got = steps(model, tokens, mask, cache, prompt)
-        real = prepared.statistics
-    # What padding sees of nothing depends on the attention; a mean of keys sees it.
-    model.set_attn_implementation("sdpa")
-    model(tokens[:, :prompt], past_key_values=plain, **start)
+        got = [model(tokens[:, :prompt], past_key_values=cache, **start).logits]
+        real = [copy.deepcopy(prepared.statistics)]
+        prepared.statistics.reset()
+        got.append(steps(model, tokens, mask, cache, prompt, size))
+        real.append(prepared.statistics)
+    parsed = Policy.parse(policy)
+    linear = {name: site for name, site in parsed.sites.items() if name not in ("scores", "values")}
+    with torchlamp.lookahead(model, Policy(sites=linear)) if linear else nullcontext(Statistics()) as first:
+        want = [model(tokens[:, :prompt], past_key_values=plain, **start).logits]
     with torchlamp.lookahead(model, policy) as simulated:
-        want = steps(model, tokens, mask, plain, prompt)
-    return got, want, real, simulated
+        want.append(steps(model, tokens, mask, plain, prompt, size))
+    return torch.cat(got, 1), torch.cat(want, 1), real, [first, simulated]
 
 
 def agree(real, simulated, slack=0):
-    """Whether both read as much in full at every site that a rule works at."""
+    """Whether both read as much in full at every site that a rule works at, in prompt and steps."""
+    return all(_agree(*pair, slack) for pair in zip(real, simulated, strict=True))
+
+
+def _agree(real, simulated, slack):
     mine, theirs = simulated.selected_by_site, real.selected_by_site
     sites = [site for site in theirs if site not in ("qkv", "attention_out")]
     assert all(simulated.eligible_by_site[site] == real.eligible_by_site[site] for site in sites)
@@ -108,9 +118,24 @@ def test_a_step_is_simulated_as_it_is_decoded(build, tokens, name, site, rules, 
     with kernels(implementation):
         got, want, real, simulated = both(model, x, mask, ALONE[site].format(**RULES[rules]))
     # Native kernels sum low-bit values with weights of 16 bits.
-    sixteen = implementation == "" and "values" in real.selected_by_site and (rules != "all")
+    sixteen = implementation == "" and "values" in real[1].selected_by_site and (rules != "all")
     assert (got - want).norm() < (1e-3 if sixteen else 5e-5) * want.norm()
     assert agree(real, simulated, slack=2 if sixteen else 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("site", ["scores", "plain scores", "values", "all sites"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_of_some_tokens_is_simulated_as_it_is_decoded(build, tokens, name, site, size, implementation):
+    model, x, mask = build(name), tokens(3, LENGTH), left_padding(3, LENGTH)
+    with kernels(implementation):
+        policy = ALONE[site].format(**RULES["threshold"])
+        got, want, real, simulated = both(model, x, mask, policy, size=size)
+    sixteen = implementation == "" and "values" in policy
+    assert (got - want).norm() < (1e-3 if sixteen else 5e-5) * want.norm()
+    assert agree(real, simulated, slack=2 if sixteen else 0)
+    assert real[1].selected > 0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -260,3 +260,39 @@ def test_a_point_of_the_map_tells_its_token_and_scores(browser, pages):
         words = tab.locator("#map .hoverlayer").text_content()
         for part in (f"query {query}", "key 0", "probability", "score, low precision", "score, float32"):
             assert part in words
+
+
+def test_points_are_sorted_and_counted(browser, pages):
+    with opened(browser, pages["report"]) as tab:
+
+        def column() -> list[str]:
+            return tab.evaluate(
+                "[...document.querySelectorAll('#points tbody tr')].map(r => r.lastElementChild.textContent)"
+            )
+
+        rates = [float(text.removesuffix(" %")) for text in column()]
+        assert f"{len(rates)} of " in tab.inner_text("#points-count")
+        tab.click("#points th:last-child button")
+        assert [float(text.removesuffix(" %")) for text in column()] == sorted(rates)
+        tab.click("#points th:last-child button")
+        assert [float(text.removesuffix(" %")) for text in column()] == sorted(rates, reverse=True)
+        assert tab.get_attribute("#points th:last-child", "aria-sort") == "descending"
+
+
+def test_what_is_chosen_stands_in_the_address(browser, pages):
+    with opened(browser, pages["report"]) as tab:
+        tab.select_option("#metric", "flip")
+        tab.click("#legend button >> nth=0")
+        tab.click("#points th:last-child button")
+        address = tab.evaluate("location.hash")
+        title, pressed = (
+            tab.inner_text("#pareto-title"),
+            tab.get_attribute("#legend button >> nth=0", "aria-pressed"),
+        )
+        assert pressed == "false"
+        tab.goto("about:blank")
+        tab.goto(pages["report"].as_uri() + address)
+        tab.wait_for_selector(".plot .main-svg")
+        assert tab.inner_text("#pareto-title") == title == "Flips against recompute rate"
+        assert tab.get_attribute("#legend button >> nth=0", "aria-pressed") == "false"
+        assert tab.get_attribute("#points th:last-child", "aria-sort") == "ascending"

@@ -36,6 +36,17 @@ def test_low_sums_are_those_of_matmul(accumulator):
     assert not counts.any()
 
 
+@pytest.mark.parametrize("accumulator", ["fuse16/5", "fuse8/6/promote16", "ps4/block8", "ps7/promote16"])
+def test_the_first_key_of_a_tile_does_not_move_blocks_and_groups(accumulator):
+    """A tile of a sliding window leaves out the keys that it doesn't see; sums are those of the whole sample."""
+    g = torch.Generator().manual_seed(1)
+    z, value = torch.rand(HEADS, 3, 50, generator=g), torch.randn(GROUPS, 50, 8, generator=g)
+    z[..., :7] = 0
+    whole, _ = weighted_sums(z, value, how(accumulator, "none"))
+    tile, _ = weighted_sums(z[..., 7:], value[:, 7:], how(accumulator, "none"), first=7)
+    assert torch.equal(whole, tile)
+
+
 def test_negligible_probabilities_count_as_zero():
     z, value, _ = operands()
     z[..., 0] = 2.0**-46

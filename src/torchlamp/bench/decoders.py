@@ -42,6 +42,13 @@ class TransformersDecoder:
         logits: Tensor = output.logits[0, 0]
         return logits
 
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits (length, vocabulary) of int64 (length,) tokens, in the model's dtype, with an empty cache."""
+        cache = None if self.make_cache is None else self.make_cache()
+        logits: Tensor = self.model(tokens[None], past_key_values=cache, use_cache=True).logits[0]
+        return logits
+
     def close(self) -> None:
         """Forget the cache."""
         self._cache = None

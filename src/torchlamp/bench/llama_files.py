@@ -47,6 +47,10 @@ class LlamaDecoder:
         """Read one token more; float32 logits (vocabulary,)."""
         return torch.from_numpy(self._llama.step(token))
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Float32 (length, vocabulary) logits of int64 (length,) tokens."""
+        return torch.from_numpy(self._llama.logits(tokens.tolist()))
+
     def close(self) -> None:
         """Free the model."""
         self._llama.close()

@@ -20,14 +20,17 @@ BENCHMARKS = {
     "forward": "torchlamp.bench.forward",
     "evaluate": "torchlamp.bench.evaluate",
     "attention": "torchlamp.bench.attention",
+    "prompt": "torchlamp.bench.prompt",
     "decode": "torchlamp.bench.decode",
     "soak": "torchlamp.bench.soak",
 }
+#: Those that measure any model.
+TAKE_MODEL = ("prompt",)
 #: Seconds between two writings of a part that is being measured: the disk shouldn't show in the timings.
 _WRITE_EVERY = 10.0
 
 
-def run(name: str, json: Path | None = None, *, quick: bool = False) -> list[Bench]:
+def run(name: str, json: Path | None = None, *, quick: bool = False, model: str | None = None) -> list[Bench]:
     """Run a benchmark, print its tables and targets, and write them as JSON if asked to.
 
     Parts are printed and written as they are done. A KeyboardInterrupt prints and writes the figures that the part
@@ -41,6 +44,8 @@ def run(name: str, json: Path | None = None, *, quick: bool = False) -> list[Ben
         The file to write.
     quick : bool
         Few and small measurements, whose figures aren't judged.
+    model : str, optional
+        A short name, a folder, a hub name or a .gguf file, for the benchmarks in `TAKE_MODEL`; None: their own models.
 
     Returns
     -------
@@ -50,19 +55,23 @@ def run(name: str, json: Path | None = None, *, quick: bool = False) -> list[Ben
     Raises
     ------
     ValueError
-        An unknown name.
+        An unknown name, or a model for a benchmark that takes none.
     OSError
         The JSON file can't be written.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: allowed are {', '.join(BENCHMARKS)}")
+    if model is not None and name not in TAKE_MODEL:
+        raise ValueError(
+            f"bench {name} takes no --model {model!r}: only {', '.join(TAKE_MODEL)} does; leave it out"
+        )
     if json is not None:
         check_writable(json)
     record = _Record(name, json, quick)
     try:
         with progress(name) as step:
             measured: Bench | Iterable[Bench] = import_module(BENCHMARKS[name]).measure(
-                Watch(quick, step, record.so_far)
+                Watch(quick, model, step, record.so_far)
             )
             for bench in [measured] if isinstance(measured, Bench) else measured:
                 record.add(bench)
@@ -127,4 +136,5 @@ class _Record:
 def _footer(where: dict[str, Any]) -> str:
     known = kernels()
     states = ", ".join(f"{name} {state}" for name, state in known["features"].items())
-    return f"{where['cpu']}, {where['threads']} threads, kernels: {states or known['why_not']}"
+    threads = f"{where['threads']} thread{'' if where['threads'] == 1 else 's'}"
+    return f"{where['cpu']}, {threads}, kernels: {states or known['why_not']}"

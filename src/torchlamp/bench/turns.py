@@ -64,6 +64,8 @@ class Watch:
 
     #: Few and small measurements: whether everything runs, and rough figures.
     quick: bool = False
+    #: The model to measure; None: the benchmark's own.
+    model: str | None = None
     #: Told what runs, how many of its steps are done, and of how many.
     step: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
     #: Told the figures of the part that is being measured, as far as they go.

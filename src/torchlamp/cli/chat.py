@@ -33,7 +33,7 @@ def chat(
     threads: Threads = None,
 ) -> None:
     """Talk to a model: a message a line; /clear, /stats, /help; an empty line or /exit ends."""
-    from torchlamp.evaluation.generation import Sampling, check_tokens, read_any_policy
+    from torchlamp.evaluation.generation import Sampling, check_tokens, load_for_generation, read_any_policy
 
     chosen = read_any_policy(policy)
     sampling = Sampling(temperature, top_p, seed)
@@ -41,9 +41,8 @@ def chat(
     set_threads(threads)
 
     from torchlamp.evaluation.chat import Chat
-    from torchlamp.models.load import load
 
-    with Chat(*load(model), chosen, system=system, sampling=sampling) as talk:
+    with Chat(*load_for_generation(model), chosen, system=system, sampling=sampling) as talk:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 __import__("readline")  # lines can be edited and called back

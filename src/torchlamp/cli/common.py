@@ -13,6 +13,7 @@ import torchlamp
 from torchlamp.cli.help import HelpGroup
 from torchlamp.cli.signals import exit_code, process_ends_with_command, signals_of_command, word
 from torchlamp.cli.verbosity import add_options, is_verbose, set_verbosity
+from torchlamp.models.memory import is_out_of_memory
 
 #: More threads than this are a slip of the keyboard on any machine, and torch takes no number beyond 2^31.
 MAX_THREADS = 1024
@@ -86,6 +87,13 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
                 if is_verbose():
                     traceback.print_exc()
                 _fail(str(error) or type(error).__name__)
+            except RuntimeError as error:  # torch's kind of MemoryError
+                if not is_out_of_memory(error):
+                    raise
+                if is_verbose():
+                    traceback.print_exc()
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                _fail(f"the memory is full ({reason}): close other programs, or ask for less")
             except KeyboardInterrupt:
                 print(f"torchlamp: {word()}", file=sys.stderr)
                 raise typer.Exit(exit_code()) from None

@@ -63,7 +63,7 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Answer a message or continue a text; ends with tokens per second, recompute rates and memory."""
-    from torchlamp.evaluation.generation import Sampling, check_tokens, read_any_policy
+    from torchlamp.evaluation.generation import Sampling, check_tokens, load_for_generation, read_any_policy
     from torchlamp.evaluation.generation import generate as run_generation
     from torchlamp.results.output import check_writable, write_text
 
@@ -77,9 +77,7 @@ def generate(
     words = read_prompt(prompt, file)
     set_threads(threads)
 
-    from torchlamp.models.load import load
-
-    language_model, tokenizer = load(model)
+    language_model, tokenizer = load_for_generation(model)
     out = sys.stderr if to_stdout else sys.stdout
 
     def write(piece: str) -> None:

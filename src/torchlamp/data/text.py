@@ -188,12 +188,12 @@ def _tokens(tokenizer: Any, text: Text, count: int, length: int) -> Tensor:
     with quiet_transformers():
         tokens = tokenizer(text.content)["input_ids"]
     if len(tokens) < count * length:
-        possible = len(tokens) // length
+        possible, windows = len(tokens) // length, f"{count} window{'' if count == 1 else 's'}"
         advice = f"at most {possible} of that length fit"
         if not possible:
             advice = "give a longer text" + (" or shorter windows" if len(tokens) > 1 else "")
         raise ValueError(
-            f"text {text.name!r} has {len(tokens)} tokens, but {count} windows of {length} need "
+            f"text {text.name!r} has {len(tokens)} tokens, but {windows} of {length} need "
             f"{count * length}: {advice}"
         )
     return torch.tensor(tokens[: count * length], dtype=torch.int64)

@@ -25,7 +25,7 @@ class LowBitHead:
     """
 
     head: LowBitMatrix
-    #: (tokens, columns) float32.
+    #: (tokens, columns) float32, bfloat16 or float16.
     full: Tensor
     #: The largest 2-norm of a row, of the weight and of its copy, and the largest residual.
     largest_norm: float
@@ -34,14 +34,14 @@ class LowBitHead:
     @classmethod
     @torch.no_grad()
     def pack(cls, weight: Tensor, bits: int = 8) -> "LowBitHead":
-        """Copy a head, float32 (tokens, columns) on the CPU, to `bits` 4, 8 or 12.
+        """Copy a head, float32, bfloat16 or float16 (tokens, columns) on the CPU, to `bits` 4, 8 or 12.
 
         Raises
         ------
         ValueError
             Other bits, or weights that aren't finite: nothing could be proven of them.
         TypeError
-            Weights that aren't float32.
+            Weights of other dtypes.
         """
         weight = as_native(weight, "any")
         head = LowBitMatrix.pack(weight, bits)

@@ -87,10 +87,7 @@ class KeyValueStore:
             return
         if self.capacity == 0:
             self._start(keys, values)
-        if self.length + count > self.capacity:
-            capacity = whole_blocks(max(self.length + count, 2 * self.capacity))
-            self._take(enlarged(self._tensors(), self.options, self.length, capacity))
-            self.capacity = capacity
+        self.reserve(count)
         keys, values = as_native(keys), as_native(values)
         native = native_for(keys, values)
         if native is not None:
@@ -98,6 +95,13 @@ class KeyValueStore:
         else:
             flags = self._reference().append(keys, values, self.length)
         self.appended(count, flags)
+
+    def reserve(self, count: int) -> None:
+        """Have memory for so many keys and values more, in a store that isn't empty."""
+        if self.length + count > self.capacity:
+            capacity = whole_blocks(max(self.length + count, 2 * self.capacity))
+            self._take(enlarged(self._tensors(), self.options, self.length, capacity))
+            self.capacity = capacity
 
     def appended(self, count: int, flags: int) -> None:
         """Count keys and values that a kernel has stored after the last slot; `flags` are its `AppendFlags`.
@@ -139,7 +143,7 @@ class KeyValueStore:
         scores_threshold, values_threshold : float
             Of the weights 2 z (1 - z) r and z; below 0 everything is read in full precision, at infinity nothing.
         mask : Tensor, optional
-            bool (batch, queries, length - first), True where a query sees a key.
+            bool (batch, queries, length - first), True where a query sees a key, whatever their order.
         first : int
             Keys of the slots before aren't seen.
         sinks : Tensor, optional
@@ -179,7 +183,8 @@ class KeyValueStore:
         visible = torch.empty(batch, queries, dtype=torch.int32)
         rows = None if mask is None else as_native(mask.expand(batch, -1, -1), "all")
         self.kernel(native).attend(
-            as_native(q), output, recomputed, full_rows, visible, first, self.length, rows, queries > 1, sinks,
+            as_native(q), output, recomputed, full_rows, visible, first, self.length, rows,
+            queries > 1 and rows is None, sinks,
             *told, self.has_nonfinite_values, torch.get_num_threads(),
         )  # fmt: skip
         return output, recomputed, full_rows, int(visible.sum())

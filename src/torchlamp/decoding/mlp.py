@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
+from torchlamp.kernels.full_rows import linear, slabs
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
 from torchlamp.kernels.reference_lowbit import block_count
 
@@ -31,7 +32,7 @@ class LowBitMlp:
     gate: LowBitMatrix
     up: LowBitMatrix
     down: LowBitMatrix
-    #: (neurons, columns) float32, (neurons, columns) float32, (neurons, outputs) float16 or float32.
+    #: (neurons, columns), (neurons, columns), (neurons, outputs): float32, bfloat16 or float16.
     gate_full: Tensor
     up_full: Tensor
     down_full: Tensor
@@ -58,22 +59,23 @@ class LowBitMlp:
         Parameters
         ----------
         gate, up : Tensor
-            float32 (neurons, columns) on the CPU; kept, not copied.
+            float32, bfloat16 or float16 (neurons, columns) on the CPU; kept, not copied.
         down : Tensor
-            float32 (outputs, neurons).
+            The same (outputs, neurons).
         activation : str
             One of `ACTIVATIONS`.
         up_bits, down_bits : int
             Bits of gate and up, and of down: 4, 8 or 12.
         full : torch.dtype
-            Of the transposed copy of the down projection: float16, or float32, which is exact.
+            Of the transposed copy of a float32 down projection: float16, or float32, which is exact. That of a
+            bfloat16 or float16 one has its own dtype, which is exact, too.
 
         Raises
         ------
         ValueError
             Another activation, other bits, or sizes that don't fit together.
         TypeError
-            Weights that aren't float32.
+            Weights of other dtypes.
         """
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r}: the kernel knows {' and '.join(ACTIVATIONS)}")
@@ -91,9 +93,13 @@ class LowBitMlp:
         norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
         columns = down.detach().T.contiguous()
         norms[:neurons] = _norms(columns)
-        errors[:neurons] = _norms(columns - copy.dequantised().T)
-        read = columns.to(full)
-        if not (_norms(columns - read.float()) <= _HALF_UNIT * norms[:neurons]).all():
+        errors[:neurons] = _column_errors(down.detach(), copy)
+        # A bfloat16 or float16 matrix is its own full-precision copy.
+        read = columns.to(full) if columns.dtype == torch.float32 else columns
+        if (
+            read.dtype != columns.dtype
+            and not (_norms(columns - read.float()) <= _HALF_UNIT * norms[:neurons]).all()
+        ):
             read = columns
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
@@ -150,8 +156,8 @@ class LowBitMlp:
         # Written so that a NaN is recomputed; where the sum overflows nothing is known of any neuron.
         size = torch.where(size.isfinite(), size, torch.nan)
         again = ~(weight <= _limit(up_threshold, size))
-        a = torch.where(again, x @ self.gate_full.T, a)
-        b = torch.where(again, x @ self.up_full.T, b)
+        a = torch.where(again, linear(x, self.gate_full), a)
+        b = torch.where(again, linear(x, self.up_full), b)
         h = activate(self.activation, a)[0] * b
         full = ~(h.abs() * errors <= _limit(down_threshold, size))
         y = torch.where(full, h, 0) @ self.down_full.float() + self.down.products(torch.where(full, 0, h))
@@ -191,6 +197,14 @@ def activate(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
     # (1 + tanh u) / 2 is the sigmoid of 2 u, in which nothing cancels for negative u.
     s = torch.sigmoid(2 * root * (a + cube * a**3))
     return a * s, s * (1 + 2 * root * a * (1 - s) * (1 + 3 * cube * a**2))
+
+
+def _column_errors(weight: Tensor, copy: LowBitMatrix) -> Tensor:
+    """2-norms of the columns of a matrix (rows, columns) less its copy: float32 (columns,)."""
+    squares = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for first, rows in slabs(weight, ROWS):
+        squares += (rows - copy.part(first, len(rows)).dequantised()).double().square().sum(0)
+    return squares.sqrt().float()
 
 
 def _norms(rows: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torchlamp.policy.policy import Policy
 from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
+from torchlamp.simulation.doubt import doubt_warning
 
 logger = logging.getLogger("torchlamp.evaluate")
 
@@ -125,6 +126,9 @@ def evaluate(
         "partial": interrupted,
         "calibration": None if calibration is None else calibration.hash,
     }
+    warning = doubt_warning(*runs[0].doubt)
+    if warning is not None:
+        logger.warning("policy %s: %s", runs[0].policy, warning)
     beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
         "comparisons": tuple(_result(run, shared) for run in beside),

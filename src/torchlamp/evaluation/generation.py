@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,6 +189,22 @@ def generate(
     )
 
 
+def load_for_generation(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer as `torchlamp.load` gives them, in half precision where the checkpoint is.
+
+    A model with half-precision matrices of modules that can't be run in float32 as they are is widened.
+    """
+    from torchlamp.huggingface.wide_forwards import narrow_modules
+    from torchlamp.models.load import load
+
+    model, tokenizer = load(name, dtype="auto")
+    try:
+        narrow_modules(model)
+    except TypeError:
+        model = model.float()
+    return model, tokenizer
+
+
 def check_tokens(tokens: int) -> None:
     """ValueError for a number of new tokens below 1."""
     if tokens < 1:
@@ -272,7 +288,9 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
 def running_under(model: Any, policy: AnyPolicy, full_precision: bool = False) -> AbstractContextManager[Any]:
     """A block in which the model runs under a policy: prepared, simulated, or as it is in float32."""
     if full_precision:
-        return nullcontext()
+        from torchlamp.huggingface.widening import widened
+
+        return widened(model)
     if policy is not None and not policy.has_stored:
         from torchlamp.huggingface.lookahead import lookahead
 

@@ -30,6 +30,8 @@ class EvaluationRun:
     positions: Tensor = field(default_factory=lambda: _NOTHING)
     #: Eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros where they weren't counted.
     blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
+    #: Rows of scores that were looked at, and those in which the low pass isn't to be trusted.
+    doubt: tuple[int, int] = (0, 0)
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -52,6 +54,8 @@ class EvaluationRun:
             self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
         self.positions = _added(self.positions, statistics.position_counts().table)
         self.blocks = self.blocks + statistics.block_counts
+        rows, doubtful = statistics.doubt_counts
+        self.doubt = (self.doubt[0] + rows, self.doubt[1] + doubtful)
 
     @property
     def recompute_rate(self) -> float:

@@ -1,5 +1,7 @@
 """`calibrate`: the statistics that a policy's transforms are fitted to, from a text of one's own."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,10 @@ from torchlamp.policy.precision import Precision
 from torchlamp.rules.none_all import Nothing
 from torchlamp.simulation.calibration import Calibration
 
+logger = logging.getLogger("torchlamp.calibrate")
+#: Vectors that statistics need: the mean of one is that vector, and nothing is left of it.
+FEWEST_VECTORS = 2
+
 
 def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibration:
     """Collect the statistics of a policy's operands while the model runs in float32.
@@ -16,7 +22,8 @@ def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibr
         >>> calibration = torchlamp.calibrate(model, windows, "ps4.center.sort+strict:0.1")
         >>> with torchlamp.lookahead(model, "ps4.center.sort+strict:0.1", calibration=calibration): ...
 
-    Use a text that nothing is evaluated on.
+    Use a text that nothing is evaluated on. Second moments of K channels (`balance`) want more than K tokens: with
+    fewer a warning says so, and the regularisation decides about the directions that the text doesn't show.
 
     Parameters
     ----------
@@ -35,7 +42,8 @@ def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibr
     Raises
     ------
     ValueError
-        A policy without transforms, windows of another shape, or what `lookahead` raises.
+        A policy without transforms, windows of another shape, a text too short (or without finite numbers at a site),
+        or what `lookahead` raises.
     """
     sites = {
         site: part.precision for site, part in Policy.parse(policy).sites.items() if part.precision.transforms
@@ -52,4 +60,30 @@ def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibr
     with under_policy(model, Policy(sites=plain), collect=collected), torch.inference_mode():
         for window in windows:
             model(input_ids=window[None].to(model.device), use_cache=False)
+    _check_long_enough(collected, sites, windows.numel())
     return collected
+
+
+def _check_long_enough(collected: Calibration, sites: dict[str, Precision], tokens: int) -> None:
+    """Refuse statistics of next to nothing (ValueError), and warn where second moments are singular."""
+    few: list[str] = []
+    for site, layer, (vectors, channels) in collected.sizes():
+        if vectors < FEWEST_VECTORS:
+            known = f"{_count(vectors, 'finite vector')} of {_count(tokens, 'token')}"
+            raise ValueError(
+                f"the text is too short to calibrate: {known} at "
+                f"site {site}, layer {layer}; give windows of a few hundred tokens"
+            )
+        needy = [str(t) for t in sites[site.partition("/")[0]].transforms if t.needs_products]
+        if needy and vectors < channels:
+            few.append(f"{needy[0]} at {site} has {vectors} vectors for {channels} channels")
+    if few:
+        logger.warning(
+            "singular second moments: %s; they are regularised, but a longer text tells more (%d tokens now)",
+            "; ".join(dict.fromkeys(few)),
+            tokens,
+        )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The attention "lamp-decode": look-ahead over a `LookaheadCache` for single tokens, float32 for all else."""
+"""The attention "lamp-decode": look-ahead over a `LookaheadCache` for steps of a few tokens, float32 for prompts."""
 
 from typing import Any
 
@@ -28,11 +28,11 @@ def decode_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it; see `LookaheadCache` for what single tokens read.
+    """Attention as transformers calls it; see `LookaheadCache` for what the tokens of a step read.
 
     Queries are float32 (batch, heads, queries, size), keys and values (batch, key heads, keys, size) come from the
-    cache's `update`. The mask, (batch, 1 or heads, queries, keys), is bool, added to the scores, or None. Single tokens
-    whose mask is more than a choice of keys (`seen_keys`) read keys and values in full. Returns float32 (batch,
+    cache's `update`. The mask, (batch, 1 or heads, queries, keys), is bool, added to the scores, or None. Steps whose
+    mask is more than a choice of keys (`seen_keys`) read keys and values in full. Returns float32 (batch,
     queries, heads, size).
 
     Raises
@@ -53,9 +53,12 @@ def decode_attention(
     if dropout:
         raise ValueError(f"{NAME}: dropout={dropout} is for training; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = read_layer() if query.shape[2] == 1 else None
+    layer, queries = read_layer(), query.shape[2]
+    if layer is not None and not layer.is_step(queries, layer.store.length - queries):
+        layer = None
     seen = None if attention_mask is None else seen_keys(attention_mask)
-    if layer is None or (attention_mask is not None and seen is None):
+    both_ways = attention_mask is None and queries > 1 and not getattr(module, "is_causal", True)
+    if layer is None or both_ways or (attention_mask is not None and seen is None):
         if attention_mask is not None and (seen is None or attention_mask.dtype != torch.bool):
             attention_mask = _as_biases(attention_mask, query.dtype)
         if layer is not None:
@@ -73,7 +76,7 @@ def decode_attention(
         scores_threshold=layer.scores.threshold,
         values_threshold=layer.values_settings.threshold,
         mask=seen,
-        first=layer.first(1),
+        first=layer.first(queries),
         softcap=softcap or 0.0,
         sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
     )

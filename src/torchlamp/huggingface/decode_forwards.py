@@ -1,6 +1,7 @@
-"""What modules of a prepared model run when one token of each sequence is decoded; anything longer runs as before."""
+"""What modules of a prepared model run: single tokens, steps and prompts, from low-bit copies."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,14 +15,19 @@ from torchlamp.huggingface.plain_modules import PlainModules, is_known
 from torchlamp.huggingface.site_forwards import Forward, check_float32, own_forward
 from torchlamp.huggingface.sites import Sites
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix
+from torchlamp.kernels.full_rows import linear
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, serves_many
 from torchlamp.policy.decodable import Settings
+from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
 
 
 class DecodeForward(Forward):
-    """A module's forward for single tokens, (batch, 1, size); the module's own for everything else."""
+    """A module's forward for tokens (batch, count, size); the module's own for everything else.
+
+    Where many vectors aren't served (`serves_many`), that is for a count of 1 alone.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -30,10 +36,12 @@ class DecodeForward(Forward):
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The low-bit kernel, or the module."""
-        if x.ndim != 3 or x.shape[1] != 1 or args or kwargs or not self.is_plain():
+        served = x.ndim == 3 and (x.shape[1] == 1 or serves_many())
+        if not served or args or kwargs or not self.is_plain():
             return self.original(x, *args, **kwargs)
         check_float32(self.module, x)
-        return forward_only(self.decode(x.detach().reshape(len(x), -1).contiguous()).unsqueeze(1), x)
+        y = self.decode(x.detach().reshape(x.shape[0] * x.shape[1], x.shape[2]).contiguous())
+        return forward_only(y.view(*x.shape[:2], y.shape[1]), x)
 
     def is_plain(self) -> bool:
         """Whether the kernel may stand in the place of the module's forward: it is torch's or transformers' own."""
@@ -43,7 +51,7 @@ class DecodeForward(Forward):
 
     @abstractmethod
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
 
 
 class LinearDecode(DecodeForward):
@@ -54,7 +62,7 @@ class LinearDecode(DecodeForward):
         self.group, self.index = group, index
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
         return self.group.output(x, self.index)
 
 
@@ -80,7 +88,7 @@ class LinearsDecode:
             self.parts, self.bytes = self.matrix.split(self.sizes), self.matrix.bytes
 
     def output(self, x: Tensor, index: int) -> Tensor:
-        """One layer's float32 (batch, outputs) of (batch, columns)."""
+        """One layer's float32 (vectors, outputs) of (vectors, columns)."""
         y = self.parts[index].products(x)
         return y if self.bias is None else y + torch.split(self.bias, self.sizes)[index]
 
@@ -95,18 +103,19 @@ class MlpDecode(DecodeForward):
         thresholds: tuple[float, float],
         statistics: Statistics,
         number: int,
+        given: Mapping[nn.Module, Forward],
     ) -> None:
         super().__init__(module)
         self.mlp, self.thresholds, self.statistics, self.number = mlp, thresholds, statistics, number
         #: The projections and the activation, which the kernel runs unseen.
-        self.inside = PlainModules(module)
+        self.inside = PlainModules(module, given)
 
     def is_plain(self) -> bool:
         """Whether the MLP is of a known class, and nobody watches or has changed its projections or activation."""
         return super().is_plain() and self.inside.hold()
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to (batch, outputs)."""
+        """float32 (vectors, columns) to (vectors, outputs)."""
         y, recomputed, read = self.mlp.run(x, *self.thresholds)
         eligible = len(x) * self.mlp.gate.rows
         self.statistics.record("mlp_up", self.number, recomputed, eligible)
@@ -124,7 +133,7 @@ class HeadDecode(DecodeForward):
         self.head, self.threshold, self.top, self.statistics = head, threshold, top, statistics
 
     def decode(self, x: Tensor) -> Tensor:
-        """float32 (batch, columns) to logits (batch, tokens)."""
+        """float32 (vectors, columns) to logits (vectors, tokens)."""
         logits, _, recomputed = self.head.run(x, self.threshold, self.top)
         self.statistics.record("lm_head", -1, recomputed, logits.numel())
         return logits
@@ -155,8 +164,28 @@ def linears_decode(
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
-def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Gate, up and down projection of a layer, float32 (outputs, inputs) each, and the activation's name.
+def check_attention(sites: Sites, layer: nn.Module) -> nn.Module:
+    """The attention of a layer whose cache holds keys and values. ValueError for another one, or none."""
+    attention = sites.attention(layer)
+    if getattr(attention, "kv_lora_rank", None) is not None:
+        raise ValueError(
+            f"{type(attention).__name__} makes keys and values of latent vectors, which a look-ahead cache doesn't hold"
+        )
+    return attention
+
+
+def check_rows(sites: Sites, site: Site, layer: nn.Module) -> None:
+    """ValueError for a layer whose site has no linear layers that can be copied."""
+    for module in sites.modules(site, layer):
+        sites.weights(module)
+
+
+def check_mlp(
+    sites: Sites, layer: nn.Module, given: Mapping[nn.Module, Forward]
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Gate, up and down projection of a layer, (outputs, inputs) each, and the activation's name.
+
+    `given` are the forwards that modules have of ours already (`WideModel`).
 
     Raises
     ------
@@ -172,31 +201,41 @@ def check_mlp(sites: Sites, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, s
     *inner, out = [m.matrix.detach().T for m in maps]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
     activation = _activation(sites.activation(layer))
-    _check_formula(layer.mlp, gate, up, out, activation)
+    _check_formula(sites.mlp(layer), gate, up, out, activation, given)
     return gate, up, out, activation
 
 
 def mlp_decode(
-    sites: Sites, number: int, up: Settings, down: Settings, statistics: Statistics, full: torch.dtype
+    sites: Sites,
+    number: int,
+    up: Settings,
+    down: Settings,
+    statistics: Statistics,
+    full: torch.dtype,
+    given: Mapping[nn.Module, Forward],
 ) -> MlpDecode:
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
-    mlp = LowBitMlp.pack(*check_mlp(sites, layer), up.bits, down.bits, full)
-    module: Any = layer.mlp
-    return MlpDecode(module, mlp, (up.threshold, down.threshold), statistics, number)
+    mlp = LowBitMlp.pack(*check_mlp(sites, layer, given), up.bits, down.bits, full)
+    return MlpDecode(sites.mlp(layer), mlp, (up.threshold, down.threshold), statistics, number, given)
 
 
-def _check_formula(module: Any, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> None:
+def _check_formula(
+    module: Any, gate: Tensor, up: Tensor, down: Tensor, activation: str, given: Mapping[nn.Module, Forward]
+) -> None:
     """ValueError where a known MLP computes more than down(phi(gate x) * up x), told by one random vector."""
-    if own_forward(module) is not None or not PlainModules(module).hold():
+    if own_forward(module) is not None or not PlainModules(module, given).hold():
         return  # it runs in full precision
     x = torch.randn(1, 1, gate.shape[1], generator=torch.Generator().manual_seed(0))
     want = type(module).forward(module, x)[0, 0].double()
     x = x[0, 0]
-    h = activate(activation, gate @ x)[0] * (up @ x)
-    difference = (down @ h).double() - want
+    h = activate(activation, linear(x, gate))[0] * linear(x, up)
+    difference = linear(h, down).double() - want
     # Written so that weights that aren't finite, of which nothing can be told, pass.
-    if difference.norm() > 1e-3 * want.norm() + 1e-6 * down.double().norm() * h.double().norm():
+    if (
+        difference.norm()
+        > 1e-3 * want.norm() + 1e-6 * float(down.norm(dtype=torch.float64)) * h.double().norm()
+    ):
         raise ValueError(
             f"sites mlp_up and mlp_down of decoding: {type(module).__name__} computes something else than a gated MLP; "
             "leave both out"
@@ -204,7 +243,7 @@ def _check_formula(module: Any, gate: Tensor, up: Tensor, down: Tensor, activati
 
 
 def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
-    """The LM head and its weight, float32 (tokens, columns). ValueError for a bias, which the proof doesn't cover."""
+    """The LM head and its weight (tokens, columns). ValueError for a bias, which the proof doesn't cover."""
     module, _ = sites.lm_head()
     weights = sites.weights(module)
     if weights.bias is not None:

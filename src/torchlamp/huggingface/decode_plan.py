@@ -14,6 +14,7 @@ from torchlamp.huggingface.decode_forwards import (
     DecodeForward,
     LinearsDecode,
     MlpDecode,
+    check_attention,
     head_decode,
     linears_decode,
     mlp_decode,
@@ -23,6 +24,7 @@ from torchlamp.huggingface.decode_step import StepDecode
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, full_dtype
 from torchlamp.huggingface.site_forwards import Forward, own_forward, set_forward
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.wide_model import WideModel
 from torchlamp.policy.decodable import Settings
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
@@ -93,6 +95,8 @@ class DecodePlan:
         What the kernel of each named site is told.
     statistics, memory
         Where the forwards count, and where the copies' sizes are added.
+    wide : WideModel
+        What makes a half-precision model compute in float32, in place already; `undo` undoes it last.
     full : str
         Dtype of the copies in full.
     top : int
@@ -110,13 +114,16 @@ class DecodePlan:
         settings: dict[str, Settings],
         statistics: Statistics,
         memory: Memory,
+        wide: WideModel,
         full: str = "float16",
         top: int = 1,
     ) -> None:
         self.model, self.settings, self.statistics, self.memory = model, settings, statistics, memory
+        self.wide = wide
         self.full, self.top = full_dtype(full), top
         self.sites = Sites(model)
-        if not self.sites.layers:
+        in_layers = any(SITES[name].place.in_layers for name in settings)
+        if in_layers and not self.sites.layers:
             raise ValueError(
                 f"{type(model).__name__}: no list of decoder layers found, so it can't be prepared"
             )
@@ -126,11 +133,12 @@ class DecodePlan:
         whole = [layer for layer in layers if layer is not None]
         decoder = model.get_decoder()
         if (
-            len(whole) == len(layers)
+            whole
+            and len(whole) == len(layers)
             and is_decoder(decoder, whole[0].family)
             and decoder not in self.forwards
         ):
-            self._add(StepDecode(decoder, whole, dict(self.forwards), statistics))
+            self._add(StepDecode(decoder, whole, {**wide.forwards, **self.forwards}, statistics))
         for name in settings:
             if not SITES[name].place.in_layers:
                 self._decode(SITES[name], Layer(-1, model))
@@ -154,6 +162,7 @@ class DecodePlan:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
+        self.wide.undo()
 
     def _add(self, forward: Forward) -> None:
         self.forwards[forward.module] = forward
@@ -191,14 +200,16 @@ class DecodePlan:
     def _attention(self, site: Site, layer: "Layer") -> None:
         """Keys and values of a look-ahead cache."""
         config = self.model.config.get_text_config(decoder=True)
-        self._add(AttentionDecode(self.sites.modules(site, layer.module)[0], config, layer.number))
+        self._add(AttentionDecode(check_attention(self.sites, layer.module), config, layer.number))
         layer.has_attention = True
 
     def _mlp(self, site: Site, layer: "Layer") -> None:
         """A gated MLP: the site and its partner."""
         assert site.partner is not None
         up, down = self.settings[site.name], self.settings[site.partner]
-        layer.mlp = mlp_decode(self.sites, layer.number, up, down, self.statistics, self.full)
+        layer.mlp = mlp_decode(
+            self.sites, layer.number, up, down, self.statistics, self.full, self.wide.forwards
+        )
         self._add(layer.mlp)
         low, full = layer.mlp.mlp.bytes
         self.memory.low_bit += low

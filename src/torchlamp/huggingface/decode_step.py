@@ -1,4 +1,4 @@
-"""A whole decoder for one token of each sequence: its layers in native calls, one after the other.
+"""A whole decoder for steps and prompts: its layers in native calls, one after the other.
 
 The embedding, the rotary angles and the masks are the model's own modules and transformers' functions;
 what the models of `decode_layer.DECODERS` do between them, nothing, is known by their class.
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from torchlamp.huggingface.decode_attention import decode_attention
 from torchlamp.huggingface.decode_layer import NativeLayer, norm_formula
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache
 from torchlamp.huggingface.masks import seen_keys
 from torchlamp.huggingface.plain_modules import PlainModules
 from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.kernels.dispatch import NativeKernels, native_for
+from torchlamp.kernels.low_bit_matrix import serves_many
 from torchlamp.simulation.statistics import Statistics
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -25,7 +27,11 @@ _MASKS = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
 
 
 class StepDecode(Forward):
-    """A decoder's forward for steps of one token with a look-ahead cache; its own, module by module, for all else."""
+    """A decoder's forward for tokens that go to a look-ahead cache; its own, module by module, for all else.
+
+    A step (`LookaheadLayer.is_step`) is one call a layer. A prompt is two, around the attention of `decode_attention`,
+    which is in float32.
+    """
 
     def __init__(
         self,
@@ -61,19 +67,22 @@ class StepDecode(Forward):
             and given is not None
             and (input_ids is None or inputs_embeds is None)
             and given.ndim >= 2
-            and given.shape[1] == 1
-            and self._is_step(past_key_values, attention_mask, kwargs)
+            and self._is_plain(past_key_values, attention_mask, kwargs)
+            and self._fits(past_key_values, given.shape[1])
         ):
             model: Any = self.module
             x = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if position_ids is None:
-                position_ids = torch.full((1, 1), past_key_values.get_seq_length())
+                before = past_key_values.get_seq_length()
+                position_ids = torch.arange(before, before + x.shape[1])[None]
             masks = self._masks(x, attention_mask, past_key_values, position_ids)
             seen = {kind: None if mask is None else seen_keys(mask) for kind, mask in masks.items()}
             known = all(mask is None or seen[kind] is not None for kind, mask in masks.items())
             if known and x.dtype == torch.float32 and x.device.type == "cpu":
                 angles = self._angles(x, position_ids, masks)
-                hidden = self._run(native, past_key_values, x, seen, angles)
+                step = _is_step(past_key_values, x.shape[1])
+                run = self._step if step else self._prompt
+                hidden = run(native, past_key_values, x, seen if step else masks, angles)
                 kept = past_key_values if self._returns_cache(use_cache) else None
                 return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
             # The embedding's hooks have run: its output goes on.
@@ -88,8 +97,8 @@ class StepDecode(Forward):
             **kwargs,
         )
 
-    def _is_step(self, cache: LookaheadCache, mask: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether nobody could tell that the layers' modules don't run, and the cache takes one more token as it is."""
+    def _is_plain(self, cache: LookaheadCache, mask: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether nobody could tell that the layers' modules don't run."""
         model: Any = self.module
         config = model.config
         others = [value for name, value in kwargs.items() if name != "return_dict"]
@@ -107,9 +116,19 @@ class StepDecode(Forward):
             and config._attn_implementation == NAME
             and not (isinstance(mask, dict) and self.family in ("llama", "mistral"))
             and config.num_hidden_layers == len(self.layers) == len(cache.layers)
-            and all(layer.has_room() for layer in cache.layers)
             and self.inside.hold()
         )
+
+    def _fits(self, cache: LookaheadCache, count: int) -> bool:
+        """Whether so many tokens are a step or a prompt that is served; a cache that must change is made ready."""
+        if count == 0 or (count > 1 and not serves_many()):
+            return False
+        if _is_step(cache, count):
+            if any(layer.store.length == 0 for layer in cache.layers):
+                return False
+            for layer in cache.layers:
+                layer.make_room(count)
+        return True
 
     def _kinds(self) -> Sequence[str]:
         """Of each layer's attention, as the model's forward chooses masks."""
@@ -150,7 +169,7 @@ class StepDecode(Forward):
 
         return {kind: arrays(pairs[kind] if pairs is not None else shared) for kind in kinds}
 
-    def _run(
+    def _step(
         self,
         native: NativeKernels,
         cache: LookaheadCache,
@@ -158,28 +177,64 @@ class StepDecode(Forward):
         seen: Mapping[str, Tensor | None],
         angles: Mapping[str, tuple[Any, Any]],
     ) -> Tensor:
-        """Hidden states float32 (batch, 1, size) through all layers and the final norm."""
-        batch = len(x)
+        """Hidden states float32 (batch, count, size) of a step through all layers and the final norm."""
+        batch, count, _ = x.shape
         masks = {
-            kind: None if keys is None else keys[:, 0].expand(batch, -1).contiguous().view(torch.uint8)
+            kind: None if keys is None else keys.expand(batch, -1, -1).contiguous().view(torch.uint8).numpy()
             for kind, keys in seen.items()
         }
-        result = torch.empty(x.shape)
-        now, y = x.detach().reshape(batch, -1).contiguous().numpy(), result.view(batch, -1).numpy()
+        result, (now, y) = _buffers(x)
         threads, record = torch.get_num_threads(), self.statistics.record
         for layer, kind in zip(self.layers, self._kinds(), strict=True):
             part, (cosines, sines) = cache.layers[layer.number], angles[kind]
-            store, first = part.store, part.first(1, coming=1)
+            store, first = part.store, part.first(count, coming=count)
             scores, values, keys, neurons, columns, flags = layer.kernel(native).step(
                 now, cosines, sines, store.kernel(native), store.length, first, masks[kind], layer.scaling,
                 part.scores.threshold, part.values_settings.threshold, store.has_nonfinite_values, y, threads,
             )  # fmt: skip
-            part.appended(flags)
+            part.appended(count, flags)
             record("scores", layer.number, scores, keys * layer.heads)
             record("values", layer.number, values, keys * layer.kv_heads)
-            record("mlp_up", layer.number, neurons, batch * layer.mlp.mlp.gate.rows)
-            record("mlp_down", layer.number, columns, batch * layer.mlp.mlp.gate.rows)
+            self._record_mlp(layer, len(now), neurons, columns)
             now = y
+        return self._normed(native, result, y)
+
+    def _prompt(
+        self,
+        native: NativeKernels,
+        cache: LookaheadCache,
+        x: Tensor,
+        masks: Mapping[str, Tensor | None],
+        angles: Mapping[str, tuple[Any, Any]],
+    ) -> Tensor:
+        """The same of a prompt, whose attention is in float32."""
+        batch, count, _ = x.shape
+        result, (now, y) = _buffers(x)
+        threads = torch.get_num_threads()
+        for layer, kind in zip(self.layers, self._kinds(), strict=True):
+            # q: [batch, count, heads, size]; k, v: [batch, count, key heads, size]
+            q, k, v = (
+                torch.empty(batch, count, heads, layer.size)
+                for heads in (layer.heads, layer.kv_heads, layer.kv_heads)
+            )
+            kernel, flat = layer.kernel(native), [a.flatten(0, 1).numpy() for a in (q, k, v)]
+            kernel.begin(now, *angles[kind], *flat, threads)
+            keys, values = cache.layers[layer.number].update(k.transpose(1, 2), v.transpose(1, 2))
+            attended, _ = decode_attention(
+                layer.attention, q.transpose(1, 2), keys, values, masks[kind], scaling=layer.scaling
+            )
+            rows = attended.reshape(batch * count, -1).contiguous().numpy()
+            self._record_mlp(layer, len(now), *kernel.end(now, rows, y, threads))
+            now = y
+        return self._normed(native, result, y)
+
+    def _record_mlp(self, layer: NativeLayer, tokens: int, neurons: int, columns: int) -> None:
+        eligible = tokens * layer.mlp.mlp.gate.rows
+        self.statistics.record("mlp_up", layer.number, neurons, eligible)
+        self.statistics.record("mlp_down", layer.number, columns, eligible)
+
+    def _normed(self, native: NativeKernels, result: Tensor, y: Any) -> Tensor:
+        """`result`, whose memory y (tokens, size) is, after the final norm."""
         native.extension.rms_norm(native.instruction_set, y, self.norm_weight, self.norm_eps, y)
         return result
 
@@ -187,3 +242,14 @@ class StepDecode(Forward):
         if self.family in ("llama", "gemma3"):
             return True
         return bool(self.module.config.use_cache if use_cache is None else use_cache)  # type: ignore[union-attr]
+
+
+def _is_step(cache: LookaheadCache, count: int) -> bool:
+    """Whether so many tokens are a step for every layer of a cache."""
+    return all(layer.is_step(count, layer.store.length) for layer in cache.layers)
+
+
+def _buffers(x: Tensor) -> tuple[Tensor, tuple[Any, Any]]:
+    """A result like x (batch, count, size), and the memory of both as arrays (batch * count, size)."""
+    result, size = torch.empty(x.shape), x.shape[2]
+    return result, (x.detach().reshape(-1, size).contiguous().numpy(), result.view(-1, size).numpy())

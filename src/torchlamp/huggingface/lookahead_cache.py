@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
 from torchlamp.policy.decodable import Settings, site_settings
@@ -22,6 +22,8 @@ from torchlamp.simulation.statistics import Statistics
 NAME = "lamp-decode"
 _FULL = {"float16": torch.float16, "float32": torch.float32}
 _SLACK = 256
+#: Tokens of a step that reads low-bit keys and values; longer ones are prompts.
+MAX_STEP = 32
 #: Key of a saved cache's metadata that holds its layers' options as JSON.
 _OPTIONS = "torchlamp_cache_options"
 
@@ -98,20 +100,18 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Store new keys and values (batch, key heads, count, size), float32.
 
         Returns all that the new queries may see, in float32. Inside of `reading` this layer, where the attention looks
-        for itself, one token gets views of the full copies, of their dtype.
+        for itself, a step gets views of the full copies, of their dtype.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[-2]
-        if self.sliding_window is not None and not self.record_past:
-            spare = self.store.length - (self.sliding_window - 1)
-            if spare >= max(self.slack, self.sliding_window) or (spare > 0 and count > 1):
-                self._drop(spare)
+        step = self.is_step(count, self.store.length)
+        self._let_go(at_once=not step)
         before = self.store.length
         self.store.append(key_states, value_states)
         self.seen += count
         first = self.first(count)
-        if count == 1 and read_layer() is self:
+        if step and read_layer() is self:
             slots = slice(first, self.store.length)
             return self.store.full_keys[:, :, slots], self.store.full_values[:, :, slots]
         if before == 0:
@@ -127,18 +127,19 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
             return 0
         return max(0, self.store.length + coming - count - (self.sliding_window - 1))
 
-    def has_room(self) -> bool:
-        """Whether one more token needs neither new memory nor moving."""
-        if self.sliding_window is not None and not self.record_past:
-            spare = self.store.length - (self.sliding_window - 1)
-            if spare >= max(self.slack, self.sliding_window):
-                return False
-        return 0 < self.store.length < self.store.capacity
+    def is_step(self, count: int, before: int) -> bool:
+        """Whether `count` tokens that come after `before` stored ones read low-bit keys and values."""
+        return count == 1 or (before > 0 and 0 < count <= MAX_STEP)
 
-    def appended(self, flags: int) -> None:
-        """Count one token that a layer's kernel has stored; `flags` are its `AppendFlags`."""
-        self.store.appended(1, flags)
-        self.seen += 1
+    def make_room(self, count: int) -> None:
+        """Have memory for so many tokens more, in a layer that isn't empty, and move a sliding window if it is time."""
+        self._let_go()
+        self.store.reserve(count)
+
+    def appended(self, count: int, flags: int) -> None:
+        """Count tokens that a layer's kernel has stored; `flags` are its `AppendFlags`."""
+        self.store.appended(count, flags)
+        self.seen += count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return."""
@@ -214,16 +215,40 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     def prefetch(self) -> None:
         """Nothing to do: the cache is in main memory."""
 
+    def _let_go(self, at_once: bool = False) -> None:
+        """Forget what a sliding window has left behind, once it is much or `at_once`."""
+        if self.sliding_window is not None and not self.record_past:
+            spare = self.store.length - (self.sliding_window - 1)
+            if at_once or spare >= max(self.slack, self.sliding_window):
+                self._drop(spare)
+
     def _drop(self, count: int) -> None:
         if count > 0:
             self.store.drop_first(count)
             self.dropped += count
 
 
+def check_cache(config: Any) -> None:
+    """ValueError for a model whose own cache holds more than keys and values (states of convolutions, Mamba, ...)."""
+    layers = DynamicCache(config=config).layers
+    others = {
+        type(layer).__name__
+        for layer in layers
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
+    if others:
+        raise ValueError(f"its cache holds more than keys and values ({', '.join(sorted(others))})")
+
+
 def can_rotate(config: Any) -> bool:
     """Whether the head size of a model's config is a power of two, so that a Hadamard matrix rotates the heads."""
     text = config.get_text_config(decoder=True)
-    size: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # With positions apart from the rest (DeepSeek), keys are longer than what `head_dim` says.
+    size: int = (
+        getattr(text, "qk_head_dim", None)
+        or getattr(text, "head_dim", None)
+        or text.hidden_size // text.num_attention_heads
+    )
     return size & (size - 1) == 0
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchlamp.arithmetic.transforms import Transform
-from torchlamp.huggingface.decode_forwards import check_head, check_mlp
+from torchlamp.huggingface.decode_forwards import check_attention, check_head, check_mlp, check_rows
 from torchlamp.huggingface.decode_plan import DecodePlan, Memory
 from torchlamp.huggingface.interface import check_interface, check_no_policy, check_not_prepared
-from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate
+from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, check_cache
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.wide_model import WideModel
 from torchlamp.kernels import native
+from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.decodable import Settings, settings
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.policy.precision import Precision
+from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
 
 logger = logging.getLogger("torchlamp.decoding")
@@ -102,15 +106,18 @@ def prepare(
 ) -> Prepared:
     """Prepare a model for low-bit decoding.
 
-    Steps that decode one token of each sequence then read low-bit copies of weights, keys and values, and full
-    precision where the policy's rules look ahead to a difference; longer steps (the prompt) run in float32 as before.
+    Steps of a few tokens then read low-bit copies of weights, keys and values, and full precision where the policy's
+    rules look ahead to a difference; longer ones (the prompt) read low-bit weights alike, and their attention is in
+    float32.
     ``model.generate`` uses a look-ahead cache of its own accord; calls of the model itself take `Prepared.cache`.
-    The weights are copied at once and must not be changed before `undo`.
+    The weights are copied at once and must not be changed before `undo`. A bfloat16 or float16 model keeps its weights
+    as they are and computes in float32 on them: no float32 copy of a matrix is made, and its numbers are those of the
+    same model loaded in float32.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A float32 decoder on the CPU, of an architecture whose modules bear the names of Llama's, Gemma's or Phi-3's.
+        A float32, bfloat16 or float16 decoder on the CPU, of any of the families in docs/families.md.
     policy : str or Policy, optional
         For example ``"scores=int8.center.hadamard+running:0.01, values=int8+topz:0.01, qkv=int12"``; sites that aren't
         named are read in full precision. Without one, `DEFAULT`; it and `FAST` are taken less the sites and transforms
@@ -130,7 +137,8 @@ def prepare(
     Raises
     ------
     TypeError
-        Not a transformers model, or weights that aren't float32.
+        Not a transformers model, weights of another dtype, or half-precision weights of a module whose formula isn't
+        known.
     ValueError
         A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, or a model that is
         prepared already.
@@ -145,21 +153,40 @@ def prepare(
         )
     if top < 1:
         raise ValueError(f"top={top}: give at least 1")
-    if model.dtype != torch.float32:
+    other = [name for name, p in model.named_parameters() if p.is_floating_point() and p.dtype not in FULL]
+    if other:
         raise TypeError(
-            f"the model is {model.dtype}: low-bit copies are made of float32, load it with dtype=torch.float32"
+            f"{other[0]} is {model.get_parameter(other[0]).dtype}: low-bit copies are made of float32, bfloat16 and "
+            "float16 weights; load the model with dtype=torch.float32"
         )
     check_not_prepared(model)
     check_no_policy(model)
     if not Sites(model).layers:
         check_interface(model)  # of the two that are missing, what a reader of the model's name understands
     parsed = Policy.parse(DEFAULT if policy is None else policy)
-    if parsed in (Policy.parse(DEFAULT), Policy.parse(FAST)):
-        parsed = _possible(model, parsed)
-    parsed = _with_transforms(parsed, center=center, hadamard=hadamard)
-    told = settings(parsed)
+    wide = WideModel(model)
+    try:
+        return _prepared(model, parsed, wide, top, full, center, hadamard)
+    except BaseException:
+        wide.undo()
+        raise
+
+
+def _prepared(
+    model: PreTrainedModel,
+    policy: Policy,
+    wide: WideModel,
+    top: int,
+    full: str,
+    center: bool | None,
+    hadamard: bool | None,
+) -> Prepared:
+    if policy in (Policy.parse(DEFAULT), Policy.parse(FAST)):
+        policy = _possible(model, policy, wide)
+    policy = _with_transforms(policy, center=center, hadamard=hadamard)
+    told = settings(policy)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    prepared = Prepared(model, parsed, Statistics(), Memory(sum(sizes.values())), told, full)
+    prepared = Prepared(model, policy, Statistics(), Memory(sum(sizes.values())), told, full)
     if "scores" in told:
         check_interface(model)
         if not told["scores"].center and center is None:
@@ -170,7 +197,7 @@ def prepare(
             )
         prepared.cache()  # refuses options that can't be
     native.warn_if_absent("low-bit decoding")
-    prepared._plan = DecodePlan(model, told, prepared.statistics, prepared.memory, full, top)
+    prepared._plan = DecodePlan(model, told, prepared.statistics, prepared.memory, wide, full, top)
     try:
         prepared._plan.put(prepared.cache if "scores" in told else None)
     except BaseException:
@@ -191,7 +218,7 @@ def _with_transforms(policy: Policy, **wanted: bool | None) -> Policy:
     return Policy(sites={**sites, "scores": SitePolicy(changed, sites["scores"].rule)})
 
 
-def _possible(model: PreTrainedModel, policy: Policy) -> Policy:
+def _possible(model: PreTrainedModel, policy: Policy, wide: WideModel) -> Policy:
     """The policy without the attention, rotation, MLPs and LM head that the model or the kernels don't allow."""
     sites = Sites(model)
 
@@ -199,15 +226,34 @@ def _possible(model: PreTrainedModel, policy: Policy) -> Policy:
         try:
             check()
         except ValueError as reason:
+            if set(policy.sites) <= set(names):
+                raise ValueError(
+                    f"nothing of {type(model).__name__} can be read in low bits: "
+                    f"{' and '.join(names)} can't, since {reason}"
+                ) from reason
             logger.warning("%s: read in full precision, since %s", " and ".join(names), reason)
             return policy.without(*names)
         return policy
 
+    def in_layers(check: Callable[[nn.Module], object]) -> None:
+        if not sites.layers:
+            raise ValueError(
+                f"{type(model).__name__}: no list of decoder layers found, each with an attention"
+            )
+        for layer in sites.layers:
+            check(layer)
+
     policy = without(policy, lambda: check_interface(model), "scores", "values")
+    if "scores" in policy.sites:
+        policy = without(policy, lambda: check_cache(model.config), "scores", "values")
+    if "scores" in policy.sites:
+        policy = without(policy, lambda: in_layers(partial(check_attention, sites)), "scores", "values")
     if "scores" in policy.sites and not can_rotate(model.config):
         logger.warning("scores: keys aren't rotated, since the head size is no power of two")
         policy = _with_transforms(policy, hadamard=False)
+    for name in ("qkv", "attention_out"):
+        policy = without(policy, lambda site=SITES[name]: in_layers(partial(check_rows, sites, site)), name)  # type: ignore[misc]
     policy = without(
-        policy, lambda: [check_mlp(sites, layer) for layer in sites.layers], "mlp_up", "mlp_down"
+        policy, lambda: in_layers(partial(check_mlp, sites, given=wide.forwards)), "mlp_up", "mlp_down"
     )
     return without(policy, lambda: check_head(sites), "lm_head")

@@ -105,6 +105,8 @@ def lamp_attention(
             sinks=kwargs.get("s_aux"),
         )
         result = attend(query, key, value, call)
+        if result.doubt is not None:
+            attached.statistics.record_doubt(layer, *result.doubt)
         positions = result.last_key if position_ids is None else position_ids
         _record(attached, layer, result, positions, value.shape)
     return forward_only(result.output, query, key, value), None

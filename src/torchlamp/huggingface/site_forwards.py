@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.forward_only import forward_only
+from torchlamp.huggingface.wide_forwards import wide_forward
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.linear import LinearResult, LookAhead, Weights, linears
 from torchlamp.simulation.norms import Norm, Normed, norm_input
@@ -33,6 +34,9 @@ class Forward(ABC):
         """The module's forward without us."""
         if self.own is not None:
             return self.own(*args, **kwargs)
+        wide = wide_forward(self.module)
+        if wide is not None:
+            return wide(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     # It counts, and calls kernels that a compiler can't see into (transformers compiles static-cache decoding).

@@ -1,8 +1,8 @@
 """Where the sites of a transformers decoder are: its layers, and in each the linear layers and norms of a site.
 
-Modules are found by the names that transformers gives them in Llama, Mistral, Qwen, Gemma, Phi-3 and GPT-2 (and in the
-many models written after these); `policy.sites` has those of each site. What isn't found by its name is refused, never
-guessed.
+Modules are found by the names that transformers gives them in Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, OPT,
+Falcon and DeepSeek (and in the many models written after these); `policy.sites` has those of each site. What isn't
+found by its name is refused, never guessed. docs/families.md lists which sites run in which family.
 """
 
 from collections.abc import Iterable
@@ -15,16 +15,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.site_forwards import linear_map, plain
+from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import GATED
 from torchlamp.simulation.linear import Weights
 from torchlamp.simulation.norms import Norm
 
-_LAYERS = ("layers", "h")
-_ATTENTION = ("self_attn", "attn")
-_MLP = ("mlp",)
+_LAYERS = ("layers", "h", "blocks")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward")
+_HEAD_SIZE = ("head_dim", "head_size")
 _ACTIVATION = ("act_fn", "activation_fn", "act")
 _FINAL_NORM = ("norm", "ln_f", "final_layernorm")
+#: Words of configurations for sublayers that don't follow one after the other.
+_PARALLEL = ("use_parallel_residual", "parallel_attn", "parallel_attention")
 #: Beside `input_layernorm`, of layers with a norm behind each sublayer.
 _FOUR_NORMS = frozenset(
     {"pre_feedforward_layernorm", "post_feedforward_layernorm", "post_attention_layernorm"}
@@ -53,7 +57,7 @@ class Sites:
     ValueError
         From every method: something isn't there, or isn't of a kind whose arithmetic is known.
     TypeError
-        A weight that isn't float32.
+        A weight that is neither float32 nor of half precision.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -93,10 +97,11 @@ class Sites:
 
     def head_size(self, layer: nn.Module) -> int:
         """Length of a query's, key's or value's vector."""
-        size = getattr(self.attention(layer), "head_dim", None)
-        if not isinstance(size, int):
-            raise self._missing(self.attention(layer), ["head_dim"], "head size")
-        return size
+        attention = self.attention(layer)
+        for name in _HEAD_SIZE:
+            if isinstance(size := getattr(attention, name, None), int):
+                return size
+        raise self._missing(attention, _HEAD_SIZE, "head size")
 
     def norms(self, layer: nn.Module) -> Norms:
         """The norms of a layer; refuses layers whose sublayers don't follow one after the other, each added at once."""
@@ -155,10 +160,10 @@ class Sites:
                 "can run in low precision; merge adapters and load the model without quantisation"
             )
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if weight.dtype != torch.float32:
+        if weight.dtype not in FULL:
             raise TypeError(
-                f"{self._path(module)} has weights of {weight.dtype}: rounding is simulated from float32; load the "
-                "model with dtype=torch.float32"
+                f"{self._path(module)} has weights of {weight.dtype}: low precision is that of float32, bfloat16 and "
+                "float16 weights; load the model with dtype=torch.float32"
             )
         return linear_map(module)
 
@@ -187,6 +192,11 @@ class Sites:
 
     def _check_residual(self) -> None:
         config = self._model.config.get_text_config()  # type: ignore[union-attr,operator]
+        if any(getattr(config, name, False) for name in _PARALLEL):
+            raise ValueError(
+                f"{type(self._model).__name__} runs attention and MLP side by side on one norm, which the look-ahead "
+                "through the residual stream doesn't know: leave out attention_out, mlp_down and norm"
+            )
         if getattr(config, "residual_multiplier", 1) not in (1, 1.0):
             raise ValueError(
                 f"{type(self._model).__name__} scales what it adds to the residual stream (residual_multiplier), "

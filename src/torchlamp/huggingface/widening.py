@@ -7,22 +7,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchlamp.kernels.full_rows import NARROW
+
 logger = logging.getLogger("torchlamp.widening")
-#: What float32 holds exactly.
-_NARROW = (torch.bfloat16, torch.float16)
 #: Classes that were spoken of already.
 _MENTIONED: set[str] = set()
 
 
 class Widening:
-    """The tensors that a model had before its weights were widened; `undo` puts these same tensors back."""
+    """The tensors that a model had before its weights were widened; `undo` puts these same tensors back.
 
-    def __init__(self, model: nn.Module) -> None:
+    Parameters
+    ----------
+    model : torch.nn.Module
+    most : int
+        Only tensors of at most so many dimensions are widened: 1 leaves matrices as they are.
+    """
+
+    def __init__(self, model: nn.Module, most: int = 99) -> None:
         # What isn't a module is refused, with words, by whoever runs it.
         tensors: list[Tensor] = (
             [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
         )
-        self._narrow = [(tensor, tensor.data) for tensor in tensors if tensor.dtype in _NARROW]
+        self._narrow = [
+            (tensor, tensor.data) for tensor in tensors if tensor.dtype in NARROW and tensor.ndim <= most
+        ]
         if self._narrow and type(model).__name__ not in _MENTIONED:
             _MENTIONED.add(type(model).__name__)
             logger.info(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchlamp.kernels import reference_lowbit
 from torchlamp.kernels.constants import ROWS
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
+from torchlamp.kernels.full_rows import FULL, slabs
 from torchlamp.kernels.reference_lowbit import block_count, code_bytes, group_count
 
 #: Bits that a code can have.
@@ -47,7 +48,8 @@ class LowBitMatrix:
         Parameters
         ----------
         weight
-            (rows, columns) float32 on the CPU, any strides; either size may be 0.
+            (rows, columns) float32, bfloat16 or float16 on the CPU, any strides; either size may be 0. Half-precision
+            numbers are widened exactly, some rows at a time.
         bits
             4, 8 or 12.
 
@@ -60,13 +62,18 @@ class LowBitMatrix:
         """
         if bits not in BITS:
             raise ValueError(f"bits={bits}: LowBitMatrix takes 4, 8 or 12")
-        _check(weight, "a weight", "(rows, columns)")
+        _check(weight, "a weight", "(rows, columns)", FULL)
         rows, columns = weight.shape
-        native = native_for(weight)
+        native, weight = native_for(), as_native(weight, "any")
         if native is None:
-            return cls(*reference_lowbit.pack_blocks(as_native(weight, "any"), bits), bits, rows, columns)
+            packed = [reference_lowbit.pack_blocks(slab, bits) for _, slab in slabs(weight, ROWS)]
+            packed = packed or [_empty_blocks(rows, columns, bits)]
+            codes, scales, errors = (torch.cat(parts) for parts in zip(*packed, strict=True))
+            return cls(codes, scales, errors, bits, rows, columns)
         matrix = cls(*_empty_blocks(rows, columns, bits), bits, rows, columns)
-        matrix.kernel(native).pack(as_native(weight), torch.get_num_threads())
+        for first, slab in slabs(weight, ROWS):
+            part = matrix.part(first, len(slab))
+            part.kernel(native).pack(as_native(slab), torch.get_num_threads())
         return matrix
 
     @torch.no_grad()
@@ -113,13 +120,14 @@ class LowBitMatrix:
                 f"sizes {sizes} don't split {self.rows} rows: all but the last must be multiples of {ROWS}, and their "
                 "sum the rows"
             )
+        return [self.part(start, size) for start, size in zip(starts, sizes, strict=True)]
+
+    def part(self, start: int, size: int) -> "LowBitMatrix":
+        """Rows from `start`, a multiple of `ROWS`, as a matrix of their own over the same memory."""
         code, scale = code_bytes(self.bits, self.columns), group_count(self.columns)
-        parts = []
-        for start, size in zip(starts, sizes, strict=True):
-            end = start + block_count(size) * ROWS
-            tensors = (self.codes[start * code : end * code], self.scales[start * scale : end * scale])
-            parts.append(LowBitMatrix(*tensors, self.block_errors[start:end], self.bits, size, self.columns))
-        return parts
+        end = start + block_count(size) * ROWS
+        tensors = (self.codes[start * code : end * code], self.scales[start * scale : end * scale])
+        return LowBitMatrix(*tensors, self.block_errors[start:end], self.bits, size, self.columns)
 
     @property
     def errors(self) -> Tensor:
@@ -153,6 +161,12 @@ class LowBitMatrix:
         self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
 
 
+def serves_many() -> bool:
+    """Whether steps of many tokens are served from low-bit copies: plain C++ is slower than torch's products."""
+    native = native_for()
+    return native is None or native.instruction_set != "portable"
+
+
 def check_vectors(x: Tensor, columns: int) -> Tensor:
     """Vectors that a kernel can read: contiguous, without a gradient.
 
@@ -177,9 +191,10 @@ def _empty_blocks(rows: int, columns: int, bits: int) -> tuple[Tensor, Tensor, T
     )
 
 
-def _check(x: Tensor, what: str, shape: str) -> None:
-    if x.dtype != torch.float32:
-        raise TypeError(f"{what} must be float32, got {x.dtype}: convert with .float()")
+def _check(x: Tensor, what: str, shape: str, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> None:
+    if x.dtype not in dtypes:
+        half = " or of half precision" if len(dtypes) > 1 else ""
+        raise TypeError(f"{what} must be float32{half}, got {x.dtype}: convert with .float()")
     if x.device.type != "cpu":
         raise ValueError(f"{what} must be on the CPU, got {x.device}: move with .cpu()")
     if x.dim() != 2:

@@ -130,6 +130,11 @@ class Accumulation:
         """
         return Grid() if self.promote or self.fuse else self.grid
 
+    @property
+    def period(self) -> int:
+        """How many products belong together, so that it matters where their count starts; 1 for strict sums."""
+        return self.promote or (self.block if self.fuse is None else self.fuse.length)
+
     def __post_init__(self) -> None:
         if self.block < 1 or self.promote < 0 or (self.block > 1 and self.promote > 0):
             raise ValueError(

@@ -7,7 +7,16 @@ from torchlamp.rules.topz import TopZ
 
 _ALL_BITS = (4, 8, 12)
 #: The up projections of gated MLPs; the gate comes first, or both halves are one module.
-GATED = (("gate_proj", "up_proj"), ("gate_up_proj",))
+GATED = (("gate_proj", "up_proj"), ("gate_up_proj",), ("w1", "w3"))
+#: Projections of one input; DeepSeek's are to latent vectors.
+_QKV = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("qkv_proj",),
+    ("c_attn",),
+    ("query_key_value",),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("q_proj", "kv_a_proj_with_mqa"),
+)
 
 _RECORDS = (
     Site(
@@ -34,7 +43,7 @@ _RECORDS = (
     Site(
         "qkv",
         "projections to queries, keys and values",
-        Place("attention", (("q_proj", "k_proj", "v_proj"), ("qkv_proj",), ("c_attn",))),
+        Place("attention", _QKV),
         sums=Look("heads", ("elementwise",)),
         stored=Look("heads", ("elementwise",)),
         kernel=Kernel("rows", _ALL_BITS),
@@ -42,7 +51,7 @@ _RECORDS = (
     Site(
         "attention_out",
         "output projection of the attention",
-        Place("attention", (("o_proj",), ("c_proj",)), last=True),
+        Place("attention", (("o_proj",), ("c_proj",), ("dense",), ("out_proj",)), last=True),
         sums=Look("stream", ("elementwise",)),
         stored=Look("stream", ("elementwise",)),
         length="attention",
@@ -51,7 +60,7 @@ _RECORDS = (
     Site(
         "mlp_up",
         "up projection and gate into the activation",
-        Place("mlp", (*GATED, ("c_fc",), ("fc1",))),
+        Place("mlp", (*GATED, ("c_fc",), ("fc1",), ("fc_in",), ("dense_h_to_4h",), ("up_proj",))),
         sums=Look("activation", ("elementwise",)),
         stored=Look("neurons", ("elementwise",)),
         kernel=Kernel("mlp", _ALL_BITS, Output(0.0006)),
@@ -60,7 +69,11 @@ _RECORDS = (
     Site(
         "mlp_down",
         "down projection of the MLP",
-        Place("mlp", (("down_proj",), ("c_proj",), ("fc2",)), last=True),
+        Place(
+            "mlp",
+            (("down_proj",), ("c_proj",), ("fc2",), ("fc_out",), ("dense_4h_to_h",), ("w2",)),
+            last=True,
+        ),
         sums=Look("stream", ("elementwise",)),
         stored=Look("columns", ("elementwise",)),
         length="mlp",

@@ -52,10 +52,10 @@ def notes(result: Result) -> list[str]:
         if result.windows > 1
         else "± of the KL: one window only, as if tokens were independent (too small)"
     )
-    tokens = result.windows * result.window_length
+    tokens, threads = result.windows * result.window_length, result.environment.get("threads", "?")
     return [
         f"Reference: the same model in float32 (dequantised, where it comes from a GGUF file). {error}.",
-        f"{tokens} tokens, {result.environment.get('threads', '?')} threads, "
+        f"{tokens} tokens, {threads} thread{'' if threads == 1 else 's'}, "
         f"{result.environment.get('kernels', '?')} kernels, "
         f"{result.seconds:.1f} s ({result.forward_seconds:.1f} s in forward passes).",
     ]

@@ -19,6 +19,7 @@ from torchlamp.rules.strict import Strict
 from torchlamp.rules.threshold import ThresholdForm, exceeds
 from torchlamp.rules.tile import Tile
 from torchlamp.rules.topz import TopZ
+from torchlamp.rules.upper_running import UpperRunning
 from torchlamp.rules.value_aware import BridgeResidual, RunningOutput, RunningResidual
 from torchlamp.rules.weighted import WeightRule
 
@@ -35,6 +36,7 @@ RULES.update(
         MassWindow,
         Budget,
         Running,
+        UpperRunning,
         RunningBudget,
         RunningOutput,
         RunningResidual,
@@ -88,6 +90,7 @@ __all__ = [
     "ThresholdForm",
     "Tile",
     "TopZ",
+    "UpperRunning",
     "WeightRule",
     "exceeds",
     "register",

@@ -131,7 +131,7 @@ class NumberRule(Rule):
     @property
     def parameter(self) -> str:
         """The parameter in its shortest spelling: '0.1', '50', '1e-05'."""
-        return _spell(self.value)
+        return spelled(self.value)
 
     @classmethod
     def from_parameter(cls, text: str | None) -> Rule:
@@ -151,10 +151,12 @@ class NumberRule(Rule):
     @classmethod
     def _expectation(cls) -> str:
         lowest, highest = cls.allowed
-        limits = f"in [{_spell(lowest)}, {_spell(highest)}]" if highest < math.inf else f">= {_spell(lowest)}"
+        limits = (
+            f"in [{spelled(lowest)}, {spelled(highest)}]" if highest < math.inf else f">= {spelled(lowest)}"
+        )
         return f"{cls.name} takes a finite number {limits}; write for example '{cls.examples[0]}'"
 
 
-def _spell(value: float) -> str:
+def spelled(value: float) -> str:
     """Shortest decimal that reads back as the same float; without '+', which separates a policy's parts."""
     return repr(float(value)).removesuffix(".0").replace("e+", "e")

@@ -6,6 +6,7 @@ Budzinskiy et al., look-ahead mixed precision, arXiv 2601.21623, the composition
 error estimate is derived in docs/method.md.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torchlamp.kernels.attention import fused_attention
 from torchlamp.rules.rule import Rule
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult
 from torchlamp.simulation.attention_tiles import tiled_attention
+from torchlamp.simulation.doubt import doubt
 from torchlamp.simulation.score_operands import ScoreOperands, score_operands
 from torchlamp.simulation.visibility import Visibility
 
@@ -94,7 +96,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
     _check(query, key, value, call)
     call.seen.check((*query.shape[:3], key.shape[2]))
     operands = _operands(call, query, key)
-    return _fused(call, operands, value) or tiled_attention(call, operands, value)
+    result = _fused(call, operands, value) or tiled_attention(call, operands, value)
+    return replace(result, doubt=doubt(call, operands))
 
 
 def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:

@@ -40,6 +40,9 @@ class AttentionResult:
         low precision.
     blocks : Tensor or None
         uint8 (batch, heads, queries, ceil(keys / 16)), if asked for: the marks of `torchlamp.simulation.blocks`.
+    doubt : pair of int or None
+        Rows that were looked at, and those of them in which the low pass isn't to be trusted
+        (`torchlamp.simulation.doubt`).
     """
 
     output: Tensor
@@ -48,6 +51,7 @@ class AttentionResult:
     last_key: Tensor
     values_selected: Tensor | None = None
     blocks: Tensor | None = None
+    doubt: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

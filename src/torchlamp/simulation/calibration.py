@@ -1,6 +1,7 @@
 """Statistics of a model's operands on a text, which static transforms are fitted to; saved, and named by a hash."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +51,12 @@ class Calibration:
                 f"{tuple(found[0].total.shape)}, the model's operands of {shape}: it was made for another model"
             )
         return found
+
+    def sizes(self) -> Iterator[tuple[str, int, tuple[int, int]]]:
+        """Each site and layer with the number of vectors that its statistics are made of, and of their channels."""
+        for (site, layer), sides in sorted(self._moments.items()):
+            fewest = min(int(moments.count.min()) for moments in sides)
+            yield site, layer, (fewest, sides[0].total.shape[1])
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -8,58 +8,76 @@ from torch import Tensor, nn
 
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.rules.element_tile import ElementTile
-from torchlamp.simulation.linear import TINY, LowPass, Weights, linears
+from torchlamp.simulation.convolution import Convolution, convolved, is_convolution
+from torchlamp.simulation.jacobian import ColumnNorms, Function, NormOrder, column_norms
+from torchlamp.simulation.known_functions import is_elementwise, known_columns
+from torchlamp.simulation.linear import TINY, LinearResult, LookAhead, LowPass, Weights, linears
 from torchlamp.simulation.statistics import Statistics
 from torchlamp.simulation.stored_linear import changed_group, stored_linears
 
-#: From rows (rows, outputs of g) to rows (rows, anything), row by row.
-Function = Callable[[Tensor], Tensor]
+#: The site that `compose` counts under: it has the statistics of any linear layer into a function.
+SITE = "mlp_up"
 
 
 def compose(
-    g: nn.Linear | Tensor,
+    g: nn.Module | Tensor,
     f: Function,
     x: Tensor,
     policy: str | SitePolicy,
     *,
+    order: NormOrder = 1,
+    probes: int | None = None,
     statistics: Statistics | None = None,
     generator: torch.Generator | None = None,
+    observe: Callable[[ColumnNorms], None] | None = None,
 ) -> Tensor:
     """f(g(x)) with g's sums in low precision and those recomputed that f would amplify.
 
         >>> layer = torch.nn.Linear(64, 32)
-        >>> y = torchlamp.compose(layer, lambda y: y.softmax(-1), torch.randn(5, 64), "ps4+strict:0.1")
+        >>> y = torchlamp.compose(layer, torch.nn.Softmax(-1), torch.randn(5, 64), "ps4+strict:0.1")
 
-    The look-ahead is f's Jacobian J at the low-precision sums, by automatic differentiation: an error d in component j
-    changes f's output by |d| ||J e_j||_1 / ||f||_1 relative to its 1-norm. For a softmax this is 2 z (1 - z) |d|, the
-    weight of attention's rules. It costs one backward pass through f for each of f's outputs.
+    The look-ahead is f's Jacobian J at the low-precision sums: an error d in component j changes f's output by
+    |d| ||J e_j|| / ||f||, relative to its norm. For a softmax in the 1-norm this is 2 z (1 - z) |d|, the weight of
+    attention's rules. Softmax, log-softmax, LayerNorm, RMSNorm, GLU and elementwise functions of torch are recognised
+    (`simulation.known_functions`) and have closed forms. All others are differentiated: one backward pass for each of
+    f's outputs up to 512, unbiased probes of them beyond (`simulation.jacobian`).
 
     Parameters
     ----------
-    g : torch.nn.Linear or Tensor
-        The linear map, or its weight, float32 (outputs, inputs).
+    g : torch.nn.Module or Tensor
+        The linear map: a `torch.nn.Linear`, a `torch.nn.Conv1d`, `Conv2d` or `Conv3d` (zero padding), or a weight,
+        float32 (outputs, inputs).
     f : callable
-        Differentiable, float32 (rows, outputs) to (rows, anything), each row by itself.
+        Differentiable, each row by itself: float32 (rows, outputs of g) to (rows, anything); after a convolution
+        (samples, channels, ...) to (samples, anything).
     x : Tensor
-        float32 (..., inputs).
+        float32 (..., inputs); for a convolution (samples, channels, ...).
     policy : str or SitePolicy
         For example ``"ps4+strict:0.1"``, ``"ps4.center.sort+running:0.01"`` or ``"int8+output:0.001"``: the part of a
         policy that follows ``site=``. Rules that need a softmax of their own (`topz`, `mass`, ...) don't fit.
+    order : int
+        1 or 2: the norm in which a change of f's output is measured.
+    probes : int, optional
+        Backward passes through f; None chooses as above. Fewer than f's outputs are an estimate, whose standard error
+        `observe` sees.
     statistics : Statistics, optional
         Where selected and eligible sums are counted, under the site ``mlp_up`` of layer 0.
     generator : torch.Generator, optional
         On the CPU; needed by random rules.
+    observe : callable, optional
+        Is handed the `ColumnNorms` of each chunk of rows whose function was differentiated.
 
     Returns
     -------
-    f(g(x)), the shape of x with f's outputs in the place of the inputs. No gradient.
+    f(g(x)): the shape of x with f's outputs in the place of the inputs; (samples, ...) after a convolution. It has no
+    gradient.
 
     Raises
     ------
     ValueError
-        An unknown policy, a rule that needs a softmax of its own, shapes that don't fit.
+        An unknown policy, a rule that needs a softmax of its own, shapes that don't fit, a function without gradient.
     TypeError
-        Anything but float32.
+        Anything but float32; a module that isn't linear.
     """
     part = SitePolicy.parse(policy)
     if part.rule.looks_through not in ("any", "elementwise"):
@@ -67,44 +85,97 @@ def compose(
             f"rule '{part.rule}' looks through a softmax of its own, and f is any function: use for example "
             "strict, running, bridge, output, condition, random, none or all"
         )
-    weights = Weights(g.weight.T, g.bias) if isinstance(g, nn.Linear) else Weights(g.T)
-    precision, ahead = part.precision, _Jacobian(f)
+    if is_convolution(g):
+        convolution = Convolution(g)
+        shape = convolution.output_shape(x)
+        ahead = _ahead(lambda y: f(y.view(-1, *shape)), f, order, probes, observe, flat=False)
+        result = convolved(x, convolution, part, ahead, generator)
+        rows = result.output.view(-1, *shape)
+    else:
+        ahead = _ahead(f, f, order, probes, observe, flat=True)
+        result = _linear(g, x, part, ahead, generator)
+        rows = result.output.reshape(-1, result.output.shape[-1])
+    if statistics is not None:
+        statistics.record(SITE, 0, int(result.selected.sum()), result.selected.numel() * result.eligible)
+    with torch.no_grad():
+        out = f(rows)
+    return out if is_convolution(g) else out.reshape(*x.shape[:-1], *out.shape[1:])
+
+
+def _linear(
+    g: nn.Module | Tensor, x: Tensor, part: SitePolicy, ahead: LookAhead, generator: torch.Generator | None
+) -> LinearResult:
+    weights, precision = _weights(g), part.precision
     if precision.is_stored:
         moved, stored = changed_group(x, [weights], precision.transforms, precision.operand, None)
-        result = stored_linears(moved, stored, rule=part.rule, next_function=ahead, generator=generator)
-    else:
-        result = linears(
-            x,
-            [weights],
-            accumulator=precision.sums,
-            rule=part.rule,
-            next_function=ahead,
-            generator=generator,
-            operand=precision.operand,
-            transforms=precision.transforms,
-        )
-    if statistics is not None:
-        selected = int(result.selected.sum())
-        statistics.record("mlp_up", 0, selected, result.selected.numel() * result.eligible)
-    y = result.output
-    with torch.no_grad():
-        out = f(y.reshape(-1, y.shape[-1]))
-    return out.reshape(*y.shape[:-1], *out.shape[1:])
+        return stored_linears(moved, stored, rule=part.rule, next_function=ahead, generator=generator)
+    return linears(
+        x,
+        [weights],
+        accumulator=precision.sums,
+        rule=part.rule,
+        next_function=ahead,
+        generator=generator,
+        operand=precision.operand,
+        transforms=precision.transforms,
+    )
+
+
+def _weights(g: nn.Module | Tensor) -> Weights:
+    if isinstance(g, Tensor):
+        return Weights(g.T)
+    if type(g) is nn.Linear:
+        return Weights(g.weight.T, g.bias)
+    raise TypeError(
+        f"g is a {type(g).__name__}: linear maps are torch.nn.Linear, torch.nn.Conv1d, Conv2d, Conv3d, and a weight "
+        "(outputs, inputs)"
+    )
+
+
+def _ahead(
+    of_rows: Function,
+    f: Function,
+    order: NormOrder,
+    probes: int | None,
+    observe: Callable[[ColumnNorms], None] | None,
+    flat: bool,
+) -> LookAhead:
+    """The look-ahead through f, which sees rows (rows, outputs of g) as `of_rows` does."""
+    closed = known_columns(f, order)
+    # What is known along the last dimension is known of rows, not of channels by places.
+    if closed is not None and (flat or is_elementwise(f)):
+        return _Known(of_rows, closed, order)
+    return _Differentiated(of_rows, order, probes, observe)
+
+
+def _size(outputs: Tensor, order: NormOrder) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(outputs.flatten(1), ord=order, dim=-1, keepdim=True)
+    return size.clamp_min(TINY)
 
 
 @dataclass(frozen=True)
-class _Jacobian:
+class _Known:
+    """Look ahead through a function whose column norms are known."""
+
+    f: Function
+    columns: Callable[[Tensor], Tensor]
+    order: NormOrder
+
+    def __call__(self, low: LowPass) -> ElementTile:
+        return low.element_tile(self.columns(low.y) / _size(self.f(low.y), self.order))
+
+
+@dataclass(frozen=True)
+class _Differentiated:
     """Look ahead through any differentiable function, row by row."""
 
     f: Function
+    order: NormOrder
+    probes: int | None
+    observe: Callable[[ColumnNorms], None] | None
 
     def __call__(self, low: LowPass) -> ElementTile:
-        with torch.inference_mode(False), torch.enable_grad():
-            at = low.y.detach().clone().requires_grad_()
-            out = self.f(at).flatten(1)
-            columns = torch.zeros_like(at)
-            for output in range(out.shape[1]):
-                (row,) = torch.autograd.grad(out[:, output].sum(), at, retain_graph=True)
-                columns += row.abs()
-        size = out.detach().abs().sum(-1, keepdim=True).clamp_min(TINY)
-        return low.element_tile(columns.detach() / size)
+        found = column_norms(self.f, low.y, self.order, self.probes)
+        if self.observe is not None:
+            self.observe(found)
+        return low.element_tile(found.norms / _size(found.outputs, self.order))

@@ -266,58 +266,73 @@ def linears(
         if generator is not None and start is not None:
             generator.set_state(start)
         own = flat[sample * length : (sample + 1) * length]
-        sides = [_side(own, m, operand, transforms, moments, accumulator.promote) for m in maps]
+        sides = [side_of(own, m, operand, transforms, moments, accumulator.promote) for m in maps]
         if copies is not None:
             sides = [replace(side, copy=copy) for side, copy in zip(sides, copies, strict=True)]
         for first in range(0, length, chunk):
             some = slice(first, min(first + chunk, length))
             rows = slice(sample * length + some.start, sample * length + some.stop)
-            pieces = [_Sums(side.rows(some), side, accumulator, rule, operand) for side in sides]
-            selected[rows] = _look_ahead(pieces, rows, rule, next_function, generator, layer)
+            pieces = [Sums(side.rows(some), side, accumulator, rule, operand) for side in sides]
+            selected[rows] = look_ahead(pieces, rows, rule, next_function, generator, layer)
             for output, piece in zip(outputs, pieces, strict=True):
                 output[rows] = piece.y
     shaped = tuple(o.reshape(*x.shape[:-1], o.shape[1]) for o in outputs)
     return LinearResult(shaped, width, selected.reshape(x.shape[:-1]))
 
 
-def _look_ahead(
-    pieces: list["_Sums"],
+class Arrangement:
+    """How the sums of several maps make rows that one function reads: the outputs of all maps side by side."""
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """(rows, outputs of all) from (rows, outputs) of each map."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+
+    def split(self, joined: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The way back, to the shapes of `parts`."""
+        return torch.split(joined, [part.shape[1] for part in parts], dim=-1)
+
+
+SIDE_BY_SIDE = Arrangement()
+
+
+def look_ahead(
+    pieces: Sequence["Sums"],
     rows: slice,
     rule: Rule,
     next_function: LookAhead,
     generator: torch.Generator | None,
     layer: int,
+    arrangement: Arrangement = SIDE_BY_SIDE,
 ) -> Tensor:
     """Select and recompute; the number of recomputed entries of each row, int64 (rows,)."""
+    sums, join = [p.y for p in pieces], arrangement.join
+    y = join(sums)
     if isinstance(rule, Nothing):
-        return torch.zeros(pieces[0].y.shape[0], dtype=torch.int64, device=pieces[0].y.device)
+        return torch.zeros(len(y), dtype=torch.int64, device=y.device)
     if isinstance(rule, Everything):
-        chosen = torch.ones(1, 1, dtype=torch.bool, device=pieces[0].y.device)
-        chosen = chosen.expand(pieces[0].y.shape[0], sum(p.y.shape[1] for p in pieces))
+        chosen = torch.ones(1, 1, dtype=torch.bool, device=y.device).expand(y.shape)
     else:
         low = LowPass(
-            y=_beside([p.y for p in pieces]),
+            y=y,
             rows=rows,
-            error=(lambda: _beside([p.error for p in pieces])) if "squares" in rule.byproducts else None,
-            bridge_error=lambda: _beside([p.bridge_error for p in pieces]),
-            exact=lambda: _beside([p.exact for p in pieces]),
-            numerator=lambda: _beside([p.numerator for p in pieces]),
-            cheap_numerator=lambda: _beside([p.cheap_numerator for p in pieces]),
+            error=(lambda: join([p.error for p in pieces])) if "squares" in rule.byproducts else None,
+            bridge_error=lambda: join([p.bridge_error for p in pieces]),
+            exact=lambda: join([p.exact for p in pieces]),
+            numerator=lambda: join([p.numerator for p in pieces]),
+            cheap_numerator=lambda: join([p.cheap_numerator for p in pieces]),
             generator=generator,
             layer=layer,
         )
         chosen = rule.select(next_function(low))
     counts = chosen.sum(dim=-1)
     if bool(counts.any()):
-        for piece, mask in zip(
-            pieces, torch.split(chosen, [p.y.shape[1] for p in pieces], dim=-1), strict=True
-        ):
+        for piece, mask in zip(pieces, arrangement.split(chosen, sums), strict=True):
             piece.recompute(mask)
     return counts
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
+class Side:
     """One map and its input, both transformed; the copy of the weights if they are quantised."""
 
     #: float32 (rows, inputs).
@@ -330,17 +345,17 @@ class _Side:
         return self.x[some]
 
 
-def _side(
+def side_of(
     x: Tensor,
     weights: Weights,
     operand: Operand,
     transforms: Sequence[Transform],
     moments: Moments | None,
     promote: int,
-) -> _Side:
+) -> Side:
     """A map and the input of one sample, changed by transforms; a new copy of changed weights."""
     if not transforms or 0 in x.shape:
-        return _Side(x, weights)
+        return Side(x, weights)
     a, b = x[None], weights.matrix.detach()[None]
     left, right = moments_of(a, b, transforms)
     changed = change_operands(
@@ -352,15 +367,13 @@ def _side(
         bias, narrow = added if bias is None else added + bias.detach(), False
     moved = Weights(changed.right[0], bias, narrow)
     copy = None if operand.is_float32 else QuantisedMatrix.store(moved.matrix.T, operand)
-    return _Side(changed.left[0], moved, copy)
+    return Side(changed.left[0], moved, copy)
 
 
-class _Sums:
+class Sums:
     """The sums of some rows with one map, and what is known about them."""
 
-    def __init__(
-        self, x: Tensor, side: _Side, accumulator: Accumulator, rule: Rule, operand: Operand
-    ) -> None:
+    def __init__(self, x: Tensor, side: Side, accumulator: Accumulator, rule: Rule, operand: Operand) -> None:
         self.x, self.weights, self._copy = x, side.weights, side.copy
         self._low = None if side.copy is None else quantise(x, operand)
         self._accumulator = accumulator
@@ -430,10 +443,6 @@ class _Sums:
             recompute(y, self.x[None], matrix, mask[None])
             bias = self.weights.bias
             self.y = y[0] if bias is None else torch.where(mask, y[0] + bias.detach(), y[0])
-
-
-def _beside(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
 
 
 def _check(x: Tensor, maps: Sequence[Weights]) -> None:

@@ -30,7 +30,7 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The norm of the last dimension, as the model computes it up to rounding."""
-        t, _ = self._normalised(x)
+        t, _ = self.normalised(x)
         return t * self.weight if self.bias is None else t * self.weight + self.bias
 
     def gain(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Norm:
         x
             float32 (..., size).
         """
-        t, inverse = self._normalised(x)
+        t, inverse = self.normalised(x)
         n, squares = x.shape[-1], self.weight.square()
         energy = (squares * t * t).sum(dim=-1, keepdim=True)
         if self.kind == "rms":
@@ -60,7 +60,7 @@ class Norm:
         # A column norm of about 0 may come out a rounding error below it.
         return (columns.clamp_min(0.0) / size.clamp_min(TINY)).sqrt_().mul_(inverse)
 
-    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised vector t and 1 / s."""
         centred = x - x.mean(dim=-1, keepdim=True) if self.kind == "layer" else x
         inverse = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + self.eps)

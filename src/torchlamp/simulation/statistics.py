@@ -9,6 +9,7 @@ from torch import Tensor
 from torchlamp.plain_table import PlainTable
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.blocks import count_blocks
+from torchlamp.simulation.doubt import doubt_warning
 
 
 @dataclass
@@ -77,6 +78,8 @@ class Statistics:
     #: Eligible and selected entries that were counted as plain integers and aren't in `_by_head` yet.
     _sums: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)
     _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
+    #: Layer -> rows of scores that were looked at, and doubtful ones (`torchlamp.simulation.doubt`).
+    _doubt: dict[int, list[int]] = field(default_factory=dict, repr=False)
     _blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64), repr=False)
 
     def record(
@@ -128,6 +131,39 @@ class Statistics:
         """Add the blocks of one call at the site scores, marked as by `torchlamp.simulation.blocks`."""
         self._blocks += count_blocks(marks).cpu()
 
+    def record_doubt(self, layer: int, rows: int, doubtful: int) -> None:
+        """Add some rows of scores, and how many of them the low pass errs in so much that it isn't to be trusted."""
+        sums = self._doubt.setdefault(layer, [0, 0])
+        sums[0] += rows
+        sums[1] += doubtful
+
+    @property
+    def doubt(self) -> float:
+        """Share of the rows of scores looked at in whose probabilities the low pass errs by more than a factor e.
+
+        A few rows of every call are looked at. Where the share is large, rules that look ahead from these
+        probabilities can't find the keys that matter (docs/method.md 4.12). 0 where nothing was looked at.
+        """
+        return rate(*self.doubt_counts[::-1])
+
+    @property
+    def doubt_by_layer(self) -> list[float]:
+        """The same of each layer, 0 where none of its rows was looked at."""
+        return [
+            rate(*self._doubt.get(layer, [0, 0])[::-1]) for layer in range(max(self._doubt, default=-1) + 1)
+        ]
+
+    @property
+    def doubt_counts(self) -> tuple[int, int]:
+        """Rows that were looked at, and doubtful ones."""
+        rows, doubtful = (sum(sums[i] for sums in self._doubt.values()) for i in (0, 1))
+        return rows, doubtful
+
+    @property
+    def warning(self) -> str | None:
+        """One line that says that the low pass of the scores isn't to be trusted; None: it is, as far as is known."""
+        return doubt_warning(*self.doubt_counts)
+
     def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
         """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site's
         name.
@@ -144,6 +180,7 @@ class Statistics:
         self._by_head.clear()
         self._sums.clear()
         self._positions.clear()
+        self._doubt.clear()
         self._blocks.zero_()
 
     @property
@@ -292,6 +329,7 @@ class Statistics:
         return (
             f"recompute rate {self.recompute_rate:.3%} ({self.selected:,} of {self.eligible:,} {things}), "
             f"rows touched {self.rows_touched:.2%}, {self.layers} layers"
+            f"{'; ' + self.warning if self.warning else ''}"
         )
 
     def table(self) -> PlainTable:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.operands import Operand
@@ -109,9 +110,12 @@ def weighted_sums(
     if not how.operand.is_float32:
         low = quantise(value, how.operand, dim=1) if low is None else low
         # Groups start at the sample's first key, whatever the tile.
-        padded = torch.nn.functional.pad(stacked, (first, 0))
+        padded = pad(stacked, (first, 0))
         entering = (quantise(padded, how.operand)[..., first:], low[:, first : first + keys])
-    sums, squares = _products(entering, how, squares="squares" in rule.byproducts)
+    # Blocks, runs and a unit's groups start there, too: zeros before the tile's first key add nothing to them.
+    lead = 0 if how.has("sort") else first % how.accumulator.accumulation.period
+    terms = (pad(entering[0], (lead, 0)), pad(entering[1], (0, 0, lead, 0))) if lead else entering
+    sums, squares = _products(terms, how, squares="squares" in rule.byproducts)
     shift = None
     if how.mean is not None and how.has("center"):
         shift = stacked.sum(-1, keepdim=True) * how.mean[:, None]

@@ -57,8 +57,12 @@ class Moments:
 
     @property
     def second(self) -> Tensor:
-        """(Gb, K, K): mean of x x^T."""
-        assert self.products is not None
+        """(Gb, K, K): mean of x x^T. ValueError where products between channels weren't collected."""
+        if self.products is None:
+            raise ValueError(
+                "these statistics hold no products of channels, which transform 'balance' needs: calibrate with a "
+                "policy that names it"
+            )
         return self.products / self.count.clamp_min(1)[:, None, None]
 
     def repeated(self, times: int) -> "Moments":

@@ -46,8 +46,8 @@ function updateControls() {
   el("error").parentElement.hidden = el("axis").value === "rate";
 }
 
-// A piece of a rule's line for the legend.
-function lineSample(color, dash) {
+// A piece of a rule's line for the legend, with its marker.
+function lineSample(color, dash, symbol) {
   const shape = (tag, attributes) => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -56,6 +56,16 @@ function lineSample(color, dash) {
   const picture = shape("svg", { width: 22, height: 10, "aria-hidden": "true" });
   picture.append(shape("line", { x1: 0, y1: 5, x2: 22, y2: 5, stroke: color, "stroke-width": 2.5,
     "stroke-dasharray": dash }));
+  // The marker's shape, by its name in plotly; a name that isn't here is a circle.
+  const points = { square: "7.5,1.5 14.5,1.5 14.5,8.5 7.5,8.5", diamond: "11,0.5 15.5,5 11,9.5 6.5,5",
+    "triangle-up": "11,0.5 15.5,9 6.5,9", "triangle-down": "11,9.5 15.5,1 6.5,1", "triangle-left": "6.5,5 15,0.5 15,9.5",
+    "triangle-right": "15.5,5 7,0.5 7,9.5", pentagon: "11,0.5 15.5,4 13.8,9.2 8.2,9.2 6.5,4",
+    star: "11,0 12.4,3.6 16,3.8 13.2,6.2 14.2,10 11,7.8 7.8,10 8.8,6.2 6,3.8 9.6,3.6" }[symbol.replace(/-open$/, "")];
+  const look = { fill: symbol.endsWith("-open") ? "none" : color, stroke: color, "stroke-width": 1.2 };
+  if (["x", "cross"].includes(symbol.replace(/-(thin|open)/g, ""))) {
+    const ends = symbol.startsWith("x") ? [[7.5, 1.5, 14.5, 8.5], [7.5, 8.5, 14.5, 1.5]] : [[11, 0.5, 11, 9.5], [6.5, 5, 15.5, 5]];
+    for (const [x1, y1, x2, y2] of ends) picture.append(shape("line", { x1, y1, x2, y2, stroke: color, "stroke-width": 2.4 }));
+  } else picture.append(points ? shape("polygon", { points, ...look }) : shape("circle", { cx: 11, cy: 5, r: 3.8, ...look }));
   return picture;
 }
 
@@ -66,7 +76,7 @@ function drawLegend(names) {
     button.dataset.rule = rule;
     button.setAttribute("aria-pressed", String(!hidden.has(rule)));
     const dash = { dash: "4 3", dot: "1 3" }[own.dash] || "";
-    button.append(lineSample(own.color, dash), own.label);
+    button.append(lineSample(own.color, dash, own.symbol), own.label);
     button.addEventListener("click", () => { hidden.has(rule) ? hidden.delete(rule) : hidden.add(rule); redraw(); });
     item.append(button);
     return item;
@@ -251,22 +261,71 @@ function drawPoints(s) {
   const pm = (p, name, digits) => [number(p[name], digits), " ", small(number(p[name + "_se"], 1))];
   const share = (v) => (100 * v).toFixed(2);
   const same = (p) => [share(p.same_top), " ", small(share(p.same_top_se)), " %"];
+  // Heading, cell, and what the rows are sorted by.
   const columns = [
-    ["Policy", (p) => p.policy], ...(layered ? [["layers", (p) => p.layers]] : []), ["PPL", (p) => number(p.PPL, 5)],
-    ["ΔPPL", (p) => pm(p, "delta_PPL", 2)], ["KLD", (p) => pm(p, "KLD", 3)], ["99 % KLD", (p) => number(p.KLD_99, 3)],
-    ["RMS Δp", (p) => percentText(p.rms_delta_p)], ["same top", same],
-    ["recomputed", (p) => percentText(p.recompute_rate)],
+    ["Policy", (p) => node("span", { class: "policy", title: p.policy }, p.policy), (p) => p.policy],
+    ...(layered ? [["layers", (p) => p.layers, (p) => p.layers]] : []), ["PPL", (p) => number(p.PPL, 5), (p) => p.PPL],
+    ["ΔPPL", (p) => pm(p, "delta_PPL", 2), (p) => p.delta_PPL], ["KLD", (p) => pm(p, "KLD", 3), (p) => p.KLD],
+    ["99 % KLD", (p) => number(p.KLD_99, 3), (p) => p.KLD_99],
+    ["RMS Δp", (p) => percentText(p.rms_delta_p), (p) => p.rms_delta_p], ["same top", same, (p) => p.same_top],
+    ["recomputed", (p) => percentText(p.recompute_rate), (p) => p.recompute_rate],
   ];
   const row = (p) => columns.map(([, cell]) => node("td", {}, cell(p)));
-  fillTable(el("points"), columns.map(([name]) => name), points.map(row));
+  const key = (columns.find(([name]) => name === sorted.by) || [])[2];
+  const ordered = key ? [...points].sort((p, q) => sorted.sign * compared(key(p), key(q))) : points;
+  const heading = ([name]) => {
+    const button = node("button", { type: "button", title: "Sort by this column" }, name);
+    button.addEventListener("click", () => {
+      Object.assign(sorted, { by: name, sign: sorted.by === name ? -sorted.sign : 1 });
+      redraw();
+    });
+    return button;
+  };
+  fillTable(el("points"), columns.map(heading), ordered.map(row));
+  const at = columns.findIndex(([name]) => name === sorted.by);
+  if (at >= 0) el("points").querySelectorAll("th")[at].setAttribute("aria-sort", sorted.sign > 0 ? "ascending" : "descending");
+  el("points-count").textContent = `${points.length} of ${DATA.points.length} points, those that the controls choose`;
+}
+// How the table of points is sorted: the heading of a column, "" as the points come, and 1 or -1 for the direction.
+const sorted = { by: "", sign: 1 };
+// Order of two cells: numbers and words, what is missing last.
+function compared(a, b) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  return typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a - b;
 }
 
-function redraw() {
+// ---- what is chosen stands in the page's address, so that a link shows the same ---------------------------------------
+function writeAddress() {
+  const chosen = new URLSearchParams(state());
+  chosen.set("heads-policy", el("heads-policy").value);
+  chosen.set("mu-rate", el("mu-rate").value);
+  if (hidden.size) chosen.set("hidden", [...hidden].join("|"));
+  if (sorted.by) chosen.set("sort", (sorted.sign < 0 ? "-" : "") + sorted.by);
+  try { history.replaceState(null, "", "#" + chosen); } catch (e) { /* a page in a frame may have no address */ }
+}
+function readAddress() {
+  const chosen = new URLSearchParams(location.hash.slice(1));
+  for (const rule of (chosen.get("hidden") || "").split("|").filter(Boolean)) hidden.add(rule);
+  const sort = chosen.get("sort") || "";
+  Object.assign(sorted, { by: sort.replace(/^-/, ""), sign: sort.startsWith("-") ? -1 : 1 });
+  // Later controls offer what the earlier ones leave: each is chosen when those before it are.
+  for (const [name, value] of chosen) {
+    const control = document.querySelector(`select[id="${CSS.escape(name)}"]`);
+    if (!control || ![...control.options].some((option) => option.value === value)) continue;
+    control.value = value;
+    redraw(false);
+  }
+}
+
+function redraw(remember = true) {
   updateControls();
   const s = state();
   for (const step of [drawPareto, drawEqual, drawMu, drawPosition, drawHeads, drawLayers, drawSites,
     drawPoints]) step(s);
+  if (remember) writeAddress();
 }
-for (const select of document.querySelectorAll("select")) select.addEventListener("change", redraw);
+for (const select of document.querySelectorAll("select")) select.addEventListener("change", () => redraw());
 whenThemeChanges(redraw);
+redraw(false);
+readAddress();
 redraw();

@@ -1,0 +1,76 @@
+"""Some rows of docs/families.md again, and what `prepare` leaves in full precision, and says."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchlamp.huggingface.prepare import prepare
+from torchlamp.policy.sites import SITES
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "families.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("families", DOCS / "figures" / "families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "opt", "phi", "gpt_neox", "falcon", "lfm2", "deepseek_v3", "falcon_h1", "mixtral", "mamba"],
+)
+def test_rows_of_the_page(script, family):
+    cells, why = script.row(family)
+    assert f"| {' | '.join(cells)} |" in PAGE
+    assert not why or f"- `{family}`: {'; '.join(why)}\n" in PAGE
+
+
+def test_every_family_is_on_the_page(script):
+    listed = PAGE[PAGE.index("| family |") :]
+    assert all(f"`{family}`" in listed for family in script.families())
+    assert f"| family | {' | '.join(SITES)} |" in PAGE
+
+
+@pytest.mark.parametrize(
+    ("family", "left", "said"),
+    [
+        ("opt", {"scores", "values", "qkv", "attention_out", "lm_head"}, "no MLP found|gated MLPs"),
+        ("gpt_neox", {"scores", "values", "qkv", "attention_out", "lm_head"}, "gated MLPs"),
+        ("falcon", {"lm_head"}, "attention interface"),
+        (
+            "falcon_h1",
+            {"qkv", "attention_out", "mlp_up", "mlp_down", "lm_head"},
+            "its cache holds more than keys",
+        ),
+        ("deepseek_v3", {"qkv", "attention_out", "lm_head"}, "makes keys and values of latent vectors"),
+    ],
+)
+def test_prepare_leaves_out_what_it_can_not_decode(script, caplog, family, left, said):
+    model = script.small_model(family)
+    ids = torch.randint(2, 61, (1, 9), generator=torch.Generator().manual_seed(0))
+    words = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    want = model.generate(ids, **words)
+    with caplog.at_level(logging.WARNING, "torchlamp"), prepare(model) as prepared:
+        assert set(prepared.policy.sites) == left
+        assert model.generate(ids, **words).shape == want.shape
+    assert "read in full precision, since" in caplog.text
+    assert any(part in caplog.text for part in said.split("|"))
+    assert torch.equal(model.generate(ids, **words), want)
+
+
+def test_parallel_sublayers_are_no_residual_sums(script):
+    from torchlamp.huggingface.lookahead import lookahead
+
+    model = script.small_model("gpt_neox")
+    with (
+        pytest.raises(ValueError, match="runs attention and MLP side by side"),
+        lookahead(model, "norm=ps4+none"),
+    ):
+        pass
