@@ -10,6 +10,7 @@ import torch
 
 from torchlamp.data.text import cut_windows, default_text
 from torchlamp.evaluation.evaluate import evaluate
+from torchlamp.evaluation.generation import generate
 from torchlamp.models.conversion import convert
 from torchlamp.models.load import load
 from torchlamp.models.packaged import PACKAGED
@@ -72,3 +73,13 @@ def test_the_representative_and_the_rule_multiply(smollm2):
     changed = evaluate(model, windows, "ps4.center.sort+strict:0.1", baselines=False)
     assert changed.recompute_rate < 1.5 * plain.recompute_rate
     assert changed.kl_mean < plain.kl_mean / 5
+
+
+def test_an_instruct_model_answers(smollm2):
+    """Through its chat template; as a plain text, the question would be followed by the end of the text."""
+    pieces: list[str] = []
+    done = generate(*smollm2, "What is the capital of France?", None, 16, pieces.append)
+    assert done.chat
+    assert done.finish == "end"
+    assert "Paris" in done.text
+    assert "".join(pieces) == done.text

@@ -271,3 +271,17 @@ def test_what_it_cannot_run_is_refused(implementation):
         LowBitMlp.pack(gate, up, down, "silu", 3)
     with pytest.raises(TypeError, match=r"must be float32 or of half precision, got torch\.float64"):
         LowBitMlp.pack(gate.double(), up.double(), down.double(), "silu")
+
+
+def test_an_mlp_without_columns_runs_where_nothing_is_read_in_full(implementation):
+    matrices, x = weights(50, 40, 20), vectors(3, 40)
+    mlp = LowBitMlp.pack(*matrices, "silu", full=None)
+    assert mlp.bytes[1] == 0
+    got, want = mlp.run(x, NOTHING, NOTHING), LowBitMlp.pack(*matrices, "silu").run(x, NOTHING, NOTHING)
+    assert same_bits(got[0], want[0])
+    assert got[1:] == want[1:] == (0, 0)
+    x[1, 3] = float("nan")
+    assert mlp.run(x, NOTHING, NOTHING)[0][1].isnan().all()
+    for pair in [(1e-3, NOTHING), (NOTHING, 1e-3), (EVERYTHING, NOTHING)]:
+        with pytest.raises(ValueError, match="made without columns to read in full"):
+            mlp.run(x, *pair)

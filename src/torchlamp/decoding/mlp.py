@@ -35,7 +35,8 @@ class LowBitMlp:
     #: (neurons, columns), (neurons, columns), (neurons, outputs): float32, bfloat16 or float16.
     gate_full: Tensor
     up_full: Tensor
-    down_full: Tensor
+    #: None: no column is ever read in full.
+    down_full: Tensor | None
     #: Norms of the columns of the down projection and of what their low-bit copies leave out; zeros behind.
     norms: Tensor
     errors: Tensor
@@ -52,7 +53,7 @@ class LowBitMlp:
         activation: str,
         up_bits: int = 8,
         down_bits: int = 8,
-        full: torch.dtype = torch.float16,
+        full: torch.dtype | None = torch.float16,
     ) -> "LowBitMlp":
         """Make the copies.
 
@@ -66,9 +67,10 @@ class LowBitMlp:
             One of `ACTIVATIONS`.
         up_bits, down_bits : int
             Bits of gate and up, and of down: 4, 8 or 12.
-        full : torch.dtype
+        full : torch.dtype, optional
             Of the transposed copy of a float32 down projection: float16, or float32, which is exact. That of a
-            bfloat16 or float16 one has its own dtype, which is exact, too.
+            bfloat16 or float16 one has its own dtype, which is exact, too. None makes no such copy: the MLP then runs
+            under infinite thresholds only.
 
         Raises
         ------
@@ -91,23 +93,15 @@ class LowBitMlp:
         copy = LowBitMatrix.pack(down.detach(), down_bits)
         neurons = len(gate)
         norms, errors = torch.zeros(2, block_count(neurons) * ROWS)
-        columns = down.detach().T.contiguous()
-        norms[:neurons] = _norms(columns)
+        norms[:neurons] = _norms(down.detach().T)
         errors[:neurons] = _column_errors(down.detach(), copy)
-        # A bfloat16 or float16 matrix is its own full-precision copy.
-        read = columns.to(full) if columns.dtype == torch.float32 else columns
-        if (
-            read.dtype != columns.dtype
-            and not (_norms(columns - read.float()) <= _HALF_UNIT * norms[:neurons]).all()
-        ):
-            read = columns
         return cls(
             LowBitMatrix.pack(gate.detach(), up_bits),
             LowBitMatrix.pack(up.detach(), up_bits),
             copy,
             as_native(gate),
             as_native(up),
-            read,
+            None if full is None else _transposed(down.detach(), norms[:neurons], full),
             norms,
             errors,
             activation,
@@ -132,15 +126,20 @@ class LowBitMlp:
         Raises
         ------
         ValueError
-            Vectors of another shape or device.
+            Vectors of another shape or device, or a finite threshold where no columns are there to be read in full.
         TypeError
             Vectors that aren't float32.
         """
         x = check_vectors(x, self.gate.columns)
+        if self.down_full is None and not up_threshold == down_threshold == float("inf"):
+            raise ValueError(
+                f"thresholds {up_threshold} and {down_threshold}: the MLP was made without columns to read in full, "
+                "which only infinite ones don't ask for; pack it with full=torch.float16"
+            )
         native = native_for(x)
         if native is None:
             return self.reference(x, up_threshold, down_threshold)
-        y = x.new_empty(len(x), self.down_full.shape[1])
+        y = x.new_empty(len(x), self.down.rows)
         selected = self.kernel(native).run(x, y, up_threshold, down_threshold, torch.get_num_threads())
         return y, *selected
 
@@ -155,10 +154,12 @@ class LowBitMlp:
         size = (value * b * norms).norm(dim=1, keepdim=True)
         # Written so that a NaN is recomputed; where the sum overflows nothing is known of any neuron.
         size = torch.where(size.isfinite(), size, torch.nan)
-        again = ~(weight <= _limit(up_threshold, size))
+        again = ~(weight <= _limit(up_threshold, size)) & (self.down_full is not None)
         a = torch.where(again, linear(x, self.gate_full), a)
         b = torch.where(again, linear(x, self.up_full), b)
         h = activate(self.activation, a)[0] * b
+        if self.down_full is None:
+            return self.down.products(h), 0, 0
         full = ~(h.abs() * errors <= _limit(down_threshold, size))
         y = torch.where(full, h, 0) @ self.down_full.float() + self.down.products(torch.where(full, 0, h))
         return y, int(again.sum()), int(full.sum())
@@ -166,19 +167,24 @@ class LowBitMlp:
     @property
     def bytes(self) -> tuple[int, int]:
         """Memory of the low-bit copies, and of the full-precision copy of the down projection."""
-        return self.gate.bytes + self.up.bytes + self.down.bytes, self.down_full.nbytes
+        return self.gate.bytes + self.up.bytes + self.down.bytes, (
+            0 if self.down_full is None else self.down_full.nbytes
+        )
 
     def kernel(self, native: NativeKernels) -> Any:
         """The native object over the copies."""
         return self._native.get(native, self._make)
 
     def _make(self, native: NativeKernels) -> Any:
+        columns = self.down_full
+        if columns is None:  # a row of zeros in the place of all: nothing reads them
+            columns = torch.zeros(1, self.down.rows).expand(self.down.columns, -1)
         return native.extension.Mlp(
             native.instruction_set,
             *(matrix.kernel(native) for matrix in (self.gate, self.up, self.down)),
             self.gate_full,
             self.up_full,
-            self.down_full,
+            columns,
             self.norms,
             self.errors,
             ACTIVATIONS.index(self.activation),
@@ -205,6 +211,15 @@ def _column_errors(weight: Tensor, copy: LowBitMatrix) -> Tensor:
     for first, rows in slabs(weight, ROWS):
         squares += (rows - copy.part(first, len(rows)).dequantised()).double().square().sum(0)
     return squares.sqrt().float()
+
+
+def _transposed(down: Tensor, norms: Tensor, full: torch.dtype) -> Tensor:
+    """The columns of a matrix as contiguous rows; a bfloat16 or float16 matrix is its own full-precision copy."""
+    if down.dtype == torch.float32 and full != torch.float32:
+        read = down.T.to(full).contiguous()
+        if (_norms(down.T - read.float()) <= _HALF_UNIT * norms).all():
+            return read
+    return down.T.contiguous()
 
 
 def _norms(rows: Tensor) -> Tensor:

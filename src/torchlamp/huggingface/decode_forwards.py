@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp, activate
+from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache, reading
 from torchlamp.huggingface.plain_modules import PlainModules, is_known
@@ -33,6 +34,20 @@ class DecodeForward(Forward):
         super().__init__(module)
         self._class, self._function = type(module), type(module).forward
         self._known = is_known(self._class)
+        #: Told what is read in full, where the model's own weights stay in their file.
+        self.weights: FileWeights | None = None
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward without us."""
+        result = super().original(*args, **kwargs)
+        if self.weights is not None:
+            self.weights.read_matrices(self.module)
+        return result
+
+    def note_rows(self, count: int) -> None:
+        """Rows of the module's own weights that its kernel has read."""
+        if self.weights is not None and count:
+            self.weights.read_rows(count)
 
     def run_(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The low-bit kernel, or the module."""
@@ -117,6 +132,7 @@ class MlpDecode(DecodeForward):
     def decode(self, x: Tensor) -> Tensor:
         """float32 (vectors, columns) to (vectors, outputs)."""
         y, recomputed, read = self.mlp.run(x, *self.thresholds)
+        self.note_rows(2 * recomputed)
         eligible = len(x) * self.mlp.gate.rows
         self.statistics.record("mlp_up", self.number, recomputed, eligible)
         self.statistics.record("mlp_down", self.number, read, eligible)
@@ -135,6 +151,7 @@ class HeadDecode(DecodeForward):
     def decode(self, x: Tensor) -> Tensor:
         """float32 (vectors, columns) to logits (vectors, tokens)."""
         logits, _, recomputed = self.head.run(x, self.threshold, self.top)
+        self.note_rows(recomputed)
         self.statistics.record("lm_head", -1, recomputed, logits.numel())
         return logits
 
@@ -216,7 +233,10 @@ def mlp_decode(
 ) -> MlpDecode:
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
-    mlp = LowBitMlp.pack(*check_mlp(sites, layer, given), up.bits, down.bits, full)
+    # Columns of the down projection are copied for whoever reads them: no rule at either site, no reader.
+    blind = up.threshold == down.threshold == float("inf")
+    matrices = check_mlp(sites, layer, given)
+    mlp = LowBitMlp.pack(*matrices, up.bits, down.bits, None if blind else full)
     return MlpDecode(sites.mlp(layer), mlp, (up.threshold, down.threshold), statistics, number, given)
 
 

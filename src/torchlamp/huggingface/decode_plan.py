@@ -42,10 +42,13 @@ class Memory:
     low_bit: int = 0
     #: Full-precision copies made beside the model's own tensors (the transposed down projections).
     extra_full: int = 0
+    #: False: what it had stays in its file.
+    resident: bool = True
 
     def __str__(self) -> str:
         added = self.low_bit + self.extra_full
-        return f"weights {self.full / 1e6:.0f} MB, low-bit and transposed copies {added / 1e6:.0f} MB more"
+        full = f"weights {self.full / 1e6:.0f} MB" + ("" if self.resident else " in their file")
+        return f"{full}, low-bit and transposed copies {added / 1e6:.0f} MB more"
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +141,9 @@ class DecodePlan:
             and is_decoder(decoder, whole[0].family)
             and decoder not in self.forwards
         ):
-            self._add(StepDecode(decoder, whole, {**wide.forwards, **self.forwards}, statistics))
+            self._add(
+                StepDecode(decoder, whole, {**wide.forwards, **self.forwards}, statistics, wide.weights)
+            )
         for name in settings:
             if not SITES[name].place.in_layers:
                 self._decode(SITES[name], Layer(-1, model))
@@ -165,6 +170,8 @@ class DecodePlan:
         self.wide.undo()
 
     def _add(self, forward: Forward) -> None:
+        if isinstance(forward, DecodeForward):
+            forward.weights = self.wide.weights
         self.forwards[forward.module] = forward
 
     def _layer(self, number: int, module: nn.Module) -> NativeLayer | None:
@@ -173,6 +180,8 @@ class DecodePlan:
         for name in self.settings:
             if SITES[name].place.in_layers:
                 self._decode(SITES[name], layer)
+        if self.wide.weights is not None:
+            self.wide.weights.release()
         new = [forward for module, forward in self.forwards.items() if module not in before]
         own = any(forward.own is not None for forward in new)
         if own or layer.mlp is None or not layer.has_attention or not can_fuse(module, layer.rows):

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from torchlamp.huggingface.decode_attention import decode_attention
 from torchlamp.huggingface.decode_layer import NativeLayer, norm_formula
+from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache
 from torchlamp.huggingface.masks import seen_keys
 from torchlamp.huggingface.plain_modules import PlainModules
@@ -39,9 +40,12 @@ class StepDecode(Forward):
         layers: Sequence[NativeLayer],
         forwards: Mapping[nn.Module, Forward],
         statistics: Statistics,
+        weights: FileWeights | None = None,
     ) -> None:
         super().__init__(decoder)
         self.layers, self.statistics = list(layers), statistics
+        #: Where the model's own weights stay in their file: let go after whatever isn't a step.
+        self.weights = weights
         model: Any = decoder
         called = (model.embed_tokens, model.rotary_emb)
         self.inside = PlainModules(decoder, forwards, called=called, captures=False)
@@ -83,11 +87,13 @@ class StepDecode(Forward):
                 step = _is_step(past_key_values, x.shape[1])
                 run = self._step if step else self._prompt
                 hidden = run(native, past_key_values, x, seen if step else masks, angles)
+                if self.weights is not None and not step:
+                    self.weights.settle()
                 kept = past_key_values if self._returns_cache(use_cache) else None
                 return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
             # The embedding's hooks have run: its output goes on.
             input_ids, inputs_embeds = None, x
-        return self.original(
+        output = self.original(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -96,6 +102,9 @@ class StepDecode(Forward):
             use_cache=use_cache,
             **kwargs,
         )
+        if self.weights is not None:
+            self.weights.settle()
+        return output
 
     def _is_plain(self, cache: LookaheadCache, mask: Any, kwargs: Mapping[str, Any]) -> bool:
         """Whether nobody could tell that the layers' modules don't run."""
@@ -229,6 +238,7 @@ class StepDecode(Forward):
         return self._normed(native, result, y)
 
     def _record_mlp(self, layer: NativeLayer, tokens: int, neurons: int, columns: int) -> None:
+        layer.mlp.note_rows(2 * neurons)
         eligible = tokens * layer.mlp.mlp.gate.rows
         self.statistics.record("mlp_up", layer.number, neurons, eligible)
         self.statistics.record("mlp_down", layer.number, columns, eligible)

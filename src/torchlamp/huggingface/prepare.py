@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from torchlamp.arithmetic.transforms import Transform
 from torchlamp.huggingface.decode_forwards import check_attention, check_head, check_mlp, check_rows
 from torchlamp.huggingface.decode_plan import DecodePlan, Memory
+from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.interface import check_interface, check_no_policy, check_not_prepared
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, check_cache
 from torchlamp.huggingface.sites import Sites
@@ -103,6 +104,7 @@ def prepare(
     full: str = "float16",
     center: bool | None = None,
     hadamard: bool | None = None,
+    resident: bool = True,
 ) -> Prepared:
     """Prepare a model for low-bit decoding.
 
@@ -128,6 +130,9 @@ def prepare(
         ``"float16"`` or ``"float32"`` for what is copied in full: keys and values, and columns of the down projections.
     center, hadamard : bool, optional
         Apply the transform at `scores`, or don't, whatever the policy names; None leaves it to the policy.
+    resident : bool
+        False leaves the full-precision weights in the file that they were read from (Linux): they take memory while
+        they are read, row by row where the look-ahead asks and module by module in prompts, and are let go again.
 
     Returns
     -------
@@ -140,8 +145,8 @@ def prepare(
         Not a transformers model, weights of another dtype, or half-precision weights of a module whose formula isn't
         known.
     ValueError
-        A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, or a model that is
-        prepared already.
+        A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, a model that is
+        prepared already, or, not to be resident, weights that lie in no file or were changed.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -164,9 +169,12 @@ def prepare(
     if not Sites(model).layers:
         check_interface(model)  # of the two that are missing, what a reader of the model's name understands
     parsed = Policy.parse(DEFAULT if policy is None else policy)
-    wide = WideModel(model)
+    wide = WideModel(model, None if resident else FileWeights(model))
     try:
-        return _prepared(model, parsed, wide, top, full, center, hadamard)
+        prepared = _prepared(model, parsed, wide, top, full, center, hadamard)
+        if wide.weights is not None:
+            wide.weights.settle()
+        return prepared
     except BaseException:
         wide.undo()
         raise
@@ -186,7 +194,8 @@ def _prepared(
     policy = _with_transforms(policy, center=center, hadamard=hadamard)
     told = settings(policy)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    prepared = Prepared(model, policy, Statistics(), Memory(sum(sizes.values())), told, full)
+    memory = Memory(sum(sizes.values()), resident=wide.weights is None)
+    prepared = Prepared(model, policy, Statistics(), memory, told, full)
     if "scores" in told:
         check_interface(model)
         if not told["scores"].center and center is None:
