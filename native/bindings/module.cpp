@@ -40,8 +40,9 @@ namespace {
 using namespace lamp::python;
 
 // (mantissa_bits, min_exponent, max_exponent, top_codes_lost, overflow, subnormals, signed, negative_zero,
-//  fused, block, promote)
-using How = std::tuple<int, int, int, int, int, bool, bool, bool, bool, int, int>;
+//  fused, block, promote, and of a unit: length, bits, nearest, floor_a, floor_b, zero_exponent)
+using How = std::tuple<int, int, int, int, int, bool, bool, bool, bool, int, int, int, int, bool,
+                       int, int, int>;
 
 lamp::Accumulation accumulation(const How& h) {
   lamp::Accumulation a;
@@ -50,7 +51,9 @@ lamp::Accumulation accumulation(const How& h) {
   a.fused = std::get<8>(h);
   a.block = std::get<9>(h);
   a.promote = std::get<10>(h);
-  if (a.grid.mantissa_bits < 1 || a.grid.mantissa_bits > 23 || a.block < 1 || a.promote < 0)
+  a.fuse = {std::get<11>(h), std::get<12>(h), std::get<13>(h), std::get<14>(h), std::get<15>(h), std::get<16>(h)};
+  if (a.grid.mantissa_bits < 1 || a.grid.mantissa_bits > 23 || a.block < 1 || a.promote < 0 ||
+      a.fuse.length < 0 || a.fuse.length > 1024 || a.fuse.bits < 1 || a.fuse.bits > 40)
     throw std::invalid_argument("accumulation out of range");
   return a;
 }

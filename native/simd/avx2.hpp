@@ -47,6 +47,38 @@ inline vf exp2_integer(vf n) {
 inline vf round_integer(vf x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline vf sqrt(vf x) { return {_mm256_sqrt_ps(x.v)}; }
 
+// As in simd/avx512.hpp.
+struct vi {
+  __m256i v;
+};
+struct vhalves {
+  __m256d v[2];
+};
+inline vi integers_zero() { return {_mm256_setzero_si256()}; }
+inline vi add(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline vi truncate(vf x) { return {_mm256_cvttps_epi32(x.v)}; }
+inline vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.v)}; }
+inline vf power_quotient(vf e, int bits) {
+  return {_mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32((254 + bits) << 23), _mm256_castps_si256(e.v)))};
+}
+inline vhalves halves(vi x) {
+  return {{_mm256_cvtepi32_pd(_mm256_castsi256_si128(x.v)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(x.v, 1))}};
+}
+inline vhalves add(vhalves a, vhalves b) {
+  return {{_mm256_add_pd(a.v[0], b.v[0]), _mm256_add_pd(a.v[1], b.v[1])}};
+}
+inline vhalves multiply(vhalves a, vhalves b) {
+  return {{_mm256_mul_pd(a.v[0], b.v[0]), _mm256_mul_pd(a.v[1], b.v[1])}};
+}
+inline vhalves truncate(vhalves x) { return {{_mm256_round_pd(x.v[0], 3), _mm256_round_pd(x.v[1], 3)}}; }
+inline vhalves halves(vf x) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))}};
+}
+inline vf toward_zero(vhalves x, int bits) {
+  const __m256d kept = _mm256_castsi256_pd(_mm256_set1_epi64x(static_cast<long long>(~0ull << (52 - bits))));
+  return {_mm256_set_m128(_mm256_cvtpd_ps(_mm256_and_pd(x.v[1], kept)), _mm256_cvtpd_ps(_mm256_and_pd(x.v[0], kept)))};
+}
+
 // One number for each of the sixteen rows of a block.
 struct vrows {
   vf v[2];

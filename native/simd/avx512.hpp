@@ -49,6 +49,41 @@ inline vf exp2_integer(vf n) {
 inline vf round_integer(vf x) { return {_mm512_roundscale_ps(x.v, 0)}; }
 inline vf sqrt(vf x) { return {_mm512_sqrt_ps(x.v)}; }
 
+// Thirty-two-bit integers, one a lane, and float64 numbers, as aligned sums need them (simulation/unit_sums.hpp):
+// `truncate` cuts toward zero, `power_quotient` is 2^bits / e for a power of two e, and `toward_zero` keeps as many bits
+// after the leading one and cuts the rest.
+struct vi {
+  __m512i v;
+};
+struct vhalves {
+  __m512d v[2];
+};
+inline vi integers_zero() { return {_mm512_setzero_si512()}; }
+inline vi add(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline vi truncate(vf x) { return {_mm512_cvttps_epi32(x.v)}; }
+inline vf to_float(vi x) { return {_mm512_cvtepi32_ps(x.v)}; }
+inline vf power_quotient(vf e, int bits) {
+  return {_mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32((254 + bits) << 23), _mm512_castps_si512(e.v)))};
+}
+inline vhalves halves(vi x) {
+  return {{_mm512_cvtepi32_pd(_mm512_castsi512_si256(x.v)), _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x.v, 1))}};
+}
+inline vhalves add(vhalves a, vhalves b) {
+  return {{_mm512_add_pd(a.v[0], b.v[0]), _mm512_add_pd(a.v[1], b.v[1])}};
+}
+inline vhalves multiply(vhalves a, vhalves b) {
+  return {{_mm512_mul_pd(a.v[0], b.v[0]), _mm512_mul_pd(a.v[1], b.v[1])}};
+}
+inline vhalves truncate(vhalves x) { return {{_mm512_roundscale_pd(x.v[0], 3), _mm512_roundscale_pd(x.v[1], 3)}}; }
+inline vhalves halves(vf x) {
+  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))}};
+}
+inline vf toward_zero(vhalves x, int bits) {
+  const __m512d kept = _mm512_castsi512_pd(_mm512_set1_epi64(static_cast<long long>(~0ull << (52 - bits))));
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_and_pd(x.v[0], kept))),
+                             _mm512_cvtpd_ps(_mm512_and_pd(x.v[1], kept)), 1)};
+}
+
 // One number for each of the sixteen rows of a block.
 struct vrows {
   vf v[1];

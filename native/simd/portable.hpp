@@ -64,6 +64,41 @@ inline vf exp2_integer(vf n) {
 inline vf round_integer(vf x) { return lanes([&](int i) { return std::nearbyint(x.v[i]); }); }
 inline vf sqrt(vf x) { return lanes([&](int i) { return std::sqrt(x.v[i]); }); }
 
+// As in simd/avx512.hpp.
+struct vi {
+  std::int32_t v[vf::width];
+};
+struct vhalves {
+  double v[vf::width];
+};
+template <class R, class F>
+inline R each(F f) {
+  R r;
+  for (int i = 0; i < vf::width; ++i) r.v[i] = f(i);
+  return r;
+}
+inline vi integers_zero() { return {}; }
+inline vi add(vi a, vi b) { return each<vi>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline vi truncate(vf x) { return each<vi>([&](int i) { return static_cast<std::int32_t>(x.v[i]); }); }
+inline vf to_float(vi x) { return lanes([&](int i) { return static_cast<float>(x.v[i]); }); }
+inline vf power_quotient(vf e, int bits) {
+  const auto top = static_cast<std::uint32_t>(254 + bits) << 23;
+  return lanes([&](int i) { return as_float(top - as_bits(e.v[i])); });
+}
+inline vhalves halves(vi x) { return each<vhalves>([&](int i) { return static_cast<double>(x.v[i]); }); }
+inline vhalves add(const vhalves& a, const vhalves& b) { return each<vhalves>([&](int i) { return a.v[i] + b.v[i]; }); }
+inline vhalves multiply(const vhalves& a, const vhalves& b) {
+  return each<vhalves>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline vhalves truncate(const vhalves& x) { return each<vhalves>([&](int i) { return std::trunc(x.v[i]); }); }
+inline vhalves halves(vf x) { return each<vhalves>([&](int i) { return static_cast<double>(x.v[i]); }); }
+inline vf toward_zero(const vhalves& x, int bits) {
+  const std::uint64_t kept = ~0ull << (52 - bits);
+  return lanes([&](int i) {
+    return static_cast<float>(std::bit_cast<double>(std::bit_cast<std::uint64_t>(x.v[i]) & kept));
+  });
+}
+
 // One number for each of the sixteen rows of a block.
 struct vrows {
   vf v[2];

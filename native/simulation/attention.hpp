@@ -209,7 +209,7 @@ void attention(const lamp::Attention& call) {
   for (std::ptrdiff_t b = 0; b < p.B; ++b)
     for (std::ptrdiff_t h = 0; h < p.H; ++h)
       for (std::ptrdiff_t i = 0; i < p.Lq; ++i) seen.add(p.q.at(b, h, i), p.D);
-  const Micro low = pick_micro(p.accumulation, p.needs_squares(), wide_is_exact(seen, packed.all(), p.D));
+  const Micro low = pick_sums(p.accumulation, p.needs_squares(), seen, packed.all(), p.D);
 
   const auto ranges = visible_ranges(p);
   const std::ptrdiff_t tiles = (p.H / p.Hkv * p.Lq + kAttentionRows - 1) / kAttentionRows;

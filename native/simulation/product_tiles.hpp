@@ -150,23 +150,28 @@ Micro pick_form(const Accumulation& how, bool squares) {
 struct Magnitudes {
   std::uint32_t largest_bits = 0;                // of |x|; infinity and NaN are above all numbers
   std::uint32_t smallest_bits_less_1 = ~0u;      // of |x| less one, so that zero wraps round to the top
+  std::uint32_t used_bits = 0;                   // every bit that is set in any of them
 
   void add(const float* x, std::ptrdiff_t n, std::ptrdiff_t stride = 1) {
-    std::uint32_t most = largest_bits, least = smallest_bits_less_1;
+    std::uint32_t most = largest_bits, least = smallest_bits_less_1, used = used_bits;
     for (std::ptrdiff_t i = 0; i < n; ++i) {
       const std::uint32_t m = std::bit_cast<std::uint32_t>(x[i * stride]) & 0x7fffffffu;
       most = std::max(most, m);
       least = std::min(least, m - 1u);
+      used |= m;
     }
     largest_bits = most;
     smallest_bits_less_1 = least;
+    used_bits = used;
   }
   void add(const Magnitudes& other) {
     largest_bits = std::max(largest_bits, other.largest_bits);
     smallest_bits_less_1 = std::min(smallest_bits_less_1, other.smallest_bits_less_1);
+    used_bits |= other.used_bits;
   }
   bool finite() const { return largest_bits < 0x7f800000u; }
   bool all_zero() const { return largest_bits == 0; }
+  int significant_bits() const { return 24 - std::min(std::countr_zero(used_bits), 23); }
   float largest() const { return std::bit_cast<float>(largest_bits); }
   float smallest() const { return std::bit_cast<float>(smallest_bits_less_1 + 1u); }  // of the nonzero ones
 };

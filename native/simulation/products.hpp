@@ -2,7 +2,7 @@
 #pragma once
 
 #include "memory.hpp"
-#include "simulation/product_tiles.hpp"
+#include "simulation/unit_sums.hpp"
 
 namespace LAMP_ISA {
 
@@ -115,8 +115,7 @@ inline void packed_products(const lamp::Products& p, const Magnitudes& of_a) {
   Packed& packed = *lent;
   const auto offsets = multiples(p.G / p.group, p.b_batch);
   packed.pack(p.b, p.G / p.group, offsets.data(), p.b_k, p.b_column, p.K, p.N, p.threads);
-  const bool wide = wide_is_exact(of_a, packed.all(), p.K);
-  const ProductTiles tiles{p, pick_micro(p.accumulation, p.squares != nullptr, wide)};
+  const ProductTiles tiles{p, pick_sums(p.accumulation, p.squares != nullptr, of_a, packed.all(), p.K)};
   const std::ptrdiff_t count = tiles.row_tiles();
   lamp::parallel(p.threads, p.G * count, [&](std::ptrdiff_t item) {
     const std::ptrdiff_t g = item / count, first = item % count * kTileRows, last = std::min(first + kTileRows, p.M);
@@ -129,13 +128,12 @@ inline void packed_products(const lamp::Products& p, const Magnitudes& of_a) {
 // Each thread packs what it needs itself, `kPanel` numbers at most: a block of columns for all rows or, where that is too
 // deep, a piece of it for a tile of rows.
 inline void streamed_products(const lamp::Products& p, const Magnitudes& of_a) {
-  const bool wide = wide_is_exact(of_a, magnitudes_of_b(p), p.K);
-  const ProductTiles tiles{p, pick_micro(p.accumulation, p.squares != nullptr, wide)};
-  const bool deep = p.K * kColumns > kPanel;
+  const ProductTiles tiles{p, pick_sums(p.accumulation, p.squares != nullptr, of_a, magnitudes_of_b(p), p.K)};
+  const bool deep = p.accumulation.fuse.length == 0 && p.K * kColumns > kPanel;  // units take their sums whole
   const std::ptrdiff_t blocks = tiles.blocks(), parts = deep ? p.group * tiles.row_tiles() : 1;
   lamp::parallel(p.threads, tiles.matrices() * blocks * parts, [&](std::ptrdiff_t item) {
     thread_local std::vector<float> panel;
-    panel.resize(static_cast<std::size_t>(std::min(kPanel, p.K * kColumns)));
+    panel.resize(static_cast<std::size_t>(deep ? kPanel : p.K * kColumns));
     const std::ptrdiff_t matrix = item / parts / blocks, column = item / parts % blocks * kColumns;
     const std::ptrdiff_t to = std::min(column + kColumns, p.N), part = item % parts;
     if (deep) {

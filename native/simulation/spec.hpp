@@ -26,15 +26,26 @@ struct Grid {
   bool is_float32() const { return has_float32_range() && mantissa_bits == 23; }
 };
 
+// A matrix unit (torchlamp.kernels.specification.Fuse): `length` products and the accumulator, aligned and truncated.
+struct Fuse {
+  int length = 0;  // 0: none
+  int bits = 1;
+  bool nearest = false;
+  int floor_a = -126;
+  int floor_b = -126;
+  int zero_exponent = -131;
+};
+
 // How K products are summed: strict (block = 1, promote = 0), in float32 blocks, or promoted to a float32 total.
 struct Accumulation {
   Grid grid;
   bool fused = true;
   int block = 1;
   int promote = 0;
+  Fuse fuse;
 
-  // The grid that finished sums lie on, and are rounded to again once scaled.
-  Grid result() const { return promote > 0 ? Grid() : grid; }
+  // The grid that finished sums are rounded to again once scaled: float32 for promoted sums and those of units.
+  Grid result() const { return promote > 0 || fuse.length > 0 ? Grid() : grid; }
 };
 
 // out[g] = a[g] x b[g / group], sizes (M, K) x (K, N), each with element strides; the columns of out are contiguous.
@@ -117,7 +128,7 @@ struct Attention {
 
   // Whether the weight needs the sums of squares: float32 sums err by nothing beside quantised operands.
   bool needs_squares() const {
-    return weight == RuleWeight::running && !(row_error && accumulation.grid.is_float32());
+    return weight == RuleWeight::running && !(row_error && accumulation.grid.is_float32() && accumulation.fuse.length == 0);
   }
   std::ptrdiff_t row_index(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t i) const { return (b * H + h) * Lq + i; }
 };

@@ -80,17 +80,19 @@ def fused_attention(
     Output float32 (B, Lq, H, Dv); recomputed entries int32 (B, H, Lq); int32 (B, Lq, 2): how many keys each query
     sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
     visible key, plus 2 if one of them is recomputed. Or None where the native kernel doesn't serve: no extension,
-    tensors that aren't float32 on the CPU, a mask for each head, or the weight `relaxed` with sinks.
+    tensors that aren't float32 on the CPU, a mask for each head, the weight `relaxed` with sinks, or a unit with
+    groups.
 
     Raises
     ------
     ValueError
         Shapes that don't fit together, or one of `row_error` and `key_error` without the other.
     """
+    grouped = accumulation.fuse is not None and accumulation.fuse.group > 1
     served = (
         (mask is None or (mask.shape[1] == 1 and not causal))
         and not (weight == "relaxed" and sinks is not None)
-        and accumulation.fuse is None
+        and not grouped
     )
     optional = (exact_query, exact_key, shift, row_error, key_error)
     native = native_for(query, key, value, mask, sinks, *optional) if served else None

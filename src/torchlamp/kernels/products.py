@@ -59,7 +59,7 @@ def products(
     if device.type in WITHOUT_FLOAT64:
         a, b = a.cpu(), b.cpu()
     by_reference = grouped or 0 in (a.shape[0], a.shape[1], b.shape[2])
-    native = None if by_reference or accumulation.fuse is not None else native_for(a, b)
+    native = None if by_reference else native_for(a, b)
     if native is None:
         out, sums = products_reference(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
     else:

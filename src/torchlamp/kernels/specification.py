@@ -159,8 +159,11 @@ _LONGEST = 2**31 - 1
 
 
 def accumulation_numbers(accumulation: Accumulation) -> tuple[int | bool, ...]:
-    """An accumulation as the native kernels are told it."""
-    g = accumulation.grid
+    """An accumulation as the native kernels are told it; a unit of length 0 is none."""
+    g, fuse = accumulation.grid, accumulation.fuse
+    unit: tuple[int | bool, ...] = (0, 1, False, 0, 0, 0)
+    if fuse is not None:
+        unit = (fuse.length, fuse.bits, fuse.nearest, *fuse.floors, fuse.zero_exponent(g))
     return (
         g.mantissa_bits,
         g.min_exponent,
@@ -173,4 +176,5 @@ def accumulation_numbers(accumulation: Accumulation) -> tuple[int | bool, ...]:
         accumulation.fused,
         min(accumulation.block, _LONGEST),
         min(accumulation.promote, _LONGEST),
+        *unit,
     )
