@@ -42,7 +42,7 @@ struct Accumulation {
   bool fused = true;
   int block = 1;
   int promote = 0;
-  Fuse fuse;
+  Fuse fuse = {};
 
   // The grid that finished sums are rounded to again once scaled: float32 for promoted sums and those of units.
   Grid result() const { return promote > 0 || fuse.length > 0 ? Grid() : grid; }
