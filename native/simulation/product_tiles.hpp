@@ -79,12 +79,17 @@ void micro(const Accumulation& how, const Block& block) {
     for (std::ptrdiff_t start = 0; start < block.K;) {
       const std::ptrdiff_t done = (block.before + start) % length;
       const std::ptrdiff_t end = std::min(start + length - done, block.K);
+      vf run[Rows][kVectors];  // a copy that lives no longer than the loop, so that it stays in registers
+      for (int i = 0; i < Rows; ++i)
+        for (int j = 0; j < kVectors; ++j) run[i][j] = inner[i][j];
       for (std::ptrdiff_t k = start; k < end; ++k)
         step(k, [&](int i, int j, vf a, vf b) {
-          const vf sum = multiply_add<Fused>(a, b, inner[i][j]);
-          inner[i][j] = F == Form::block ? sum : round(sum);
-          if (F == Form::promote) note_square(i, j, inner[i][j]);
+          const vf sum = multiply_add<Fused>(a, b, run[i][j]);
+          run[i][j] = F == Form::block ? sum : round(sum);
+          if (F == Form::promote) note_square(i, j, run[i][j]);
         });
+      for (int i = 0; i < Rows; ++i)
+        for (int j = 0; j < kVectors; ++j) inner[i][j] = run[i][j];
       const bool over = done + end - start == length || (end == block.K && block.last);
       if (over)
         each([&](int i, int j, int) {
