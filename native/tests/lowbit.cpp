@@ -93,8 +93,8 @@ struct PairedRows {
     store.capacity = rows;
     store.keys = {key_codes.data(), key_scales.data(), key_errors.data(), 8, 1};
     store.values = {codes.data(), scales.data(), bits, groups};
-    store.full_keys = {keys.data(), false, 1};
-    store.full_values = {full.data(), false, from.columns};
+    store.full_keys = {keys.data(), lamp::FullType::float32, 1};
+    store.full_values = {full.data(), lamp::FullType::float32, from.columns};
     p.k = keys.data();
     p.k_row = 0;
     p.v_row = from.row;
