@@ -1,6 +1,5 @@
 """The harness's model "lamp" on two small local tasks, beside its own model "hf"."""
 
-import importlib.util
 import json
 import logging
 from functools import partial
@@ -14,6 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
+from torchlamp import extras
 from torchlamp.cli import app
 from torchlamp.evaluation.lm_eval import LampLM
 
@@ -259,10 +259,8 @@ class TestCommand:
         assert result.stderr.splitlines()[-1].startswith("torchlamp: error: unknown rule 'strikt'")
 
     def test_without_the_extra(self, command, monkeypatch):
-        found = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name)
-        )
+        found = extras.find_spec
+        monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "lm_eval" else found(name))
         result = command("--model", "lamp")
         assert result.exit_code == 2
         assert "pip install 'torchlamp[eval]'" in result.stderr

@@ -96,6 +96,8 @@ def test_memory_is_said_up_front(build):
         assert prepared.memory.full == sum(p.nbytes for p in set(model.parameters()))
         assert "MB more" in str(prepared.memory)
     with prepare(model, LINEAR) as prepared:
+        assert prepared.memory.extra_full == 0  # no rule reads columns of the down projections
+    with prepare(model, GUARDED) as prepared:
         assert prepared.memory.extra_full == 2 * 48 * 32 * 2
 
 
