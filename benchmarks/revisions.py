@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: What is timed on a model: a forward of 512 tokens under these policies, and the median step of decoding.
-FORWARDS = ("ps4+none", "ps4+strict:0.1", "ps7/block32+strict:0.1")
+FORWARDS = ("ps4+none", "ps4+strict:0.1", "ps4+running:0.02", "ps7/block32+strict:0.1")
 STEPS = 48
 
 
