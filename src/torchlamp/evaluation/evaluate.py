@@ -22,7 +22,7 @@ from torchlamp.policy.policy import Policy
 from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
-from torchlamp.simulation.doubt import doubt_warning
+from torchlamp.simulation.doubt import low_pass_warning
 
 logger = logging.getLogger("torchlamp.evaluate")
 
@@ -126,9 +126,7 @@ def evaluate(
         "partial": interrupted,
         "calibration": None if calibration is None else calibration.hash,
     }
-    warning = doubt_warning(*runs[0].doubt)
-    if warning is not None:
-        logger.warning("policy %s: %s", runs[0].policy, warning)
+    _warn(runs[0])
     beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
         "comparisons": tuple(_result(run, shared) for run in beside),
@@ -179,8 +177,15 @@ def evaluate_against(
     with inference_in_eval_mode(model):
         loop.run_all()
     loop.collect()
+    _warn(run)
     shared = _shared(model, windows, seed, model_name, text)
     return _result(run, shared | {"partial": False, "seconds": time.perf_counter() - start})
+
+
+def _warn(run: EvaluationRun) -> None:
+    warning = low_pass_warning(run.doubt, run.overflow)
+    if warning is not None:
+        logger.warning("policy %s: %s", run.policy, warning)
 
 
 def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text: str) -> dict[str, Any]:
@@ -213,6 +218,7 @@ def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
         "log_perplexity_ratio_by_window": [
             rounded(float((w.cross_entropy - w.reference_cross_entropy).mean())) for w in run.windows
         ],
+        "overflowed_by_site": {site: count for site, (count, _) in run.overflow.items()},
         "flip_bits_by_window": [pack_bits(w.flips.tolist()) for w in run.windows],
         "seconds": run.seconds,
         "forward_seconds": run.forward_seconds,

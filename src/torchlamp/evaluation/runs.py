@@ -32,6 +32,8 @@ class EvaluationRun:
     blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
     #: Rows of scores that were looked at, and those in which the low pass isn't to be trusted.
     doubt: tuple[int, int] = (0, 0)
+    #: Of each site: sums that didn't fit an integer register, and all.
+    overflow: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -56,6 +58,9 @@ class EvaluationRun:
         self.blocks = self.blocks + statistics.block_counts
         rows, doubtful = statistics.doubt_counts
         self.doubt = (self.doubt[0] + rows, self.doubt[1] + doubtful)
+        for site, (overflowed, sums) in statistics.overflow_by_site.items():
+            known = self.overflow.get(site, (0, 0))
+            self.overflow[site] = (known[0] + overflowed, known[1] + sums)
 
     @property
     def recompute_rate(self) -> float:

@@ -110,7 +110,8 @@ def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:
         scaling=call.scaling,
         wants_shift=call.softcap is not None or call.sinks is not None,
         moments=call.moments,
-        promote=call.accumulator.promote,
+        accumulator=call.accumulator,
+        ranges=call.ranges,
     )
 
 
@@ -119,7 +120,8 @@ def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Atten
     form = call.rule.threshold_form()
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
     # The expected error of two coarser operands is no product of one number a row and one a key.
-    if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
+    whole = operands.low_query is not None
+    if form is None or not plain or whole or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None
     result = fused_attention(
         operands.query,
