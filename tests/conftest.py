@@ -18,7 +18,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 #: Files that take longest, in this order: they begin first, so that no process waits for another's at the end.
-LONGEST = ("test_sweep_ray", "test_real_llm", "test_gpu_attention", "test_pages", "test_report", "test_sweep_killed")
+LONGEST = (
+    "test_sweep_ray",
+    "test_real_llm",
+    "test_gpu_attention",
+    "test_pages",
+    "test_report",
+    "test_sweep_killed",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
