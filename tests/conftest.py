@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,23 @@ from hypothesis import settings
 
 from operands import NATIVE
 from tiny import save_tiny_model
+from torchlamp.models import kept_copies
 
 # A commit passes or fails by itself, whenever it is tested. `HYPOTHESIS_PROFILE=explore make test` tries new examples.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def copies_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the low-bit copies of tiny models out of the user's cache; a test may set TORCHLAMP_CACHE."""
+    folder, real = tmp_path_factory.mktemp("copies"), kept_copies.copies_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kept_copies, "copies_folder", lambda: real() if "TORCHLAMP_CACHE" in os.environ else folder
+        )
+        yield
 
 
 @pytest.fixture(scope="session")
