@@ -80,7 +80,7 @@ def test_loaded_twice_it_is_the_prepared_model(folder, packed, policy):
 
 
 def test_half_precision_stays_as_it_is(folder, packed):
-    model, tokenizer = load(str(folder))
+    model, _ = load(str(folder))
     model.to(torch.bfloat16).save_pretrained(folder)
     wide, _ = load(str(folder))
     with prepare(wide):
@@ -218,7 +218,7 @@ def test_what_is_refused(folder):
         load(str(folder), precision="qvk=int8")
     with pytest.raises(ValueError, match="has no decoding kernel"):
         load(str(folder), precision="qkv=ps4")
-    with pytest.raises(FileNotFoundError, match="no file 'none.gguf'"):
+    with pytest.raises(FileNotFoundError, match=r"no file 'none\.gguf'"):
         load("none.gguf", precision="default")
     assert not cache.entries()
 

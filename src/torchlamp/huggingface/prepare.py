@@ -160,9 +160,9 @@ def prepare(
     float32.
     ``model.generate`` uses a look-ahead cache of its own accord; calls of the model itself take `Prepared.cache`.
     The weights are copied at once and must not be changed before `undo`; `generate` and `Prepared.cache` refuse those
-    that were. ``model.save_pretrained`` writes the model's own weights, in their own dtype. A bfloat16 or float16 model keeps its weights
-    as they are and computes in float32 on them: no float32 copy of a matrix is made, and its numbers are those of the
-    same model loaded in float32.
+    that were. ``model.save_pretrained`` writes the model's own weights, in their own dtype. A bfloat16 or float16 model
+    keeps its weights as they are and computes in float32 on them: no float32 copy of a matrix is made, and its numbers
+    are those of the same model loaded in float32.
 
     Parameters
     ----------
