@@ -8,7 +8,6 @@ from hypothesis import settings
 
 from operands import NATIVE
 from tiny import save_tiny_model
-from torchlamp.models import kept_copies
 
 # Triton asks when it is imported: on a machine without a GPU its interpreter runs what tests call.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -38,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def copies_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the low-bit copies of tiny models out of the user's cache; a test may set TORCHLAMP_CACHE."""
+    from torchlamp.models import kept_copies
+
     folder, real = tmp_path_factory.mktemp("copies"), kept_copies.copies_folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
