@@ -30,6 +30,8 @@ class Forward(ABC):
         self.module = module
         #: What the instance had in this place (other tools replace forwards, too), None: nothing.
         self.own = own_forward(module)
+        #: The `Prepared` that put it in place, and takes it away; None: something else did.
+        self.prepared: Any = None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward without us."""
