@@ -7,10 +7,13 @@ import transformers
 import torchlamp
 
 EVERYWHERE = (
-    "ps4.center.sort+running-residual:0.01, values=ps4+running:0.01, qkv=ps5+running:0.01, attention_out=ps4+running:0.01, "
+    "ps4.center.sort+running-residual:0.01, values=ps4+running:0.01, qkv=ps5+running:0.01, "
+    "attention_out=ps4+running:0.01, "
     "mlp_up=ps5+running:0.01, mlp_down=ps5+running:0.01, norm=ps3+strict:0.1, lm_head=ps7+running:0.0001"
 )
-STORED = "qkv=int8+running:0.01, mlp_up=int4+running:0.01, mlp_down=int4+running:0.01, lm_head=int8+running:0.001"
+STORED = (
+    "qkv=int8+running:0.01, mlp_up=int4+running:0.01, mlp_down=int4+running:0.01, lm_head=int8+running:0.001"
+)
 TOKENS = torch.arange(3, 20)[None]
 
 
