@@ -34,6 +34,8 @@ class EvaluationRun:
     doubt: tuple[int, int] = (0, 0)
     #: Of each site: sums that didn't fit an integer register, and all.
     overflow: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: Of each window the mean KL of each pass whose last bits were moved; empty lists without such passes.
+    noise: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -61,6 +63,11 @@ class EvaluationRun:
         for site, (overflowed, sums) in statistics.overflow_by_site.items():
             known = self.overflow.get(site, (0, 0))
             self.overflow[site] = (known[0] + overflowed, known[1] + sums)
+
+    @property
+    def kl_by_move(self) -> list[float]:
+        """Mean KL over all windows of each pass whose last bits were moved."""
+        return [sum(passes) / len(passes) for passes in zip(*self.noise, strict=True)]
 
     @property
     def recompute_rate(self) -> float:
