@@ -1,7 +1,7 @@
 """Whether norms of queries and keys keep scores in the range of a narrow format.
 
-A norm over n numbers with gains g gives vectors of at most sqrt(n) max |g|, and rotary positions don't change lengths. So
-with q and k both behind one, |q.k| times the factor of the scores is bounded, whatever the input is: by Cauchy and
+A norm over n numbers with gains g gives vectors of at most sqrt(n) max |g|, and rotary positions don't change lengths.
+So with q and k both behind one, |q.k| times the factor of the scores is bounded, whatever the input is: by Cauchy and
 Schwarz, and so for partial sums, too, in exact arithmetic. With 1/sqrt(n) for the factor and equal gains the bound is
 sqrt(n) max g^2, within e4m3's range of 448 for n = 128 and gains up to 6.29.
 
