@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def copies_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the low-bit copies of tiny models out of the user's cache; a test may set TORCHLAMP_CACHE."""
+    from torchlamp.models import kept_copies
+
+    folder, real = tmp_path_factory.mktemp("copies"), kept_copies.copies_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kept_copies, "copies_folder", lambda: real() if "TORCHLAMP_CACHE" in os.environ else folder
+        )
+        yield
 
 
 @pytest.fixture(scope="session")
