@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from lamp_attention_reference import Warp
 
+from lamp_attention_reference import Warp
 from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels.online import OnlineFormats, online_weights
 from torchlamp.kernels.rounding import round_to_grid
