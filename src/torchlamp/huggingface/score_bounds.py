@@ -43,15 +43,15 @@ def score_bounds(model: Any) -> list[float | None]:
 
 def _bound(attention: nn.Module) -> float | None:
     """The same of one attention module."""
-    for names in _NAMES:
-        norms = [getattr(attention, name, None) for name in names]
-        if all(isinstance(norm, nn.Module) for norm in norms):
-            lengths = [_longest(norm) for norm in norms if norm is not None]
-            if None not in lengths:
-                size = next(norm.weight.numel() for norm in norms if norm is not None)
-                factor = getattr(attention, "scaling", None)
-                factor = size**-0.5 if factor is None else float(factor)
-                return float(lengths[0] or 0.0) * float(lengths[1] or 0.0) * abs(factor)
+    for query, key in _NAMES:
+        norms = [getattr(attention, name, None) for name in (query, key)]
+        found = [_longest(norm) for norm in norms if isinstance(norm, nn.Module)]
+        lengths = [length for length in found if length is not None]
+        if len(lengths) == 2:
+            scaling = getattr(attention, "scaling", None)
+            size: int = getattr(attention, query).weight.numel()
+            factor = size**-0.5 if scaling is None else float(scaling)
+            return lengths[0] * lengths[1] * abs(factor)
     return None
 
 
