@@ -10,6 +10,7 @@ References
 LampAttention, arXiv 2609.39361, which asks for such norms where scores are e4m3 numbers.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def _bound(attention: nn.Module) -> float | None:
         if len(lengths) == 2:
             scaling = getattr(attention, "scaling", None)
             size: int = getattr(attention, query).weight.numel()
-            factor = size**-0.5 if scaling is None else float(scaling)
+            factor = 1 / math.sqrt(size) if scaling is None else float(scaling)
             return lengths[0] * lengths[1] * abs(factor)
     return None
 
