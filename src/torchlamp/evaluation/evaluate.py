@@ -22,7 +22,6 @@ from torchlamp.policy.policy import Policy
 from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
-from torchlamp.simulation.doubt import low_pass_warning
 
 logger = logging.getLogger("torchlamp.evaluate")
 #: Repetitions whose spread is known to 2 %; more are a slip of the keyboard.
@@ -191,9 +190,8 @@ def evaluate_against(
 
 
 def _warn(run: EvaluationRun) -> None:
-    warning = low_pass_warning(run.doubt, run.overflow)
-    if warning is not None:
-        logger.warning("policy %s: %s", run.policy, warning)
+    if run.warning is not None:
+        logger.warning("policy %s: %s", run.policy, run.warning)
 
 
 def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text: str) -> dict[str, Any]:
@@ -222,6 +220,7 @@ def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
         "recompute_rate_by_head": run.recompute_rate_by_head,
         "recompute_rate_by_position": run.recompute_rate_by_position,
         "block_rates": run.block_rates,
+        "tile_rates": run.tile_rates,
         "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],
         "flip_by_window": [rounded(float(w.flips.double().mean())) for w in run.windows],
         "log_perplexity_ratio_by_window": [

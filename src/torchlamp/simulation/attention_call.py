@@ -46,6 +46,8 @@ class AttentionResult:
         (`torchlamp.simulation.doubt`).
     overflowed, values_overflowed : int
         Visible scores, and sums of values, that didn't fit an integer register.
+    tiles : Tensor or None
+        int64, the counts of an online softmax's tiles (`torchlamp.simulation.tile_counts`).
     """
 
     output: Tensor
@@ -57,6 +59,7 @@ class AttentionResult:
     doubt: tuple[int, int] | None = None
     overflowed: int = 0
     values_overflowed: int = 0
+    tiles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class AttentionCall:
     softcap: float | None = None
     #: float32 (heads,): a logit per head that enters the normaliser but has no value.
     sinks: Tensor | None = None
-    #: On the CPU; needed by random rules. Every sample starts from the state it has now.
+    #: On the CPU; needed by random rules and rounding. Every sample starts from the state it has now.
     generator: torch.Generator | None = None
     #: Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     observe: Callable[[Observation], None] | None = None
