@@ -23,9 +23,10 @@ types: $(VENV)/installed-dev
 architecture: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
-# Several processes with one thread each: two that share threads slow torch down many times.
+# Several processes with one thread each: two that share threads slow torch down many times. Files begin in the order of
+# tests/conftest.py, the longest first.
 unit: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The kernels without Python, against a scalar emulation: here, on an x86-64 processor without AVX, and on ARM; the
 # last two in an emulator (Debian: apt-get install g++-aarch64-linux-gnu qemu-user).

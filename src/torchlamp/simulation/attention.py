@@ -90,11 +90,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
     TypeError
         Anything but float32 (bool for the mask).
     ValueError
-        Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
-        stream without `ahead`.
+        Shapes that don't fit, softcap <= 0, a random rule or rounding without a generator, a rule that looks to the
+        residual stream without `ahead` or through an online softmax without one.
     """
     _check(query, key, value, call)
     call.seen.check((*query.shape[:3], key.shape[2]))
+    if call.accumulator.online:
+        # The factor acts before anything is summed, so that narrow sums have the range of logits.
+        query, call = query * call.scaling, replace(call, scaling=1.0)
     operands = _operands(call, query, key)
     result = _fused(call, operands, value) or tiled_attention(call, operands, value)
     return replace(result, doubt=doubt(call, operands))
@@ -119,7 +122,12 @@ def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Atten
     form = call.rule.threshold_form()
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
     # The expected error of two coarser operands is no product of one number a row and one a key.
-    if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
+    if (
+        form is None
+        or not plain
+        or call.accumulator.online
+        or (operands.is_quantised and "squares" in call.rule.byproducts)
+    ):
         return None
     result = fused_attention(
         operands.query,
@@ -159,6 +167,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> No
         raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
     if rule.needs_generator and call.generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
+    if call.accumulator.stochastic and call.generator is None:
+        raise ValueError(f"accumulator '{call.accumulator}' draws random numbers: pass a generator")
+    if rule.looks_through == "online" and not call.accumulator.online:
+        raise ValueError(
+            f"rule '{rule}' needs an accumulator with an online softmax, not '{call.accumulator}'"
+        )
     if rule.reads_residual_stream and call.ahead is None:
         raise ValueError(
             f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
