@@ -408,7 +408,7 @@ class TestObserver:
             lambda call, *args: tiled.append(call.layer) or original(call, *args),
         )
         monkeypatch.setattr(
-            simulated, "_fused", lambda call, *_: None if call.observe else original(call, *_)
+            simulated, "fused", lambda call, *_: None if call.observe else original(call, *_)
         )
         with (
             torch.no_grad(),
