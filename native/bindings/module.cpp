@@ -5,30 +5,6 @@
 
 namespace lamp {
 
-bool supports(const std::string& isa) {
-#if defined(LAMP_X86)
-  __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == "avx2") return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (isa == "avx512") return avx512;
-  if (isa == "avx512_vnni") return avx512 && __builtin_cpu_supports("avx512vnni");
-#endif
-  return isa == "portable";
-}
-
-const lamp::Kernels& kernels(const std::string& isa) {
-  if (!supports(isa)) throw std::invalid_argument("this machine cannot run the '" + isa + "' kernels");
-#if defined(LAMP_X86)
-  if (isa == "avx512_vnni") return lamp::avx512_vnni_kernels();
-  if (isa == "avx512") return lamp::avx512_kernels();
-  if (isa == "avx2") return lamp::avx2_kernels();
-#endif
-  return lamp::portable_kernels();
-}
-
 void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }

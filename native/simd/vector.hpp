@@ -16,6 +16,8 @@
 #include <cstring>
 #include <limits>
 
+#include "simd/compiler.hpp"
+
 #if defined(__AVX512F__)
 #include "simd/avx512.hpp"
 #elif defined(__AVX2__)

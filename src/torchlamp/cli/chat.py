@@ -42,7 +42,7 @@ def chat(
 
     from torchlamp.evaluation.chat import Chat
 
-    with Chat(*load_for_generation(model), chosen, system=system, sampling=sampling) as talk:
+    with Chat(*load_for_generation(model, chosen), chosen, system=system, sampling=sampling) as talk:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 __import__("readline")  # lines can be edited and called back

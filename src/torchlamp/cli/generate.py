@@ -77,7 +77,7 @@ def generate(
     words = read_prompt(prompt, file)
     set_threads(threads)
 
-    language_model, tokenizer = load_for_generation(model)
+    language_model, tokenizer = load_for_generation(model, chosen, full_precision=compare)
     out = sys.stderr if to_stdout else sys.stdout
 
     def write(piece: str) -> None:

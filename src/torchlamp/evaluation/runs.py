@@ -32,6 +32,8 @@ class EvaluationRun:
     blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
     #: Rows of scores that were looked at, and those in which the low pass isn't to be trusted.
     doubt: tuple[int, int] = (0, 0)
+    #: Of each window the mean KL of each pass whose last bits were moved; empty lists without such passes.
+    noise: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -56,6 +58,11 @@ class EvaluationRun:
         self.blocks = self.blocks + statistics.block_counts
         rows, doubtful = statistics.doubt_counts
         self.doubt = (self.doubt[0] + rows, self.doubt[1] + doubtful)
+
+    @property
+    def kl_by_move(self) -> list[float]:
+        """Mean KL over all windows of each pass whose last bits were moved."""
+        return [sum(passes) / len(passes) for passes in zip(*self.noise, strict=True)]
 
     @property
     def recompute_rate(self) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from torchlamp.huggingface.offloaded import present
 from torchlamp.huggingface.site_forwards import linear_map, plain
 from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.site import Site
@@ -172,13 +173,12 @@ class Sites:
         """The formula of a norm module; RMSNorms, of which every model has its own class, are probed."""
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         found = None
-        weight = getattr(module, "weight", None)
+        with present([module]):
+            weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         if isinstance(eps, float) and isinstance(weight, Tensor):
             size = weight.numel()
             if isinstance(module, nn.LayerNorm):
-                found = Norm(
-                    "layer", weight.detach(), None if module.bias is None else module.bias.detach(), eps
-                )
+                found = Norm("layer", weight.detach(), None if bias is None else bias.detach(), eps)
             else:
                 # Of a vector of ones an RMSNorm makes its weight (Gemma's is 1 + w), but for the eps.
                 ones = torch.ones(1, size, device=weight.device)

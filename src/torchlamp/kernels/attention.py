@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels.constants import BLOCK_KEYS, RULE_WEIGHTS
-from torchlamp.kernels.dispatch import as_native, native_for
+from torchlamp.kernels.dispatch import as_native, gpu_for, native_for
 from torchlamp.kernels.specification import Accumulation, accumulation_numbers
 
 
@@ -128,9 +128,9 @@ def fused_attention(
     -------
     Output float32 (B, Lq, H, Dv); recomputed entries int32 (B, H, Lq); int32 (B, Lq, 2): how many keys each query
     sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
-    visible key, plus 2 if one of them is recomputed. Or None where the native kernel doesn't serve: no extension,
-    tensors that aren't float32 on the CPU, a mask for each head, the weight `relaxed` with sinks, or a unit with
-    groups.
+    visible key, plus 2 if one of them is recomputed. Or None where no fused kernel serves: no extension, tensors that
+    are neither float32 on the CPU nor on a GPU with Triton, a mask for each head, the weight `relaxed` with sinks, or
+    a unit with groups; with Triton also `row_error`.
 
     Raises
     ------
@@ -144,7 +144,14 @@ def fused_attention(
         and not (weight == "relaxed" and sinks is not None)
         and not grouped
     )
-    optional = (exact_query, exact_key, shift, row_error, key_error, draws, *(bridge or ())[:2], *(residual or ()))
+    ahead = (draws, *(bridge or ())[:2], *(residual or ()))
+    optional = (exact_query, exact_key, shift, row_error, key_error, *ahead)
+    on_gpu = row_error is None and all(tensor is None for tensor in ahead)
+    if served and on_gpu and gpu_for(query, key, value, mask, sinks, *optional):
+        from torchlamp.kernels.gpu.attention import attention_gpu
+
+        how = (weight, threshold, by_length, scaling, error_scale, mask, causal, softcap, sinks, blocks)
+        return attention_gpu(query, key, value, accumulation, *how, exact_query, exact_key, shift)
     native = native_for(query, key, value, mask, sinks, *optional) if served else None
     if native is None:
         return None

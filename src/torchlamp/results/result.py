@@ -87,6 +87,11 @@ class Result:
     #: Which tokens of each window flip: a bit a token, the first one the highest bit of the first byte, in
     #: hexadecimal digits. `torchlamp.results.compare` reads them.
     flip_bits_by_window: list[str] = field(default_factory=list)
+    #: Rounding noise of `kl_mean`: the standard deviation, over `kl_by_move` and the run itself, of its value on these
+    #: windows when every number moves by a unit in the last place, as with other kernels. NaN if not measured.
+    kl_noise: float = math.nan
+    #: `kl_mean` of each repetition whose last bits were moved, in all digits.
+    kl_by_move: list[float] = field(default_factory=list)
     #: Length of the model's vectors: "head", "hidden", "mlp", and "attention" (all heads'). Empty in older results.
     sizes: dict[str, int] = field(default_factory=dict)
     #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.

@@ -34,7 +34,9 @@ def fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Attent
     # The expected error of two coarser operands is no product of one number a row and one a key.
     if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None
-    if native_for(operands.query, operands.key, value) is None:
+    # Weights that look further, and draws, are the native kernel's; the others are the GPU's, too.
+    further = form.drawn or "bridge" in form.weight or "residual" in form.weight
+    if further and native_for(operands.query, operands.key, value) is None:
         return None
     returned = _call(call, form, _Inputs(operands, value))
     if returned is None:
