@@ -17,7 +17,9 @@ def main() -> None:
     """Time the policies of the command line and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("model", help="a packaged name, a folder or a file")
-    parser.add_argument("policies", nargs="+", help="for example ps4+strict:0.1; the first one is the measure")
+    parser.add_argument(
+        "policies", nargs="+", help="for example ps4+strict:0.1; the first one is the measure"
+    )
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5, help="one more, which isn't counted, comes first")
     given = parser.parse_args()
@@ -37,7 +39,9 @@ def main() -> None:
                 model(ids)
                 times.append((time.perf_counter() - start, time.process_time() - busy))
             rates[policy] = found.recompute_rate
-    medians = {policy: [statistics.median(t) for t in zip(*ts[1:], strict=True)] for policy, ts in seconds.items()}
+    medians = {
+        policy: [statistics.median(t) for t in zip(*ts[1:], strict=True)] for policy, ts in seconds.items()
+    }
     first = medians[given.policies[0]]
     print(f"{given.model}, {ids.shape[1]} tokens, {torch.get_num_threads()} threads, {given.turns} turns")
     for policy, found in medians.items():

@@ -122,7 +122,9 @@ def attend(
         limit = limit * w.amax(-1, keepdim=True)
     chosen = visible & ~(w <= limit) if threshold != float("inf") else torch.zeros_like(visible)
     if draws is not None:
-        order = draws.expand(chosen.shape).masked_fill(~visible, 2).argsort(stable=True, dim=-1).argsort(dim=-1)
+        order = (
+            draws.expand(chosen.shape).masked_fill(~visible, 2).argsort(stable=True, dim=-1).argsort(dim=-1)
+        )
         chosen = order < chosen.sum(-1, keepdim=True)
     z, _, _ = softmax(torch.where(chosen, exact, low))
     blind = ~visible.any(-1, keepdim=True)

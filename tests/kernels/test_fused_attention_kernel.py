@@ -168,14 +168,21 @@ def test_errors_come_in_pairs(instruction_set):
 
 @pytest.mark.parametrize(
     ("weight", "name"),
-    [("bridge", "bridge"), ("running-residual", "residual"), ("bridge-residual", "bridge"), ("bridge-residual", "residual")],
+    [
+        ("bridge", "bridge"),
+        ("running-residual", "residual"),
+        ("bridge-residual", "bridge"),
+        ("bridge-residual", "residual"),
+    ],
 )
 def test_what_a_weight_needs_must_be_there(instruction_set, weight, name):
     """And what another one needs must not."""
     q, k, v, arguments = case(8, set(), 8, 40, weight=weight, threshold=0.1)
     said = {"bridge": "a weight with a bridge needs", "residual": "looks to the residual stream needs"}[name]
     lacking = {key: given for key, given in arguments.items() if key != name}
-    strict = {key: None if key in ("bridge", "residual") and key != name else x for key, x in arguments.items()}
+    strict = {
+        key: None if key in ("bridge", "residual") and key != name else x for key, x in arguments.items()
+    }
     for wrong in (lacking, strict | {"weight": "strict"}):
         with pytest.raises(ValueError, match=said):
             fused_attention(q, k, v, Accumulation(Grid()), **wrong)

@@ -15,7 +15,12 @@ from torchlamp.simulation.attention_call import AttentionCall
 from torchlamp.simulation.visibility import Visibility
 
 RESIDUAL = ("running-residual:0.003", "bridge-residual:0.003")
-DRAWN = ("random-like:strict:0.05", "random-like:all", "random-like:none", "random-like:running-residual:0.003")
+DRAWN = (
+    "random-like:strict:0.05",
+    "random-like:all",
+    "random-like:none",
+    "random-like:running-residual:0.003",
+)
 RULES = ("bridge:0.002", *RESIDUAL, *DRAWN)
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason="the native extension is not installed")

@@ -17,7 +17,7 @@ from torchlamp.kernels.specification import Accumulation, accumulation_numbers
 
 
 class BridgeNorms(NamedTuple):
-    """What the weights with a bridge estimate errors from: b = error_scale sqrt(score_part y^2 + norm_part |q|^2 |k|^2).
+    """What a bridge estimates errors from: b = error_scale sqrt(score_part y^2 + norm_part |q|^2 |k|^2).
 
     Attributes
     ----------
@@ -130,7 +130,7 @@ def fused_attention(
     sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
     visible key, plus 2 if one of them is recomputed. Or None where no fused kernel serves: no extension, tensors that
     are neither float32 on the CPU nor on a GPU with Triton, a mask for each head, the weight `relaxed` with sinks, or
-    a unit with groups; with Triton also `row_error`.
+    a unit with groups; with Triton also `row_error`, `bridge`, `residual` and `draws`.
 
     Raises
     ------

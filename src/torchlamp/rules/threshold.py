@@ -10,9 +10,7 @@ from torch import Tensor
 
 from torchlamp.rules.tile import Tile
 
-Weight = Literal[
-    "strict", "relaxed", "running", "topz", "bridge", "running-residual", "bridge-residual"
-]
+Weight = Literal["strict", "relaxed", "running", "topz", "bridge", "running-residual", "bridge-residual"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,8 @@ class ThresholdForm:
         running-residual    m(z_j, s_j r_j) x_j    compared with  T
         bridge-residual     m(z_j, s_j b_j) x_j    compared with  T
 
-    where b is the tile's bridge_error, L is the row's largest visible logit, max_i w_i the row's largest visible weight (NaN if any visible
-    weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible
+    where b is the tile's bridge_error, L the row's largest visible logit, max_i w_i the row's largest visible
+    weight (NaN if any visible weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible
     keys (formed in float64, rounded once to float32). T is rounded to float32 once.
 
     Entry j is selected iff it is visible and (not w_j <= its threshold, or y_j is NaN or infinite): an entry

@@ -11,7 +11,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 _TINY = torch.finfo(torch.float32).tiny
 
 
