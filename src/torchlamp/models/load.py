@@ -193,13 +193,17 @@ def layer_count(name: str) -> int:
 
 
 def context_length(name: str) -> int | None:
-    """Tokens that a model can read, as far as its configuration is at hand and says so; nothing is loaded.
+    """Tokens that a model can read; nothing is loaded, converted or fetched.
+
+    None where that isn't known: the configuration doesn't say it, or the model is one of the hub that isn't here yet.
 
     Raises
     ------
     OSError, ValueError
         As for `load`.
     """
+    if name in PACKAGED:
+        return PACKAGED[name].context_length
     config = _config_at_hand(name)
     if config is not None:
         found = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -210,14 +214,21 @@ def context_length(name: str) -> int | None:
 
 
 def _config_at_hand(name: str) -> Any:
-    """The transformers configuration in a model's folder or converted copy; None: there is none yet."""
+    """The transformers configuration in a model's folder, converted copy or copy of the hub's; None: not there yet."""
     from transformers import AutoConfig
 
-    folder = cache_entry(name) if name in PACKAGED or name.endswith(".gguf") else Path(name).expanduser()
-    if not (folder / "config.json").is_file():
+    is_gguf = name in PACKAGED or name.endswith(".gguf")
+    folder = cache_entry(name) if is_gguf else Path(name).expanduser()
+    is_there = (folder / "config.json").is_file()
+    if not is_there and (is_gguf or folder.exists()):
         return None
     with quiet_transformers():
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return AutoConfig.from_pretrained(str(folder) if is_there else name, local_files_only=True)
+        except (OSError, ValueError):
+            if is_there:
+                raise
+            return None  # a name of the hub, from which nothing was fetched before
 
 
 def cache_entry(name: str) -> Path:

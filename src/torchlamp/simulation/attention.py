@@ -90,11 +90,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
     TypeError
         Anything but float32 (bool for the mask).
     ValueError
-        Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
-        stream without `ahead`.
+        Shapes that don't fit, softcap <= 0, a random rule or rounding without a generator, a rule that looks to the
+        residual stream without `ahead` or through an online softmax without one.
     """
     _check(query, key, value, call)
     call.seen.check((*query.shape[:3], key.shape[2]))
+    if call.accumulator.online:
+        # The factor acts before anything is summed, so that narrow sums have the range of logits.
+        query, call = query * call.scaling, replace(call, scaling=1.0)
     operands = _operands(call, query, key)
     result = fused(call, operands, value) or tiled_attention(call, operands, value)
     return replace(result, doubt=doubt(call, operands))
@@ -125,6 +128,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> No
         raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
     if rule.needs_generator and call.generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
+    if call.accumulator.stochastic and call.generator is None:
+        raise ValueError(f"accumulator '{call.accumulator}' draws random numbers: pass a generator")
+    if rule.looks_through == "online" and not call.accumulator.online:
+        raise ValueError(
+            f"rule '{rule}' needs an accumulator with an online softmax, not '{call.accumulator}'"
+        )
     if rule.reads_residual_stream and call.ahead is None:
         raise ValueError(
             f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"
