@@ -32,8 +32,8 @@ class ThresholdForm:
         bridge-residual     m(z_j, s_j b_j) x_j    compared with  T
 
     where b is the tile's bridge_error, L the row's largest visible logit, max_i w_i the row's largest visible
-    weight (NaN if any visible weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible
-    keys (formed in float64, rounded once to float32). T is rounded to float32 once.
+    weight (NaN if any visible weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's
+    number of visible keys (formed in float64, rounded once to float32). T is rounded to float32 once.
 
     Entry j is selected iff it is visible and (not w_j <= its threshold, or y_j is NaN or infinite): an entry
     whose error can't be bounded is recomputed. The one exception is T = +inf, which selects nothing at all,
