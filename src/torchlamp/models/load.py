@@ -23,6 +23,7 @@ from torchlamp.models.memory import is_out_of_memory
 from torchlamp.models.packaged import PACKAGED
 from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
 from torchlamp.policy.policy import Policy
+from torchlamp.steps import work
 
 logger = logging.getLogger("torchlamp.models")
 #: A tokenizer's folder has at least one of them.
@@ -273,7 +274,8 @@ def _fill(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any] 
     with source as gguf:
         converted = _convert(gguf)
     try:
-        cache.store(entry, lambda folder: conversion.save(*converted, folder))
+        with work("writing the converted copy"):
+            cache.store(entry, lambda folder: conversion.save(*converted, folder))
     except OSError as error:
         _say_unkept(error)
         return converted
@@ -309,7 +311,7 @@ def _from_cache(entry: Path, trusted: Collection[str] = ()) -> tuple[Any, Any] |
 def _convert(gguf: Path) -> tuple[Any, Any]:
     check_not_cut(gguf)
     logger.info("converting %s to float32, once: this can take a minute", gguf.name)
-    with quiet_transformers(), quiet_gguf_loader():
+    with quiet_transformers(), quiet_gguf_loader(f"converting {gguf.name}"), work(f"reading {gguf.name}"):
         return conversion.convert(gguf)
 
 
@@ -336,7 +338,7 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
     local = Path(source).is_dir() or not hub_resolves()
     if Path(source).is_dir():
         _check_tokenizer(Path(source), name)
-    with quiet_transformers():
+    with quiet_transformers(), work(f"loading {name}" if local else f"loading {name} from the hub"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             model, report = AutoModelForCausalLM.from_pretrained(
