@@ -118,13 +118,13 @@ def _accumulator(
 ) -> Accumulator:
     """The one that is named."""
     if accumulate is None:
-        return Accumulator.parse(accumulator)
+        return Accumulator.parse(accumulator).outside_attention()
     if accumulator != "ps4":
         raise ValueError(
             f"matmul got accumulator={str(accumulator)!r} and accumulate={str(accumulate)!r}, two names of one "
             "thing: leave out accumulate"
         )
-    return Accumulator.parse(accumulate)
+    return Accumulator.parse(accumulate).outside_attention()
 
 
 def _operands(operands: Operands | None) -> tuple[Operand, Operand]:

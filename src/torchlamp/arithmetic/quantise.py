@@ -6,7 +6,7 @@ from torch import Tensor
 from torchlamp.arithmetic.formats import Format
 from torchlamp.arithmetic.operands import Block, Operand
 from torchlamp.arithmetic.rounding import check_no_gradient
-from torchlamp.kernels.rounding import round_to_grid
+from torchlamp.kernels.rounding import round_float64, round_to_grid
 from torchlamp.kernels.specification import Grid
 
 #: Numbers that are widened to float64 at a time.
@@ -94,7 +94,7 @@ def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
     if grid.max_exponent == _FLOAT32_EXPONENT:
         # A format with float32's range needs no scale, and magnitude / 2^128 would lose its bits.
         scale = torch.where(magnitude.isfinite(), 1.0, torch.nan)
-    return _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
+    return _nonzero(round_float64(groups.double() / scale.double(), grid) * scale, scale)
 
 
 def _integers(groups: Tensor, magnitude: Tensor, largest: int, narrow_scale: bool) -> Tensor:
@@ -114,7 +114,7 @@ def _microscaled(groups: Tensor, magnitude: Tensor, grid: Grid) -> Tensor:
     exponent = torch.frexp(magnitude.double()).exponent - 1 - grid.max_exponent
     exponent = torch.where(magnitude > 0, exponent, -_E8M0_RANGE).clamp(-_E8M0_RANGE, _E8M0_RANGE)
     scale = torch.ldexp(torch.ones_like(magnitude, dtype=torch.float64), exponent)
-    values = (_round(groups.double() / scale, grid).double() * scale).float()
+    values = (round_float64(groups.double() / scale, grid).double() * scale).float()
     return torch.where(magnitude.isfinite(), values, torch.nan)
 
 
@@ -122,8 +122,8 @@ def _two_level(groups: Tensor, magnitude: Tensor, second: Tensor, grid: Grid) ->
     """NVFP4: an e4m3fn scale for each group times a float32 scale of the tensor."""
     scales = Format.parse("e4m3fn-sat").grid
     wanted = magnitude.double() / grid.max_value / second.double()
-    scale = _round(torch.where(second > 0, wanted, 0.0), scales) * second
-    values = _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
+    scale = round_float64(torch.where(second > 0, wanted, 0.0), scales) * second
+    values = _nonzero(round_float64(groups.double() / scale.double(), grid) * scale, scale)
     return torch.where(magnitude.isfinite(), values, torch.nan)
 
 
@@ -139,20 +139,6 @@ def _tensor_scale(flat: Tensor, block: Block) -> Tensor | None:
 def _element(block: Block) -> Grid:
     """The element's grid; what is beyond its largest number saturates."""
     return Format.parse(f"{block.element}-sat").grid
-
-
-def _round(quotient: Tensor, grid: Grid) -> Tensor:
-    """Quotients, float64, to the element's grid: float32.
-
-    Rounding to float32 first would round twice; what float32 cuts off is therefore kept as its last bit (round to
-    odd), which no later rounding to so few bits can mistake for a tie.
-    """
-    near = quotient.float()
-    away = near.double().abs() > quotient.abs()
-    toward_zero = torch.where(away, torch.nextafter(near, torch.zeros_like(near)), near)
-    inexact = (toward_zero.double() != quotient) & quotient.isfinite() & toward_zero.isfinite()
-    odd = torch.where(inexact, (toward_zero.view(torch.int32) | 1).view(torch.float32), toward_zero)
-    return round_to_grid(odd, grid)
 
 
 def _nonzero(values: Tensor, scale: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ def formats(json: AsJson = False) -> None:
             f"{entry['unit_roundoff']:13}  {entry['layout']}"
         )
     print("  and ps1..ps23, eXmY, ueXmY (X 2..8, Y 1..23), with -sat and -flush")
-    print("accumulators: a format, also with /unfused, /blockB, /promoteB or /fuseL/F; and by name")
+    print(
+        "accumulators: a format, also with /unfused, /blockB, /promoteB, /fuseL/F or (scores) /onlineH; and by name"
+    )
     for entry in found["accumulators"]:
         takes = f"  takes {', '.join(entry['operands'])}" if entry["operands"] else ""
         print(f"  {entry['name']:14} {entry['spelling']:15}{takes}")
@@ -109,7 +111,7 @@ def _catalogue() -> dict[str, list[dict[str, Any]]]:
                 "spelling": str(spelling),
                 # Empty: any operand.
                 "operands": list(UNITS[name].lengths) if name in UNITS else [],
-                "example": f"mlp_up={name}+none",
+                "example": f"{'scores' if 'online' in spelling else 'mlp_up'}={name}+none",
             }
             for name, spelling in accumulators.NAMED.items()
         ],

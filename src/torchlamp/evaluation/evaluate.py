@@ -22,7 +22,6 @@ from torchlamp.policy.policy import Policy
 from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
-from torchlamp.simulation.doubt import doubt_warning
 
 logger = logging.getLogger("torchlamp.evaluate")
 #: Repetitions whose spread is known to 2 %; more are a slip of the keyboard.
@@ -134,7 +133,7 @@ def evaluate(
         "partial": interrupted,
         "calibration": None if calibration is None else calibration.hash,
     }
-    warning = doubt_warning(*runs[0].doubt)
+    warning = runs[0].warning
     if warning is not None:
         logger.warning("policy %s: %s", runs[0].policy, warning)
     beside = [reference, *runs[1:]] if baselines else runs[1:]
@@ -217,6 +216,7 @@ def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
         "recompute_rate_by_head": run.recompute_rate_by_head,
         "recompute_rate_by_position": run.recompute_rate_by_position,
         "block_rates": run.block_rates,
+        "tile_rates": run.tile_rates,
         "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],
         "flip_by_window": [rounded(float(w.flips.double().mean())) for w in run.windows],
         "log_perplexity_ratio_by_window": [

@@ -11,7 +11,9 @@ from torchlamp.evaluation.metrics import TokenMetrics
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.results.result import POSITION_BIN, Role
 from torchlamp.rules.rule import Rule
+from torchlamp.simulation.doubt import doubt_warning
 from torchlamp.simulation.statistics import Counts, Statistics, rate
+from torchlamp.simulation.tile_counts import COUNTS, saturation_warning, tile_rates
 
 _NOTHING = Counts.zeros(0).table
 
@@ -30,6 +32,8 @@ class EvaluationRun:
     positions: Tensor = field(default_factory=lambda: _NOTHING)
     #: Eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros where they weren't counted.
     blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
+    #: Counts of an online softmax's tiles; zeros without one.
+    tiles: Tensor = field(default_factory=lambda: torch.zeros(COUNTS, dtype=torch.int64))
     #: Rows of scores that were looked at, and those in which the low pass isn't to be trusted.
     doubt: tuple[int, int] = (0, 0)
     #: Of each window the mean KL of each pass whose last bits were moved; empty lists without such passes.
@@ -56,6 +60,7 @@ class EvaluationRun:
             self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
         self.positions = _added(self.positions, statistics.position_counts().table)
         self.blocks = self.blocks + statistics.block_counts
+        self.tiles = self.tiles + statistics.tile_counts
         rows, doubtful = statistics.doubt_counts
         self.doubt = (self.doubt[0] + rows, self.doubt[1] + doubtful)
 
@@ -104,6 +109,16 @@ class EvaluationRun:
             return {}
         rows, tiles = (rounded(rate(int(touched), int(eligible))) for eligible, touched in self.blocks)
         return {"entry": self.recompute_rate_by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+
+    @property
+    def tile_rates(self) -> dict[str, float]:
+        """Shares of an online softmax's tiles by recomputed sub-blocks; empty without one."""
+        return {name: rounded(share) for name, share in tile_rates(self.tiles).items()}
+
+    @property
+    def warning(self) -> str | None:
+        """One line that says that the low pass of the scores isn't to be trusted; None: it is."""
+        return saturation_warning(self.tiles) or doubt_warning(*self.doubt)
 
     def _total(self) -> Counts:
         total = Counts.zeros(1)

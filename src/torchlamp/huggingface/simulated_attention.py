@@ -193,6 +193,8 @@ def _record(
         statistics.record("scores", layer, result.selected, result.eligible, positions)
     if result.blocks is not None:
         statistics.record_blocks(result.blocks)
+    if result.tiles is not None:
+        statistics.record_tiles(layer, result.tiles)
     if result.values_selected is not None:
         policy = attached.policy("values", layer)
         if policy is not None and policy.precision.is_stored:

@@ -79,6 +79,9 @@ class Result:
     #: Share of the eligible "entry", "row_block_16" (1 x 16 keys) and "tile_16x16" that hold a recomputed score;
     #: empty unless blocks were counted.
     block_rates: dict[str, float] = field(default_factory=dict)
+    #: Shares of an online softmax's tiles of 64 keys x 16 queries with "0", "1" and "2+" recomputed sub-blocks of 16
+    #: keys, of "sub_block"s recomputed, and of scores "saturated"; empty without an online softmax.
+    tile_rates: dict[str, float] = field(default_factory=dict)
     #: Mean KL of each window in nats, and the share of its tokens that flip.
     kl_by_window: list[float] = field(default_factory=list)
     flip_by_window: list[float] = field(default_factory=list)

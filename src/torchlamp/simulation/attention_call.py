@@ -43,6 +43,8 @@ class AttentionResult:
     doubt : pair of int or None
         Rows that were looked at, and those of them in which the low pass isn't to be trusted
         (`torchlamp.simulation.doubt`).
+    tiles : Tensor or None
+        int64, the counts of an online softmax's tiles (`torchlamp.simulation.tile_counts`).
     """
 
     output: Tensor
@@ -52,6 +54,7 @@ class AttentionResult:
     values_selected: Tensor | None = None
     blocks: Tensor | None = None
     doubt: tuple[int, int] | None = None
+    tiles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class AttentionCall:
     softcap: float | None = None
     #: float32 (heads,): a logit per head that enters the normaliser but has no value.
     sinks: Tensor | None = None
-    #: On the CPU; needed by random rules. Every sample starts from the state it has now.
+    #: On the CPU; needed by random rules and rounding. Every sample starts from the state it has now.
     generator: torch.Generator | None = None
     #: Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     observe: Callable[[Observation], None] | None = None

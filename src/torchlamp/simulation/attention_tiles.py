@@ -1,11 +1,14 @@
 """Attention tile by tile: the readable form, for every rule, mask and device."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchlamp.kernels.constants import BLOCK_KEYS
+from torchlamp.kernels.online import TILE_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
@@ -13,6 +16,13 @@ from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import SampleDistances, bridge_error
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult, Observation
 from torchlamp.simulation.blocks import mark_blocks
+from torchlamp.simulation.online_attention import (
+    Answers,
+    norm_products,
+    online_scores,
+    origin,
+    weigh_online,
+)
 from torchlamp.simulation.score_operands import ScoreOperands
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
 from torchlamp.simulation.stored_attention import (
@@ -24,6 +34,7 @@ from torchlamp.simulation.stored_attention import (
     stored_sums,
     weigh,
 )
+from torchlamp.simulation.tile_counts import COUNTS
 from torchlamp.simulation.values import Values, weighted_sums
 from torchlamp.simulation.visibility import Window, window
 
@@ -50,6 +61,7 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
     if call.blocks:
         counted = (batch, heads, queries, -(-key.shape[2] // BLOCK_KEYS))
         marks = torch.zeros(counted, dtype=torch.uint8, device=query.device)
+    tiles = selected.new_zeros(COUNTS) if call.accumulator.online else None
     drawn_from = (generator, None if call.values is None else call.values.generator)
     generators = [g for g in drawn_from if g is not None]
     starts = [g.get_state() for g in generators]
@@ -66,19 +78,20 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             None if call.keys is None else call.keys.store(query[sample], key[sample], sample),
             summed,
             None if summed is None else summed.stored(value[sample]),
+            origin(call.seen, sample) if call.accumulator.online else (0, 0),
         )
-        for first in range(0, queries, TILE_ROWS):
-            rows = range(first, min(first + TILE_ROWS, queries))
+        for rows in _row_tiles(sources.origin[0], queries):
             at = slice(rows.start, rows.stop)
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
-                weigh_tile = _tile if sources.keys is None else _stored_tile
-                weighed = weigh_tile(call, sources, sample, rows, seen)
+                weighed = _weigher(call)(call, sources, sample, rows, seen)
                 out, counts = _values(sources.values, weighed, sources, seen)
                 if values_selected is not None and counts is not None:
                     values_selected[sample, :, at] = counts
                 eligible[sample, :, at] = weighed.visible.sum(dim=-1)
                 selected[sample, :, at] = weighed.chosen.sum(dim=-1)
+                if tiles is not None and weighed.tiles is not None:
+                    tiles += weighed.tiles
                 if marks is not None:
                     marks[sample, :, at] = mark_blocks(
                         weighed.visible, weighed.chosen, seen.first, key.shape[2]
@@ -89,7 +102,13 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             if seen.visible is not None or seen.last == seen.first:
                 _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
             output[sample, at] = out.transpose(0, 1)
-    return AttentionResult(output, eligible, selected, last_key, values_selected, marks)
+    return AttentionResult(output, eligible, selected, last_key, values_selected, marks, tiles=tiles)
+
+
+def _row_tiles(first: int, queries: int) -> list[range]:
+    """Query rows in tiles that begin at a row; the rows before it, which see nothing, in tiles of their own."""
+    starts = [*range(0, first, TILE_ROWS), *range(first, queries, TILE_ROWS), queries]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,8 @@ class _Sources:
     values: Values | StoredValues | None
     #: The numbers that the stored values stand for.
     low_value: Tensor | None
+    #: First row that sees a key and first key that is seen, where the tiles of an online softmax begin; else 0, 0.
+    origin: tuple[int, int]
 
 
 def _values(
@@ -149,6 +170,83 @@ def _stored_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
         generator=call.generator,
         layer=call.layer,
         distances=distances,
+        observe=observe,
+    )
+
+
+def _weigher(call: AttentionCall) -> Callable[[AttentionCall, _Sources, int, range, Window], Weighed]:
+    """What gives the weights of a tile's values."""
+    if call.keys is not None:
+        return _stored_tile
+    return _online_tile if call.accumulator.online else _tile
+
+
+def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen: Window) -> Weighed:
+    """The same as `_tile`, in an online softmax; scores have no factor, queries have it already."""
+    operands, at, shown = sources.operands, slice(rows.start, rows.stop), slice(seen.first, seen.last)
+    query, key = operands.query[sample, :, at], operands.key[sample, :, shown]
+    in_full = operands.exact_query[sample, :, at], operands.exact_key[sample, :, shown].mT
+    causal = rows.start - seen.first if call.seen.causal else None
+    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
+    squares = "squares" in call.rule.byproducts
+    scores = online_scores(
+        (query, key.mT),
+        in_full,
+        call.accumulator.accumulation,
+        call.accumulator.recomputation,
+        causal=causal,
+        squares=squares,
+        generator=call.generator if call.accumulator.stochastic else None,
+    )
+    unit = call.accumulator.unit_roundoff_of_a_product
+
+    def error(_: Tensor) -> Tensor:
+        assert scores.squares is not None
+        rounding = scores.squares.sqrt().mul_(call.error_scale)
+        coarse = operands.quantisation_error(sample, at, shown, call.scaling)
+        return rounding if coarse is None else torch.hypot(rounding, coarse)
+
+    def exact(_: Tensor) -> Tensor:
+        sums = products(*in_full, _FLOAT32, causal=causal)[0]
+        return sums if shift is None else sums + shift
+
+    def margin(_: Tensor) -> Tensor:
+        return call.accumulator.unit_roundoff * norm_products(query, key)
+
+    def distance(weights: Tensor, ahead: bool) -> Tensor:
+        outputs = apply(weights, sources.value[:, shown])
+        given = (weights, outputs, seen.first, seen.last, sample, rows)
+        return (sources.distances.ahead if ahead else sources.distances.output).of(*given)
+
+    answers: Answers = {
+        "exact": exact,
+        "margin": margin,
+        "bridge_error": lambda low: bridge_error(query, key.mT, low, call.scaling, unit),
+        "output_distance": lambda weights: distance(weights, False),
+    }
+    if squares:
+        answers["error"] = error
+    if call.ahead is not None:
+        answers["distance"] = lambda weights: distance(weights, True)
+
+    def observe(tile: Tile, chosen: Tensor) -> None:
+        if call.observe is not None:
+            call.observe(Observation(sample, rows, seen.first, tile, chosen))
+
+    visible = seen.visible
+    if visible is None:
+        visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.low.shape[1:])
+    return weigh_online(
+        scores,
+        visible,
+        Softmax(call.softcap, _bias(call.seen.bias, sample, rows, seen), call.sinks),
+        shift,
+        rule=call.rule,
+        formats=call.accumulator.online_formats,
+        offset=(seen.first - sources.origin[1]) % TILE_KEYS,
+        layer=call.layer,
+        generator=call.generator,
+        answers=answers,
         observe=observe,
     )
 

@@ -80,6 +80,7 @@ def compose(
         Anything but float32; a module that isn't linear.
     """
     part = SitePolicy.parse(policy)
+    part.accumulate.outside_attention()
     if part.rule.looks_through not in ("any", "elementwise"):
         raise ValueError(
             f"rule '{part.rule}' looks through a softmax of its own, and f is any function: use for example "

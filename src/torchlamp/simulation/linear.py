@@ -210,7 +210,7 @@ def linear(
     return linears(
         x,
         [Weights(weight.T, bias)],
-        accumulator=Accumulator.parse(accumulator),
+        accumulator=Accumulator.parse(accumulator).outside_attention(),
         rule=Rule.parse(rule),
         next_function=next_function,
         generator=generator,
