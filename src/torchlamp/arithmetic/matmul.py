@@ -110,7 +110,9 @@ class _LowPrecision:
         changed = transformed(a, b, self.transforms, promote=self.accumulator.promote)
         left, right = quantise(changed.left, self.operands[0]), quantise(changed.right, self.operands[1], -2)
         out, _ = products(left, right, self.accumulator.accumulation)
-        return out if changed.row_shift is None else out + changed.row_shift
+        for shift in (changed.row_shift, changed.column_shift):
+            out = out if shift is None else out + shift
+        return out
 
 
 def _accumulator(

@@ -118,6 +118,7 @@ def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Atten
     """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
     form = call.rule.threshold_form()
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
+    plain = plain and operands.column_shift is None
     # The expected error of two coarser operands is no product of one number a row and one a key.
     if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None

@@ -160,7 +160,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     query, keys = operands.query[sample, :, at], operands.key[sample, :, shown].transpose(1, 2)
     exact_query = operands.exact_query[sample, :, at]
     exact_keys = operands.exact_key[sample, :, shown].transpose(1, 2)
-    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
+    lacking = operands.lacking(sample, at, shown)
     causal = rows.start - seen.first if call.seen.causal else None
     scores, squares = products(
         query,
@@ -170,8 +170,8 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         causal=causal,
         squares="squares" in call.rule.byproducts,
     )
-    if shift is not None:
-        scores += shift
+    if lacking is not None:
+        scores += lacking
     visible = seen.visible
     if visible is None:
         visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
@@ -183,7 +183,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
 
     def exact() -> Tensor:
         sums, _ = products(exact_query, exact_keys, _FLOAT32, scaling=call.scaling, causal=causal)
-        return (sums if shift is None else sums + shift)[None]
+        return (sums if lacking is None else sums + lacking)[None]
 
     def error() -> Tensor:
         assert squares is not None
@@ -196,7 +196,12 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         given = (probabilities, outputs, seen.first, seen.last, sample, rows)
         return (distances.ahead if ahead else distances.output).of(*given)[None]
 
-    unit = call.accumulator.unit_roundoff_of_a_product
+    def bridge() -> Tensor:
+        # The walk that was rounded ends at the narrow sum, without what is added to it in float32.
+        sums = scores if lacking is None else scores - lacking
+        unit = call.accumulator.unit_roundoff_of_a_product
+        return bridge_error(query, keys, sums, call.scaling, unit)[None]
+
     tile = Tile(
         scores=scores[None],
         logits=logits[None],
@@ -204,7 +209,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
         error=None if squares is None else error,
-        bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
+        bridge_error=bridge,
         generator=call.generator,
         exact=exact,
         distance=None if call.ahead is None else lambda: distance(True),
@@ -217,8 +222,8 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     if bool(chosen.any()):
         del tile, logits, slope, probabilities, squares
         recompute(scores, exact_query, exact_keys, chosen, call.scaling)
-        if shift is not None:
-            scores = torch.where(chosen, scores + shift, scores)
+        if lacking is not None:
+            scores = torch.where(chosen, scores + lacking, scores)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
     return Weighed(probabilities, visible, chosen)

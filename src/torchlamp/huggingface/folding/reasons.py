@@ -75,6 +75,8 @@ class Anatomy:
 
     def reason(self, site: str, transform: str) -> str | None:
         """Why a transform of a site can't pass into the weights; None: it can."""
+        if transform == "bicenter":
+            return _A_SUM_A_KEY if site == "scores" else "here it is 'center', which may be folded: name that"
         if site == "scores":
             return self._scores(transform)
         if site == "attention_out":
