@@ -17,6 +17,7 @@ from torchlamp.policy.sites import SITES
 
 _ONE_BY_ONE = "the activation in front of it works on each number by itself"
 _DIAGONAL = "the norm in front of it scales each channel by itself"
+_A_SUM_A_KEY = "weights have no place for the float32 sum that each key adds to its scores"
 _PAIRS = "rotary positions turn pairs of numbers, and only a pair's own turn and factor commute with that"
 
 
