@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml CMakeLists.txt constraints.txt $(wildcard native/*.?pp native/*/*.?pp)
 CROSS ?= aarch64-linux-gnu
 
-.PHONY: demo test lint types architecture unit selftest selftest-plain selftest-aarch64 \
+.PHONY: demo test lint types architecture unit selftest selftest-clang selftest-plain selftest-aarch64 \
   sanitize sanitize-build sanitize-selftest sanitize-threads sanitize-tests bench study study-small wheels docs clean
 
 demo: $(VENV)/installed  ## evaluate a real 135M-parameter LLM under look-ahead mixed precision
@@ -23,9 +23,10 @@ types: $(VENV)/installed-dev
 architecture: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
-# Several processes with one thread each: two that share threads slow torch down many times.
+# Several processes with one thread each: two that share threads slow torch down many times. Files begin in the order of
+# tests/conftest.py, the longest first.
 unit: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The kernels without Python, against a scalar emulation: here, on an x86-64 processor without AVX, and on ARM; the
 # last two in an emulator (Debian: apt-get install g++-aarch64-linux-gnu qemu-user).
@@ -33,6 +34,12 @@ selftest: $(VENV)/installed-dev
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/selftest -DCMAKE_BUILD_TYPE=Release > /dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/selftest --parallel 2
 	build/selftest/selftest
+
+selftest-clang: $(VENV)/installed-dev  ## the same by Clang (Debian: apt-get install clang): about a minute
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/selftest-clang -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CXX_COMPILER=clang++ > /dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/selftest-clang --parallel 2
+	build/selftest-clang/selftest
 
 selftest-plain: selftest
 	qemu-x86_64 -cpu qemu64 build/selftest/selftest
@@ -87,7 +94,7 @@ sanitize-tests: sanitize-build
 
 # `bench decode` times the other engines, too, where their packages are installed.
 bench: $(VENV)/installed  ## the figures of docs/performance.md
-	for name in scores forward evaluate attention prompt decode soak; do $(BIN)/torchlamp bench $$name || exit 1; done
+	for name in scores forward evaluate attention prompt decode engines soak; do $(BIN)/torchlamp bench $$name || exit 1; done
 
 # What docs/study reports, computed anew: hours. Stopped at any point, it goes on where it was.
 study: $(VENV)/installed

@@ -1,5 +1,6 @@
 // The low-bit kernels compiled for AVX-512 with VNNI, beside avx512's other ones; the flags are in CMakeLists.txt.
 #define LAMP_ISA avx512_vnni
+#define LAMP_VNNI
 #include "kernels.hpp"
 #include "lowbit/kernels.hpp"
 

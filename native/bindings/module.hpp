@@ -11,12 +11,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.hpp"
+#include "processor.hpp"
 
 namespace lamp {
 
-bool supports(const std::string& isa);
-const Kernels& kernels(const std::string& isa);
 void require(bool condition, const char* message);
 
 namespace python {

@@ -33,7 +33,7 @@ LAMP_OWN_FUNCTION inline void block_dot(const std::uint8_t* codes, const std::ui
     vsums sums[Vectors];
     for (auto& s : sums) s = sums_zero();
     for (int pair = 0; pair < kGroup / 2; ++pair, codes += kBytes) {
-      if (pair % kPairsOfLine == 0) __builtin_prefetch(codes + kAhead);
+      if (pair % kPairsOfLine == 0) prefetch(codes + kAhead);
       const vpairs rows = Format::template load<Integers>(codes);
       for (int v = 0; v < Vectors; ++v) {
         std::int32_t both;
@@ -134,14 +134,14 @@ inline void weight_shorts(const float* weights, std::ptrdiff_t stride, const flo
 // Sixteen columns, or twice as many, of add_pairs, and one line of the next window asked for with each pair of this: a
 // burst of requests would wait for free buffers. A function of its own, for the reason that simd/avx2.hpp gives.
 template <class Format, int Vectors, int Together>
-[[gnu::noinline]] inline void add_columns(const std::uint8_t* codes, std::ptrdiff_t pair_codes, const Window& window,
+LAMP_NOINLINE inline void add_columns(const std::uint8_t* codes, std::ptrdiff_t pair_codes, const Window& window,
                         const std::int16_t (*shorts)[kWindow], const float* own, float* const* out,
                         std::ptrdiff_t column, const std::uint8_t* ahead, const Window& next) {
   vsums sums[Vectors * Together];
   for (auto& s : sums) s = sums_zero();
   for (int r = 0; r < window.count; ++r) {
     const int pair = window.pairs[r];
-    __builtin_prefetch(ahead + next.pairs[r] * pair_codes);
+    prefetch(ahead + next.pairs[r] * pair_codes);
     vpairs columns[Together];
     for (int i = 0; i < Together; ++i)
       columns[i] = Format::template load<Integers>(codes + pair * pair_codes + i * Format::pair_bytes);
@@ -180,7 +180,7 @@ inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Windo
     largest[v] = largest_halves(most);
   }
   for (std::ptrdiff_t i = 0; i < next.rows / kRows * p.block_scales(); i += 64 / sizeof(std::uint16_t))
-    __builtin_prefetch(p.scales + next.first / kRows * p.block_scales() + i);
+    prefetch(p.scales + next.first / kRows * p.block_scales() + i);
   for (std::ptrdiff_t g = 0; g < p.groups; ++g) {
     alignas(64) float scales[kWindow];
     alignas(64) std::int16_t shorts[Vectors][kWindow];
@@ -190,7 +190,7 @@ inline void add_pairs(const lamp::RowPairs& p, const Window& window, const Windo
     weight_shorts<Vectors>(weights, stride, largest, scales, window.rows, shorts, own);
     const std::uint8_t* codes = own_codes + g * p.group_codes();
     const std::uint8_t* ahead = next_codes + g * p.group_codes();
-    for (int r = window.count; r < next.count; ++r) __builtin_prefetch(ahead + next.pairs[r] * pair_codes);
+    for (int r = window.count; r < next.count; ++r) prefetch(ahead + next.pairs[r] * pair_codes);
     for (int half = 0; half < kGroup / kRows; half += kTogether)
       add_columns<Format, Vectors, kTogether>(codes + half * Format::pair_bytes, pair_codes, window, shorts, own, out,
                                             g * kGroup + half * kRows, ahead, next);

@@ -69,7 +69,7 @@ inline float logit(const lamp::Attend& p, float y) {
 
 // Rows that are picked one by one wait for memory, each in turn, unless they are asked for well before they are used.
 inline void ask_for(const void* start, std::ptrdiff_t bytes) {
-  for (std::ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
+  for (std::ptrdiff_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(start) + i);
 }
 
 // Logits this far above the one that a split's exponentials refer to still have exponentials, and sums of them, within

@@ -55,15 +55,15 @@ struct Strip {
 template <class Format>
 inline void unpack_panel(const std::uint8_t* codes, std::ptrdiff_t pairs, std::int16_t* panel) {
   for (std::ptrdiff_t i = 0; i < pairs; ++i, codes += Format::pair_bytes, panel += kPairShorts) {
-    __builtin_prefetch(codes + kAhead);
+    prefetch(codes + kAhead);
     store_pairs(panel, Format::template load<Integers>(codes));
   }
 }
 
 // f.operator()<0>() ... f.operator()<n - 1>(), written out one after the other: sums in arrays become registers.
 template <int n, class F>
-[[gnu::always_inline]] inline void unrolled(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+LAMP_INLINE void unrolled(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) LAMP_INLINE_LAMBDA {
     (f.template operator()<I>(), ...);
   }(std::make_integer_sequence<int, n>());
 }
@@ -77,17 +77,17 @@ LAMP_OWN_FUNCTION inline void panel_dot(const std::int16_t* const* rows, const s
   const std::int16_t *first = rows[0], *second = rows[Blocks - 1];
   for (std::ptrdiff_t g = 0; g < groups; ++g, x_scale += kTileVectors) {
     vsums integers[Vectors * Blocks];
-    unrolled<Vectors * Blocks>([&]<int i>() __attribute__((always_inline)) { integers[i] = sums_zero(); });
+    unrolled<Vectors * Blocks>([&]<int i>() LAMP_INLINE_LAMBDA { integers[i] = sums_zero(); });
     for (int pair = 0; pair < kGroup / 2; ++pair, first += kPairShorts, second += kPairShorts, x += kTileVectors) {
       vpairs columns[Blocks];
       columns[0] = load_pairs(first);
       if constexpr (Blocks == 2) columns[1] = load_pairs(second);
-      unrolled<Vectors * Blocks>([&]<int i>() __attribute__((always_inline)) {
+      unrolled<Vectors * Blocks>([&]<int i>() LAMP_INLINE_LAMBDA {
         integers[i] = multiply_add(columns[i % Blocks], x[i / Blocks], integers[i]);
         pin(integers[i]);
       });
     }
-    unrolled<Vectors * Blocks>([&]<int i>() __attribute__((always_inline)) {
+    unrolled<Vectors * Blocks>([&]<int i>() LAMP_INLINE_LAMBDA {
       constexpr int kVector = i / Blocks, kBlock = i % Blocks;
       const vrows scale = load_scales(scales[kBlock] + g * kRows), sum = to_rows(integers[i]);
       const vf own = set1(x_scale[kVector]);

@@ -157,7 +157,11 @@ inline float largest_halves(vf x) {
 // Loops over integer sums are functions of their own where there are sixteen registers, and each sum is pinned to its
 // registers: else GCC spills some to the stack, and every addition waits for the store of the one before. It makes a
 // factor of 1.6 for three and four vectors.
-#define LAMP_OWN_FUNCTION [[gnu::noinline]]
+#define LAMP_OWN_FUNCTION LAMP_NOINLINE
+#if LAMP_MSVC
+inline void pin(vsums&) {}
+#else
 inline void pin(vsums& x) { asm volatile("" : "+x"(x.v[0]), "+x"(x.v[1])); }
+#endif
 
 }  // namespace LAMP_ISA

@@ -113,7 +113,9 @@ inline vpairs nibbles_less_8(const std::uint8_t* p) {
 // 16 high + low, 0 <= low < 16.
 inline vpairs join(vpairs high, vpairs low) { return {_mm512_or_si512(_mm512_slli_epi16(high.v, 4), low.v)}; }
 inline vsums multiply_add(vpairs a, std::int32_t pair, vsums c) {
-#if defined(__AVX512VNNI__)
+#if defined(LAMP_VNNI) && LAMP_MSVC
+  return {_mm512_dpwssd_epi32(c.v, a.v, _mm512_set1_epi32(pair))};
+#elif defined(LAMP_VNNI)
   // As assembly, since GCC copies every sum before and after the intrinsic, which costs a quarter of the time.
   asm("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(_mm512_set1_epi32(pair)));
   return c;

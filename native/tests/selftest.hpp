@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.hpp"
+#include "processor.hpp"
 
 namespace selftest {
 
@@ -26,16 +26,9 @@ inline bool same(float a, float b) {
 
 // Every spelling of the kernels that this processor runs.
 inline std::vector<const lamp::Kernels*> kernels_here() {
-  std::vector<const lamp::Kernels*> all{&lamp::portable_kernels()};
-#if defined(LAMP_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    all.push_back(&lamp::avx2_kernels());
-  if (all.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    all.push_back(&lamp::avx512_kernels());
-  if (all.size() == 3 && __builtin_cpu_supports("avx512vnni")) all.push_back(&lamp::avx512_vnni_kernels());
-#endif
+  std::vector<const lamp::Kernels*> all;
+  for (const char* name : {"portable", "avx2", "avx512", "avx512_vnni"})
+    if (lamp::supports(name)) all.push_back(&lamp::kernels(name));
   return all;
 }
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchlamp.huggingface.fold import fold
     from torchlamp.huggingface.lookahead import attach, detach, lookahead
     from torchlamp.huggingface.lookahead_cache import LookaheadCache
-    from torchlamp.huggingface.prepare import prepare
+    from torchlamp.huggingface.prepare import prepare, prepared
     from torchlamp.models.load import load
     from torchlamp.policy.policy import Policy
     from torchlamp.results.result import Result
@@ -53,6 +53,7 @@ _HOMES = {
     "lookahead": "huggingface.lookahead",
     "matmul": "arithmetic.matmul",
     "prepare": "huggingface.prepare",
+    "prepared": "huggingface.prepare",
     "quantise": "arithmetic.quantise",
     "round_to": "arithmetic.rounding",
 }
@@ -78,6 +79,7 @@ __all__ = [
     "lookahead",
     "matmul",
     "prepare",
+    "prepared",
     "quantise",
     "round_to",
 ]

@@ -115,7 +115,8 @@ def test_bicenter_takes_both_means_off_scores_and_the_inputs_mean_off_linear_lay
     torch.testing.assert_close(both.column_shift, (rows @ (b - columns[:, None])).expand(2, 1, -1))
     left, center = (transformed(a, b, chain([name]), "left") for name in ("bicenter", "center"))
     assert left.row_shift is None
-    assert torch.equal(left.left, center.left) and torch.equal(left.column_shift, center.column_shift)
+    assert torch.equal(left.left, center.left)
+    assert torch.equal(left.column_shift, center.column_shift)
 
 
 def test_bicenter_on_queries_with_a_common_part():

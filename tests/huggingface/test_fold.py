@@ -9,7 +9,8 @@ import torchlamp
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.transforms import Transform
 from torchlamp.rules import Rule
-from torchlamp.simulation.linear import Weights, linears, relative
+from torchlamp.simulation.linear import linears, relative
+from torchlamp.simulation.linear_sums import Weights
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 MODELS = ("llama", "qwen2", "gemma3", "gpt2", "qwen3", "gemma2", "mistral")

@@ -67,3 +67,25 @@ def test_a_policy_breaks_between_its_parts():
     assert max(map(len, text.splitlines())) <= 80
     for part in ("promote128", "+condition-cheap:\n", "running:0.03,", "center"):
         assert part in "\n".join(line.split(" ")[0] for line in text.splitlines()) + "\n"
+
+
+def test_noise_has_a_column_that_fits_a_terminal():
+    result = whole()
+    noisy = [dataclasses.replace(r, kl_by_move=[0.2, 0.3], kl_noise=0.0625) for r in result.comparisons]
+    text = printed(
+        dataclasses.replace(result, comparisons=tuple(noisy), kl_by_move=[0.2, 0.3], kl_noise=0.0625)
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    assert "6e-02" in text
+    assert "2 repetitions" in text
+    assert "noise" not in printed(result)
+
+
+def test_the_kernels_are_named():
+    for kernels, name, said in (
+        ("native", "avx2", "native kernels (avx2)"),
+        ("torch twins", None, "torch kernels"),
+        ("native", None, "native kernels"),
+    ):
+        result = make(environment={"threads": 1, "kernels": kernels, "instruction_set": name})
+        assert f", {said}, " in " ".join(notes(result))

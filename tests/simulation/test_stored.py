@@ -14,7 +14,8 @@ from torchlamp.decoding.mlp import LowBitMlp
 from torchlamp.kernels import reference_decoding, reference_lowbit
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.linear import Weights, relative
+from torchlamp.simulation.linear import relative
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.stored import QuantisedMatrix, rounded_vectors, store_matrix, stored_values
 from torchlamp.simulation.stored_attention import Softmax, StoredKeys, StoredValues, stored_sums, weigh
 from torchlamp.simulation.stored_linear import (

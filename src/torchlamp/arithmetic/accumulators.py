@@ -5,13 +5,19 @@ import re
 from dataclasses import dataclass, field, replace
 
 from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.integers import check_integers
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.units import UNITS, entering, floor_of, scale_of
+from torchlamp.kernels.integer_products import Register
+from torchlamp.kernels.online import OnlineFormats
 from torchlamp.kernels.specification import Accumulation, Fuse
 
-_COUNT = re.compile(r"(block|promote)([1-9][0-9]*)")
+_COUNT = re.compile(r"(block|promote|online)([1-9][0-9]*)")
 #: A unit's products and bits, which may stand in front, without a format, for float32.
 _FUSE = re.compile(r"(?:^|/)fuse([1-9][0-9]*)/([1-9][0-9]*)(/nearest)?(?:/group([1-9][0-9]*))?(?=/|$)")
+
+#: Rounding float64 numbers once needs two bits to spare in float32.
+_MAX_ONLINE_BITS = 21
 
 #: Accumulators that have a name of their own, and their spellings; a new one is one entry. A name has no '/', and none
 #: of '@ . + , =', which separate the parts of a policy.
@@ -19,8 +25,14 @@ NAMED: dict[str, str] = {
     # The FP8 products of DeepSeek-V3 (arXiv 2412.19437, 3.3.2): sums of about 14 significant bits, added to float32
     # registers every 128 terms.
     "deepseek-fp8": "ps13/promote128",
+    # LampAttention (arXiv 2609.39361): e4m3 scores in an online softmax, e4m11 for those that are recomputed.
+    # `lamp8-ps` has the mantissas alone, as its authors simulate them.
+    "lamp8": "e4m3fn-sat/online11",
+    "lamp8-ps": "ps3/online11",
     **{name: unit.spelling for name, unit in UNITS.items()},
 }
+#: Accumulators that sum integers, by their spelling.
+REGISTERS: dict[str, Register] = {"int32": Register(32), "int32/shift": Register(32, shift=True)}
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,11 @@ class Accumulator:
     `FORMAT/fuseL/F`, float32 where no format is given: `fuse16/25`, `ps13/fuse32/13/promote128`; toward zero, or
     `/nearest`; `/groupG` aligns exact sums of G products by the scales of their operands. Or by its name in `NAMED`,
     such as `deepseek-fp8` or `hopper-fp8`, under which it is printed then. A name is only a name: an accumulator
-    equals that of its spelling.
+    equals that of its spelling. `int32` sums the integers of integer operands exactly in 32 bits, as far as they share
+    their scales, and `int32/shift` is the register of Tender, which shifts from scale to scale.
+
+    At the site `scores`, `/onlineH` puts an online softmax with narrow exponentials after narrow sums, and recomputes
+    scores with H mantissa bits (`kernels.online`); `/onlineH/stochastic` rounds the narrow sums up or down at random.
 
     References
     ----------
@@ -51,6 +67,12 @@ class Accumulator:
     promote: int = 0
     #: A matrix unit's sums in place of strict ones.
     fuse: Fuse | None = None
+    #: H > 0: an online softmax, whose recomputed scores have H mantissa bits.
+    online: int = 0
+    #: Whether narrow sums are rounded at random; only with `online`.
+    stochastic: bool = False
+    #: A register that sums integers; what is scaled of them is float32.
+    register: Register | None = None
     #: The name in `NAMED` that it was asked for by; empty: it is printed as its format and options.
     name: str = field(default="", compare=False)
 
@@ -58,6 +80,7 @@ class Accumulator:
         object.__setattr__(self, "format", Format.parse(self.format))
         # Refuses a length out of range and a block together with a promotion.
         self.accumulation  # noqa: B018
+        self._check_online()
 
     @classmethod
     def parse(cls, spelling: "str | Format | Accumulator") -> "Accumulator":
@@ -79,6 +102,8 @@ class Accumulator:
                 f"an accumulator is a spelling like 'ps7/block32', got {type(spelling).__name__} {spelling!r}"
             )
         name, *options = spelling.strip().lower().split("/")
+        if name == "int32":
+            return cls._integer(spelling)
         if name in NAMED:
             return cls._named(name, options, spelling)
         rest, fuse = spelling.strip().lower(), None
@@ -86,7 +111,13 @@ class Accumulator:
             rest = (rest[: match.start()] or "fp32") + rest[match.end() :]
             fuse = Fuse(int(match[1]), int(match[2]), nearest=match[3] is not None, group=int(match[4] or 1))
             name, *options = rest.split("/")
-        fused, counts = _options(options, spelling)
+        stochastic = "stochastic" in options
+        fused, counts = _options([option for option in options if option != "stochastic"], spelling)
+        if options.count("stochastic") > 1 or (stochastic and "online" not in counts):
+            raise ValueError(
+                f"accumulator {spelling!r}: /stochastic is an option of /onlineH, write for example "
+                "'e4m3fn-sat/online11/stochastic'"
+            )
         if not name.strip():
             raise ValueError(f"accumulator {spelling!r} lacks its format: write for example 'ps7/block32'")
         if counts.get("block", 1) > 1 and "promote" in counts:
@@ -97,7 +128,18 @@ class Accumulator:
             raise ValueError(
                 f"accumulator {spelling!r}: a unit's sum, /fuseL/F, takes no option but /promoteB"
             )
-        return cls(Format.parse(name), fused, counts.get("block", 1), counts.get("promote", 0), fuse)
+        block, promote, online = counts.get("block", 1), counts.get("promote", 0), counts.get("online", 0)
+        return cls(Format.parse(name), fused, block, promote, fuse, online, stochastic)
+
+    @classmethod
+    def _integer(cls, spelling: str) -> "Accumulator":
+        register = REGISTERS.get(spelling.strip().lower())
+        if register is None:
+            raise ValueError(
+                f"accumulator {spelling!r}: registers that sum integers are {', '.join(REGISTERS)}; they take no "
+                "other option"
+            )
+        return cls(Format.parse("fp32"), register=register)
 
     @classmethod
     def _named(cls, name: str, options: list[str], spelling: str) -> "Accumulator":
@@ -120,8 +162,11 @@ class Accumulator:
         Raises
         ------
         ValueError
-            An operand that the named unit doesn't take.
+            An operand that the named unit or an integer register doesn't take.
         """
+        if self.register is not None:
+            for operand in (left, right):
+                check_integers(operand, str(self), self.register.shift)
         if self.fuse is None:
             return self
         fuse = (
@@ -135,6 +180,8 @@ class Accumulator:
         return replace(self, fuse=replace(fuse, length=min(a, b), floors=(low, high)))
 
     def __str__(self) -> str:
+        if self.register is not None:
+            return f"int{self.register.bits}{'/shift' * self.register.shift}"
         if self.name:
             promoted = self.name in UNITS and self.promote
             return f"{self.name}/promote{self.promote}" if promoted else self.name
@@ -150,12 +197,51 @@ class Accumulator:
             parts.append(f"block{self.block}")
         if self.promote:
             parts.append(f"promote{self.promote}")
+        if self.online:
+            parts.append(f"online{self.online}" + "/stochastic" * self.stochastic)
         return "/".join(parts)
 
     @property
     def accumulation(self) -> Accumulation:
         """What the kernels need to know."""
         return Accumulation(self.format.grid, self.fused, self.block, self.promote, self.fuse)
+
+    def outside_attention(self) -> "Accumulator":
+        """The same. ValueError for an online softmax, which only scores over keys have."""
+        if self.online:
+            raise ValueError(
+                f"accumulator '{self}' has an online softmax, which only the site scores has: use '{self.format}'"
+            )
+        return self
+
+    @property
+    def recomputation(self) -> Accumulation:
+        """How recomputed scores of an online softmax are summed: as the narrow ones, in the wider format."""
+        return replace(self.accumulation, grid=self.online_formats.high)
+
+    @property
+    def online_formats(self) -> OnlineFormats:
+        """The formats of an online softmax."""
+        return OnlineFormats.of(self.format.grid, self.online)
+
+    def _check_online(self) -> None:
+        if not self.online:
+            return
+        lowest = self.format.grid.mantissa_bits + 1
+        if not lowest <= self.online <= _MAX_ONLINE_BITS:
+            raise ValueError(
+                f"accumulator '{self}': /onlineH recomputes scores with H mantissa bits, more than {self.format} has: "
+                f"allowed are {lowest} to {_MAX_ONLINE_BITS}"
+            )
+        if self.promote or self.fuse is not None or not self.format.grid.signed:
+            raise ValueError(
+                f"accumulator '{self}': /onlineH takes a signed format with strict sums, /unfused or /blockB; sums of "
+                "/promoteB and units are float32"
+            )
+        if self.stochastic and (self.block > 1 or not self.fused):
+            raise ValueError(
+                f"accumulator '{self}': /stochastic goes with strict sums, without /blockB and /unfused"
+            )
 
     @property
     def unit_roundoff(self) -> float:
@@ -188,6 +274,6 @@ def _options(options: list[str], spelling: str) -> tuple[bool, dict[str, int]]:
         else:
             raise ValueError(
                 f"can't use option {option!r} in accumulator {spelling!r}; allowed after the format, "
-                "once each: /unfused, either /blockB or /promoteB with B >= 1, or /fuseL/F with /promoteB"
+                "once each: /unfused, either /blockB or /promoteB with B >= 1, /onlineH, or /fuseL/F with /promoteB"
             )
     return fused, counts

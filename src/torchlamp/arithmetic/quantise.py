@@ -6,7 +6,8 @@ from torch import Tensor
 from torchlamp.arithmetic.formats import Format
 from torchlamp.arithmetic.operands import Block, Operand
 from torchlamp.arithmetic.rounding import check_no_gradient
-from torchlamp.kernels.rounding import round_to_grid
+from torchlamp.arithmetic.tender import Ranges, Tables
+from torchlamp.kernels.rounding import round_float64, round_to_grid
 from torchlamp.kernels.specification import Grid
 
 #: Numbers that are widened to float64 at a time.
@@ -23,7 +24,7 @@ def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
         tensor([ 1.0049,  0.2871, -0.0000])
 
     Groups and rows run along `dim`, the dimension that a product sums over. A group with an infinity or NaN becomes
-    NaN as a whole where it has a scale.
+    NaN as a whole where it has a scale. Tender's chunks run along the dimension before that, once `dim` is the last.
 
     Parameters
     ----------
@@ -60,8 +61,19 @@ def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
         rounded = round_to_grid(x, Format.parse(str(block.element)).grid)
         return rounded.clone() if rounded is x else rounded
     rows = x.reshape(1) if x.ndim == 0 else x.movedim(dim, -1)
+    if block.groups:
+        return _biased(rows, block).movedim(-1, dim).reshape(x.shape)
     flat = rows.reshape(1, -1) if block.length < 0 else rows.reshape(-1, rows.shape[-1])
     return _rows(flat, block).view(rows.shape).movedim(-1, dim).reshape(x.shape)
+
+
+def _biased(rows: Tensor, block: Block) -> Tensor:
+    """Tender's stored values of (..., vectors, numbers), the bias included; a vector alone is a chunk."""
+    vectors = rows if rows.ndim > 1 else rows[None]
+    x = vectors.reshape(-1, *vectors.shape[-2:])
+    tables = Tables.of(Ranges.of(x), block)
+    values = tables.codes(x)[1].values + tables.spread(tables.bias, x.shape[1])
+    return values.view(rows.shape)
 
 
 def _rows(rows: Tensor, block: Block) -> Tensor:
@@ -88,25 +100,32 @@ def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
         assert second is not None
         return _two_level(groups, magnitude, second, _element(block))
     if isinstance(block.element, int):
-        return _integers(groups, magnitude, 2 ** (block.element - 1) - 1, block.scale == "bf16-up")
+        codes, scale = integer_codes(groups, block)
+        return codes * scale
     grid = _element(block)
     scale = magnitude / torch.full_like(magnitude, grid.max_value)
     if grid.max_exponent == _FLOAT32_EXPONENT:
         # A format with float32's range needs no scale, and magnitude / 2^128 would lose its bits.
         scale = torch.where(magnitude.isfinite(), 1.0, torch.nan)
-    return _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
+    return _nonzero(round_float64(groups.double() / scale.double(), grid) * scale, scale)
 
 
-def _integers(groups: Tensor, magnitude: Tensor, largest: int, narrow_scale: bool) -> Tensor:
-    """S round(x / s), s the largest magnitude over the largest code; as `reference_lowbit.pack_blocks` stores it."""
+def integer_codes(groups: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Codes, float32 whole numbers (..., groups, length), and scales (..., groups, 1) of a symmetric integer operand.
+
+    The scale is the largest magnitude over the largest code; as `reference_lowbit.pack_blocks` stores it. Codes of a
+    group that is zero or not finite are 0, and the scale of one that isn't finite is NaN.
+    """
+    magnitude, largest = groups.abs().amax(-1, keepdim=True), block.largest_code
     scale = magnitude / torch.full_like(magnitude, largest)
-    if narrow_scale:
+    if block.scale == "bf16-up":
         # Rounded up to bfloat16, so that no code exceeds the largest.
         pattern = (scale.view(torch.int32).long() + 0xFFFF) >> 16
         pattern = torch.where(scale.isfinite() & (pattern < _BF16_INFINITY), pattern, _BF16_NAN)
         scale = (pattern << 16).to(torch.int32).view(torch.float32)
     codes = (groups / scale).round().clamp(-largest, largest)
-    return _nonzero(codes * scale, scale)
+    usable = (scale > 0) & (scale < torch.inf)
+    return torch.where(usable, codes, 0.0), torch.where(scale < torch.inf, scale, torch.nan)
 
 
 def _microscaled(groups: Tensor, magnitude: Tensor, grid: Grid) -> Tensor:
@@ -114,7 +133,7 @@ def _microscaled(groups: Tensor, magnitude: Tensor, grid: Grid) -> Tensor:
     exponent = torch.frexp(magnitude.double()).exponent - 1 - grid.max_exponent
     exponent = torch.where(magnitude > 0, exponent, -_E8M0_RANGE).clamp(-_E8M0_RANGE, _E8M0_RANGE)
     scale = torch.ldexp(torch.ones_like(magnitude, dtype=torch.float64), exponent)
-    values = (_round(groups.double() / scale, grid).double() * scale).float()
+    values = (round_float64(groups.double() / scale, grid).double() * scale).float()
     return torch.where(magnitude.isfinite(), values, torch.nan)
 
 
@@ -122,8 +141,8 @@ def _two_level(groups: Tensor, magnitude: Tensor, second: Tensor, grid: Grid) ->
     """NVFP4: an e4m3fn scale for each group times a float32 scale of the tensor."""
     scales = Format.parse("e4m3fn-sat").grid
     wanted = magnitude.double() / grid.max_value / second.double()
-    scale = _round(torch.where(second > 0, wanted, 0.0), scales) * second
-    values = _nonzero(_round(groups.double() / scale.double(), grid) * scale, scale)
+    scale = round_float64(torch.where(second > 0, wanted, 0.0), scales) * second
+    values = _nonzero(round_float64(groups.double() / scale.double(), grid) * scale, scale)
     return torch.where(magnitude.isfinite(), values, torch.nan)
 
 
@@ -139,20 +158,6 @@ def _tensor_scale(flat: Tensor, block: Block) -> Tensor | None:
 def _element(block: Block) -> Grid:
     """The element's grid; what is beyond its largest number saturates."""
     return Format.parse(f"{block.element}-sat").grid
-
-
-def _round(quotient: Tensor, grid: Grid) -> Tensor:
-    """Quotients, float64, to the element's grid: float32.
-
-    Rounding to float32 first would round twice; what float32 cuts off is therefore kept as its last bit (round to
-    odd), which no later rounding to so few bits can mistake for a tie.
-    """
-    near = quotient.float()
-    away = near.double().abs() > quotient.abs()
-    toward_zero = torch.where(away, torch.nextafter(near, torch.zeros_like(near)), near)
-    inexact = (toward_zero.double() != quotient) & quotient.isfinite() & toward_zero.isfinite()
-    odd = torch.where(inexact, (toward_zero.view(torch.int32) | 1).view(torch.float32), toward_zero)
-    return round_to_grid(odd, grid)
 
 
 def _nonzero(values: Tensor, scale: Tensor) -> Tensor:

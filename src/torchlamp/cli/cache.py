@@ -1,4 +1,4 @@
-"""``torchlamp cache``: the converted copies of models."""
+"""``torchlamp cache``: converted copies of models, and low-bit copies of their weights."""
 
 import json as json_module
 import time
@@ -16,7 +16,7 @@ _DAY = 86_400
 
 cache_app = typer.Typer(
     name="cache",
-    help="List or clear the converted copies of models, which take gigabytes.",
+    help="List or clear converted models and low-bit copies, which take gigabytes.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
@@ -27,7 +27,7 @@ app.add_typer(cache_app)
 @cache_app.command("list")
 @one_line_errors
 def list_entries(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List the converted copies with their sizes and last uses."""
+    """List converted models and low-bit copies with their sizes and last uses."""
     from torchlamp.models.cache import cache_folder, entries
 
     found = entries()
@@ -35,6 +35,7 @@ def list_entries(json: Annotated[bool, typer.Option("--json", help="As JSON.")] 
         records = [
             {
                 "name": entry.name,
+                "kind": entry.kind,
                 "bytes": entry.size,
                 "last_use": datetime.fromtimestamp(entry.used, timezone.utc).isoformat(timespec="seconds"),
                 "whole": entry.whole,
@@ -56,14 +57,16 @@ def list_entries(json: Annotated[bool, typer.Option("--json", help="As JSON.")] 
 def clear(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="NAME", help="Copies whose names begin so; all without any."),
+        typer.Argument(
+            metavar="NAME", help="Copies whose names begin so, low-bit ones too; all without any."
+        ),
     ] = None,
     unused_days: Annotated[
         float | None, typer.Option(metavar="DAYS", help="Only copies that weren't used for so many days.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
-    """Delete converted copies; the next load of their model makes them anew."""
+    """Delete converted models and low-bit copies; the next load makes them anew."""
     from torchlamp.models.cache import entries, remove
 
     if unused_days is not None and not unused_days >= 0:

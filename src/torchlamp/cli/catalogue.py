@@ -10,7 +10,7 @@ from torchlamp.cli.common import app, one_line_errors
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 #: Operands that `formats` shows: a few of those that the grammar makes; the named block formats follow.
-_OPERANDS = ("float32", "bf16", "int12", "int8", "int4", "int8/row", "e4m3fn/row", "e5m2/tensor")
+_OPERANDS = ("float32", "bf16", "int12", "int8", "int4", "int8/row", "e4m3fn/row", "e5m2/tensor", "tender4/8")
 _FORMATS = ("ps1", "ps4", "ps23")
 
 
@@ -65,14 +65,18 @@ def formats(json: AsJson = False) -> None:
             f"{entry['unit_roundoff']:13}  {entry['layout']}"
         )
     print("  and ps1..ps23, eXmY, ueXmY (X 2..8, Y 1..23), with -sat and -flush")
-    print("accumulators: a format, also with /unfused, /blockB, /promoteB or /fuseL/F; and by name")
+    print(
+        "accumulators: a format, also with /unfused, /blockB, /promoteB, /fuseL/F or (scores) /onlineH; and by name"
+    )
     for entry in found["accumulators"]:
         takes = f"  takes {', '.join(entry['operands'])}" if entry["operands"] else ""
         print(f"  {entry['name']:14} {entry['spelling']:15}{takes}")
     print("operands       bits  element, and the numbers that share a scale")
     for entry in found["operands"]:
         print(f"  {entry['name']:12} {entry['bits']:4g}  {entry['layout']}")
-    print("  and int2..int16 with /G, /row or /tensor, any format above alone, with /row or /tensor")
+    print(
+        "  and int2..int16 with /G, /row or /tensor, any format above alone, with /row or /tensor, tenderB/G"
+    )
     print("transforms, in the order they are applied")
     for entry in found["transforms"]:
         print(f"  {entry['name']:12} {entry['summary']}")
@@ -109,9 +113,20 @@ def _catalogue() -> dict[str, list[dict[str, Any]]]:
                 "spelling": str(spelling),
                 # Empty: any operand.
                 "operands": list(UNITS[name].lengths) if name in UNITS else [],
-                "example": f"mlp_up={name}+none",
+                "example": f"{'scores' if 'online' in spelling else 'mlp_up'}={name}+none",
             }
             for name, spelling in accumulators.NAMED.items()
+        ]
+        + [
+            {
+                "name": name,
+                "spelling": name,
+                "operands": ["tenderB/G", "intB/row", "intB/tensor"]
+                if register.shift
+                else ["intB", "tenderB/G"],
+                "example": f"mlp_up={'tender4/8' if register.shift else 'int8'}@{name}+none",
+            }
+            for name, register in accumulators.REGISTERS.items()
         ],
         "operands": [
             {

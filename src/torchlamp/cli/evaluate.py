@@ -68,6 +68,13 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option(help="Also run plain low precision and a random control.")
     ] = True,
+    noise: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Also run each policy N times with last bits moved at random: how much of its KL is rounding noise.",
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the random control.")] = 0,
     threads: Threads = None,
 ) -> None:
@@ -82,10 +89,14 @@ def evaluate(
     set_threads(threads)
 
     from torchlamp.cli.progress import reporter
+    from torchlamp.cli.steps import shown_steps
+    from torchlamp.evaluation.evaluate import check_noise
     from torchlamp.evaluation.evaluate import evaluate as run_evaluation
     from torchlamp.models.load import load
 
-    language_model, tokenizer = load(model)
+    check_noise(noise)
+    with shown_steps():
+        language_model, tokenizer = load(model)
     tokens, names = _cut(language_model, tokenizer, texts, dataset or [], windows, window_length)
     with reporter(error_console()) as shown:
 
@@ -95,8 +106,8 @@ def evaluate(
                 hold_signals()  # nothing is left to stop
 
         result = run_evaluation(
-            language_model, tokens, chosen, baselines=baselines, compare=others, seed=seed, progress=progress,
-            model_name=model, text=names,
+            language_model, tokens, chosen, baselines=baselines, compare=others, noise=noise, seed=seed,
+            progress=progress, model_name=model, text=names,
         )  # fmt: skip
     hold_signals()
     _show(result, output, to_stdout)

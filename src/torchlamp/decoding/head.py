@@ -3,6 +3,7 @@
 `native/lowbit/head.hpp` is the kernel, `LowBitHead.reference` its readable equal; docs/decoding.md has the proof.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchlamp.kernels.dispatch import as_native, native_for
 from torchlamp.kernels.head_bounds import could_win, logit_bounds, max_norm
 from torchlamp.kernels.look_ahead import softmax_gain
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_kept, check_vectors
 
 #: Rows that are widened to float64 at a time.
 _SLAB_ROWS = 4096
@@ -52,6 +53,19 @@ class LowBitHead:
                 "nothing can be proven of its argmax, leave it in full precision"
             )
         return cls(head, as_native(weight), max_norm(weight, head.errors), error)
+
+    @classmethod
+    def of(cls, weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> "LowBitHead":
+        """The head of a weight over tensors that `tensors` once gave; the weight isn't read. ValueError as there."""
+        check_kept(tensors, "largest", (2,), torch.float64)
+        head = LowBitMatrix.of(tensors, bits, *weight.shape)
+        norm, error = tensors["largest"].tolist()
+        return cls(head, as_native(weight), norm, error)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was computed of the weight, for `of`: the copy's tensors, and both bounds in float64."""
+        largest = torch.tensor([self.largest_norm, self.largest_error], dtype=torch.float64)
+        return {**self.head.tensors(), "largest": largest}
 
     @torch.no_grad()
     def run(self, x: Tensor, threshold: float, top: int = 1) -> tuple[Tensor, int, int]:

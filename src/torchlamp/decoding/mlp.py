@@ -3,6 +3,7 @@
 `native/lowbit/mlp.hpp` is the kernel, `LowBitMlp.reference` its readable equal; docs/decoding.md derives the weights.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.nn import functional
 
 from torchlamp.kernels.constants import ACTIVATIONS, ROWS
 from torchlamp.kernels.dispatch import NativeKernels, NativeObject, as_native, native_for
-from torchlamp.kernels.full_rows import linear, slabs
-from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_vectors
+from torchlamp.kernels.full_rows import FULL, linear, slabs
+from torchlamp.kernels.low_bit_matrix import LowBitMatrix, check_kept, check_vectors
 from torchlamp.kernels.reference_lowbit import block_count
 
+_MATRICES = ("gate", "up", "down")
 _LARGEST = torch.finfo(torch.float32).max
 #: What float16 loses of a normal number, relative to it.
 _HALF_UNIT = 2.0**-11
@@ -106,6 +108,55 @@ class LowBitMlp:
             errors,
             activation,
         )
+
+    @classmethod
+    def of(
+        cls,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        tensors: Mapping[str, Tensor],
+        activation: str,
+        up_bits: int,
+        down_bits: int,
+    ) -> "LowBitMlp":
+        """The MLP of these weights over tensors that `tensors` once gave; the weights aren't read.
+
+        Raises
+        ------
+        ValueError
+            Tensors of other sizes or dtypes than those of such an MLP.
+        """
+        neurons, padded = len(gate), block_count(len(gate)) * ROWS
+        for name in ("norms", "column_errors"):
+            check_kept(tensors, name, (padded,), torch.float32)
+        full = tensors.get("down_full")
+        if full is not None and (full.shape != down.T.shape or full.dtype not in FULL):
+            raise ValueError(f"a kept down projection has the shape {tuple(full.shape)} and {full.dtype}")
+        parts = {
+            name: {
+                key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")
+            }
+            for name in _MATRICES
+        }
+        return cls(
+            LowBitMatrix.of(parts["gate"], up_bits, neurons, gate.shape[1]),
+            LowBitMatrix.of(parts["up"], up_bits, neurons, up.shape[1]),
+            LowBitMatrix.of(parts["down"], down_bits, len(down), neurons),
+            as_native(gate),
+            as_native(up),
+            full,
+            tensors["norms"],
+            tensors["column_errors"],
+            activation,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was computed of the weights, for `of`."""
+        copies = dict(zip(_MATRICES, (self.gate, self.up, self.down), strict=True))
+        found = {f"{name}.{key}": t for name, copy in copies.items() for key, t in copy.tensors().items()}
+        found |= {"norms": self.norms, "column_errors": self.errors}
+        return found if self.down_full is None else {**found, "down_full": self.down_full}
 
     @torch.no_grad()
     def run(self, x: Tensor, up_threshold: float, down_threshold: float) -> tuple[Tensor, int, int]:

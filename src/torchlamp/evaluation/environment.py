@@ -35,6 +35,7 @@ def environment() -> dict[str, Any]:
         "cpu_features": cpu_features(),
         "threads": torch.get_num_threads(),
         "kernels": "native" if native.available() else "torch twins",
+        "instruction_set": native.instruction_set(),
         "git": git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -22,9 +22,10 @@ from torchlamp.policy.policy import Policy
 from torchlamp.results.flip_bits import pack_bits
 from torchlamp.results.result import REFERENCE_POLICY, Result
 from torchlamp.simulation.calibration import Calibration
-from torchlamp.simulation.doubt import doubt_warning
 
 logger = logging.getLogger("torchlamp.evaluate")
+#: Repetitions whose spread is known to 2 %; more are a slip of the keyboard.
+MAX_NOISE = 1000
 
 
 def evaluate(
@@ -38,6 +39,7 @@ def evaluate(
     layers: Sequence[int] | None = None,
     blocks: bool = False,
     calibration: Calibration | None = None,
+    noise: int = 0,
     progress: Callable[[Progress], None] | None = None,
     model_name: str | None = None,
     text: str = "unnamed",
@@ -70,6 +72,9 @@ def evaluate(
         Also count the blocks that hold a recomputed score (`Result.block_rates`).
     calibration : Calibration, optional
         Statistics that transforms are fitted to, from `torchlamp.calibrate` on another text; results carry its hash.
+    noise : int
+        Repeat every run this often, each time with last bits moved at random (`torchlamp.evaluation.noise`), and give
+        the spread of its KL: `Result.kl_noise`. Takes as many forward passes more.
     progress : callable, optional
         Called with a `Progress` (times in seconds) after every forward pass.
     model_name, text : str, optional
@@ -95,6 +100,7 @@ def evaluate(
     policy = Policy.parse(policy)
     others = [Policy.parse(other) for other in compare]
     _check(model, windows, seed)
+    check_noise(noise)
     start = time.perf_counter()
     runs = plan_runs(policy, baselines, others)
     reference = EvaluationRun("reference", None)
@@ -106,6 +112,7 @@ def evaluate(
         layers=layers,
         blocks=blocks,
         calibration=calibration,
+        noise=noise,
         progress=progress,
     )
     loop.check()
@@ -126,9 +133,7 @@ def evaluate(
         "partial": interrupted,
         "calibration": None if calibration is None else calibration.hash,
     }
-    warning = doubt_warning(*runs[0].doubt)
-    if warning is not None:
-        logger.warning("policy %s: %s", runs[0].policy, warning)
+    _warn(runs[0])
     beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
         "comparisons": tuple(_result(run, shared) for run in beside),
@@ -179,8 +184,14 @@ def evaluate_against(
     with inference_in_eval_mode(model):
         loop.run_all()
     loop.collect()
+    _warn(run)
     shared = _shared(model, windows, seed, model_name, text)
     return _result(run, shared | {"partial": False, "seconds": time.perf_counter() - start})
+
+
+def _warn(run: EvaluationRun) -> None:
+    if run.warning is not None:
+        logger.warning("policy %s: %s", run.policy, run.warning)
 
 
 def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text: str) -> dict[str, Any]:
@@ -198,6 +209,7 @@ def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text
 
 
 def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
+    figures, moved = aggregate(run.windows), run.kl_by_move
     own: dict[str, Any] = {
         "policy": REFERENCE_POLICY if run.policy is None else str(run.policy),
         "role": run.role,
@@ -208,16 +220,29 @@ def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
         "recompute_rate_by_head": run.recompute_rate_by_head,
         "recompute_rate_by_position": run.recompute_rate_by_position,
         "block_rates": run.block_rates,
+        "tile_rates": run.tile_rates,
         "kl_by_window": [rounded(float(w.kl.mean())) for w in run.windows],
         "flip_by_window": [rounded(float(w.flips.double().mean())) for w in run.windows],
         "log_perplexity_ratio_by_window": [
             rounded(float((w.cross_entropy - w.reference_cross_entropy).mean())) for w in run.windows
         ],
+        "overflowed_by_site": {site: count for site, (count, _) in run.overflow.items()},
         "flip_bits_by_window": [pack_bits(w.flips.tolist()) for w in run.windows],
+        "kl_by_move": moved,
         "seconds": run.seconds,
         "forward_seconds": run.forward_seconds,
     }
-    return Result(**(own | asdict(aggregate(run.windows)) | shared))
+    if moved:
+        own["kl_noise"] = float(torch.tensor([figures.kl_mean, *moved], dtype=torch.float64).std())
+    return Result(**(own | asdict(figures) | shared))
+
+
+def check_noise(noise: int) -> None:
+    """TypeError or ValueError for a number of repetitions that can't be meant."""
+    if not isinstance(noise, int) or isinstance(noise, bool):
+        raise TypeError(f"noise {noise!r}: give a number of repetitions, 0 for none")
+    if not 0 <= noise <= MAX_NOISE:
+        raise ValueError(f"noise {noise}: give 0 to {MAX_NOISE} repetitions")
 
 
 def _check(model: Any, windows: Tensor, seed: int) -> None:

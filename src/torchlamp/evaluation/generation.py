@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,14 +189,20 @@ def generate(
     )
 
 
-def load_for_generation(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer as `torchlamp.load` gives them, in half precision where the checkpoint is.
+def load_for_generation(
+    name: str, policy: AnyPolicy = None, *, full_precision: bool = False
+) -> tuple[Any, Any]:
+    """A model and its tokenizer as `torchlamp.load` gives them, for `generate` under the same policy.
 
-    A model with half-precision matrices of modules that can't be run in float32 as they are is widened.
+    A policy of the decoding kernels prepares the model as it is loaded (`precision`). Under another one, or where
+    float32 runs, too (`full_precision`), it isn't prepared, and in half precision where the checkpoint is; a model with
+    half-precision matrices of modules that can't be run in float32 as they are is widened.
     """
     from torchlamp.huggingface.wide_forwards import narrow_modules
     from torchlamp.models.load import load
 
+    if not full_precision and (policy is None or policy.has_stored):
+        return load(name, precision="default" if policy is None else policy)
     model, tokenizer = load(name, dtype="auto")
     try:
         narrow_modules(model)
@@ -286,17 +292,25 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
 
 
 def running_under(model: Any, policy: AnyPolicy, full_precision: bool = False) -> AbstractContextManager[Any]:
-    """A block in which the model runs under a policy: prepared, simulated, or as it is in float32."""
+    """A block in which the model runs under a policy: prepared, simulated, or as it is in float32.
+
+    A model that is prepared already, under this policy, stays so, and its statistics go on counting.
+    """
+    from torchlamp.huggingface.interface import check_not_prepared
+    from torchlamp.huggingface.prepare import prepare, prepared_or_none
+
     if full_precision:
         from torchlamp.huggingface.widening import widened
 
+        check_not_prepared(model)
         return widened(model)
+    found = prepared_or_none(model)
+    if found is not None and policy in (None, found.policy, found.asked):
+        return nullcontext(found)
     if policy is not None and not policy.has_stored:
         from torchlamp.huggingface.lookahead import lookahead
 
         return lookahead(model, policy)
-    from torchlamp.huggingface.prepare import prepare
-
     return prepare(model, policy)
 
 

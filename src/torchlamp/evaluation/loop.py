@@ -1,9 +1,10 @@
 """The loop of an evaluation: every window through every run, each compared with the window's reference."""
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torchlamp.evaluation.aggregate import mean_and_error
 from torchlamp.evaluation.metrics import Comparer, Reference, TokenMetrics
+from torchlamp.evaluation.noise import moved
 from torchlamp.evaluation.runs import EvaluationRun
 from torchlamp.huggingface.lookahead import lookahead
 from torchlamp.huggingface.widening import widened
@@ -85,8 +87,18 @@ def timed_forward(model: Any, tokens: Tensor) -> tuple[Tensor, float]:
     return logits, time.perf_counter() - start
 
 
-#: A run's part of a window: metrics, counts, seconds in all and in the forward pass.
-Step = tuple[EvaluationRun, TokenMetrics, Statistics | None, float, float]
+@dataclass(frozen=True)
+class Step:
+    """A run's part of a window."""
+
+    run: EvaluationRun
+    metrics: TokenMetrics
+    statistics: Statistics | None
+    #: In all, and in the forward pass; without those of the passes of `noise`.
+    seconds: float
+    forward_seconds: float
+    #: The window's mean KL in each pass whose last bits are moved.
+    noise: list[float] = field(default_factory=list)
 
 
 class Loop:
@@ -106,6 +118,8 @@ class Loop:
         Count blocks that hold a recomputed score.
     calibration : Calibration, optional
         Statistics that the policies' transforms are fitted to.
+    noise : int
+        Passes of each policy whose last bits are moved at random, of each window.
     progress : callable, optional
         Called with a `Progress` after every forward pass.
     """
@@ -119,9 +133,10 @@ class Loop:
         layers: Sequence[int] | None = None,
         blocks: bool = False,
         calibration: Calibration | None = None,
+        noise: int = 0,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._references, self._runs, self._seed = references, runs, seed
+        self._references, self._runs, self._seed, self._noise = references, runs, seed, noise
         self._layers, self._blocks, self._calibration = layers, blocks, calibration
         self._progress, self._start = progress, time.perf_counter()
         self._passes = 0
@@ -149,8 +164,9 @@ class Loop:
     def collect(self) -> int:
         """Add the finished windows to their runs, and count them."""
         for steps in self.finished:
-            for run, metrics, statistics, seconds, forward in steps:
-                run.add(metrics, statistics, seconds, forward)
+            for step in steps:
+                step.run.add(step.metrics, step.statistics, step.seconds, step.forward_seconds)
+                step.run.noise.append(step.noise)
         return len(self.finished)
 
     def window(self, index: int) -> None:
@@ -175,10 +191,27 @@ class Loop:
                 forward += seconds
                 metrics = self._references.comparer.compare(reference, logits)
                 del logits
-            done.append((run, metrics, statistics, time.perf_counter() - start, forward))
+            step = Step(run, metrics, statistics, time.perf_counter() - start, forward)
+            done.append(step)
             self._passes += 1
+            for number in range(0 if run.policy is None else self._noise):
+                self._report(done)
+                step.noise.append(self._moved_kl(run, index, number, reference))
+                self._passes += 1
         self.finished.append(done)
         self._report(done)
+
+    def _moved_kl(self, run: EvaluationRun, index: int, number: int, reference: Reference) -> float:
+        """The mean KL of a window whose last bits are moved at random, for the `number`-th time."""
+        assert run.policy is not None
+        model = self._references.model
+        tokens = self._references.windows[index].to(model.device)
+        # Draws of its own for each window and pass. torch's generator on the CPU reads 32 bits of a seed.
+        seed = zlib.crc32(f"{self._seed} {index} {number}".encode())
+        generator = torch.Generator().manual_seed(seed)
+        with self._lookahead(run.policy, index), moved(model, generator):
+            logits, _ = timed_forward(model, tokens)
+        return float(self._references.comparer.compare(reference, logits).kl.mean())
 
     def _report(self, done: list[Step]) -> None:
         """Tell the callback about the last of `done`, the window's steps so far."""
@@ -187,17 +220,17 @@ class Loop:
         steps = [step for window in self.finished for step in window]
         if not self.finished or self.finished[-1] is not done:
             steps += done
-        kl = [metrics.kl for run, metrics, *_ in steps if run.role == "tested"]
+        kl = [step.metrics.kl for step in steps if step.run.role == "tested"]
         mean, error = mean_and_error(kl) if kl else (float("nan"), float("nan"))
         elapsed = time.perf_counter() - self._start
-        total = self._total * len(self._runs)
+        total = self._total * sum(1 if run.policy is None else 1 + self._noise for run in self._runs)
         self._progress(
             Progress(
                 windows=len(self.finished),
                 total_windows=self._total,
                 passes=self._passes,
                 total_passes=total,
-                role=done[-1][0].role,
+                role=done[-1].run.role,
                 kl_mean=mean,
                 kl_standard_error=error,
                 elapsed=elapsed,

@@ -11,7 +11,9 @@ from torchlamp.evaluation.metrics import TokenMetrics
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.results.result import POSITION_BIN, Role
 from torchlamp.rules.rule import Rule
+from torchlamp.simulation.doubt import low_pass_warning
 from torchlamp.simulation.statistics import Counts, Statistics, rate
+from torchlamp.simulation.tile_counts import COUNTS, saturation_warning, tile_rates
 
 _NOTHING = Counts.zeros(0).table
 
@@ -30,8 +32,14 @@ class EvaluationRun:
     positions: Tensor = field(default_factory=lambda: _NOTHING)
     #: Eligible and touched blocks of 1 x 16 and of 16 x 16 scores; zeros where they weren't counted.
     blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64))
+    #: Counts of an online softmax's tiles; zeros without one.
+    tiles: Tensor = field(default_factory=lambda: torch.zeros(COUNTS, dtype=torch.int64))
     #: Rows of scores that were looked at, and those in which the low pass isn't to be trusted.
     doubt: tuple[int, int] = (0, 0)
+    #: Of each site: sums that didn't fit an integer register, and all.
+    overflow: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: Of each window the mean KL of each pass whose last bits were moved; empty lists without such passes.
+    noise: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     forward_seconds: float = 0.0
 
@@ -54,8 +62,17 @@ class EvaluationRun:
             self.heads[layer] = _added(self.heads[layer], statistics.head_counts(layer).table)
         self.positions = _added(self.positions, statistics.position_counts().table)
         self.blocks = self.blocks + statistics.block_counts
+        self.tiles = self.tiles + statistics.tile_counts
         rows, doubtful = statistics.doubt_counts
         self.doubt = (self.doubt[0] + rows, self.doubt[1] + doubtful)
+        for site, (overflowed, sums) in statistics.overflow_by_site.items():
+            known = self.overflow.get(site, (0, 0))
+            self.overflow[site] = (known[0] + overflowed, known[1] + sums)
+
+    @property
+    def kl_by_move(self) -> list[float]:
+        """Mean KL over all windows of each pass whose last bits were moved."""
+        return [sum(passes) / len(passes) for passes in zip(*self.noise, strict=True)]
 
     @property
     def recompute_rate(self) -> float:
@@ -97,6 +114,16 @@ class EvaluationRun:
             return {}
         rows, tiles = (rounded(rate(int(touched), int(eligible))) for eligible, touched in self.blocks)
         return {"entry": self.recompute_rate_by_site["scores"], "row_block_16": rows, "tile_16x16": tiles}
+
+    @property
+    def tile_rates(self) -> dict[str, float]:
+        """Shares of an online softmax's tiles by recomputed sub-blocks; empty without one."""
+        return {name: rounded(share) for name, share in tile_rates(self.tiles).items()}
+
+    @property
+    def warning(self) -> str | None:
+        """One line that says that the low pass isn't to be trusted; None: it is."""
+        return saturation_warning(self.tiles) or low_pass_warning(self.doubt, self.overflow)
 
     def _total(self) -> Counts:
         total = Counts.zeros(1)

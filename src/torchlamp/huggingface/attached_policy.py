@@ -67,8 +67,8 @@ class AttachedPolicy:
     def generator(
         self, policy: SitePolicy | None, site: str, layer: int, step: int
     ) -> torch.Generator | None:
-        """A generator for one call, if its rule draws."""
-        if policy is None or not policy.rule.needs_generator:
+        """A generator for one call, if its rule or its rounding draws."""
+        if policy is None or not policy.needs_generator:
             return None
         return self.statistics.generator(layer, step, site)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp.huggingface.layer_build import LayerBuild
+from torchlamp.huggingface.offloaded import present
 from torchlamp.huggingface.residual_stream import residual_ahead
 from torchlamp.huggingface.site_forwards import LinearGroup
 from torchlamp.huggingface.sites import Sites
@@ -60,9 +61,11 @@ def activation(build: LayerBuild, site: Site) -> None:
     """Up projection, and gate if there is one, into the activation; a number counts as the down projection reads it."""
     group = LinearGroup(build.attached, site.name, build.number, build.policies[site.name])
     build.install(site, group)
-    down = build.sites.weights(_down(build, site)).matrix.detach()
+    down = _down(build, site)
+    with present([down]):
+        norms = build.sites.weights(down).matrix.detach().norm(dim=1)
     look = gated if build.sites.is_gated(build.module) else activated
-    group.next_function = look(build.sites.activation(build.module), down.norm(dim=1))
+    group.next_function = look(build.sites.activation(build.module), norms)
 
 
 def neurons(build: LayerBuild, site: Site) -> None:
@@ -130,5 +133,6 @@ def _down(build: LayerBuild, site: Site) -> nn.Module:
 def _value_norms(sites: Sites, layer: nn.Module) -> Tensor:
     """||W e|| of every number of every head's output, float32 (heads, value size)."""
     out = sites.modules(SITES["attention_out"], layer)[0]
-    norms: Tensor = torch.linalg.vector_norm(sites.weights(out).matrix.detach(), dim=1)
+    with present([out]):
+        norms: Tensor = torch.linalg.vector_norm(sites.weights(out).matrix.detach(), dim=1)
     return norms.view(-1, sites.head_size(layer))

@@ -1,5 +1,7 @@
 """What modules of a prepared model run: single tokens, steps and prompts, from low-bit copies."""
 
+import inspect
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp, activate
+from torchlamp.huggingface.copies import Copies
 from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.lookahead_cache import NAME, LookaheadCache, reading
@@ -84,12 +87,24 @@ class LinearDecode(DecodeForward):
 class LinearsDecode:
     """Linear layers with the same input as one low-bit matrix: their rows one below the other."""
 
-    def __init__(self, sites: Sites, modules: list[nn.Module], settings: Settings) -> None:
+    def __init__(
+        self, sites: Sites, modules: list[nn.Module], settings: Settings, copies: Copies, name: str
+    ) -> None:
         self.modules = modules
         maps = [sites.weights(module) for module in modules]
         rows = [m.matrix.detach().T for m in maps]
         self.sizes = [len(r) for r in rows]
-        self.matrix = LowBitMatrix.pack(torch.cat(rows), settings.bits)
+        bits, columns = settings.bits, rows[0].shape[1]
+
+        def matrix(name: str, parts: list[Tensor]) -> LowBitMatrix:
+            total = sum(map(len, parts))
+            return copies.take(
+                name,
+                lambda kept: LowBitMatrix.of(kept, bits, total, columns),
+                lambda: LowBitMatrix.pack(parts[0] if len(parts) == 1 else torch.cat(parts), bits),
+            )
+
+        self.matrix = matrix(name, rows)
         biases = [
             torch.zeros(n) if m.bias is None else m.bias.detach()
             for m, n in zip(maps, self.sizes, strict=True)
@@ -97,7 +112,7 @@ class LinearsDecode:
         self.bias = torch.cat(biases) if any(m.bias is not None for m in maps) else None
         #: Each layer's rows as a matrix of its own, over the same memory where they begin a block of rows.
         if any(size % ROWS for size in self.sizes[:-1]):
-            self.parts = [LowBitMatrix.pack(part, settings.bits) for part in rows]
+            self.parts = [matrix(f"{name}.{number}", [part]) for number, part in enumerate(rows)]
             self.bytes = self.matrix.bytes + sum(part.bytes for part in self.parts)
         else:
             self.parts, self.bytes = self.matrix.split(self.sizes), self.matrix.bytes
@@ -174,10 +189,10 @@ class AttentionDecode(Forward):
 
 
 def linears_decode(
-    sites: Sites, modules: list[nn.Module], settings: Settings
+    sites: Sites, modules: list[nn.Module], settings: Settings, copies: Copies, name: str
 ) -> tuple[list[Forward], LinearsDecode]:
     """Forwards of linear layers with the same input, and what they share."""
-    group = LinearsDecode(sites, modules, settings)
+    group = LinearsDecode(sites, modules, settings, copies, name)
     return [LinearDecode(module, group, index) for index, module in enumerate(modules)], group
 
 
@@ -188,7 +203,27 @@ def check_attention(sites: Sites, layer: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(attention).__name__} makes keys and values of latent vectors, which a look-ahead cache doesn't hold"
         )
+    if (reader := _reader_of_the_cache(attention)) is not None:
+        raise ValueError(
+            f"{type(attention).__name__} reads all keys or values in its {reader}, too, and a step would have it read "
+            "the cache's copies"
+        )
     return attention
+
+
+def _reader_of_the_cache(attention: nn.Module) -> str | None:
+    """A child that the forward of an attention calls on `key_states` or `value_states`, the names that transformers
+    gives to what the cache returned (Doge's `dt_proj`); None without one. Norms, which come before it, don't count.
+    """
+    try:
+        source = inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):
+        return None
+    _, update, after = source.partition(".update(")
+    called = re.search(r"self\.(\w+)\(\s*(?:key_states|value_states)\b", after) if update else None
+    if called is None or not isinstance(getattr(attention, called[1], None), nn.Module):
+        return None
+    return called[1]
 
 
 def check_rows(sites: Sites, site: Site, layer: nn.Module) -> None:
@@ -198,11 +233,12 @@ def check_rows(sites: Sites, site: Site, layer: nn.Module) -> None:
 
 
 def check_mlp(
-    sites: Sites, layer: nn.Module, given: Mapping[nn.Module, Forward]
+    sites: Sites, layer: nn.Module, given: Mapping[nn.Module, Forward], *, known: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Gate, up and down projection of a layer, (outputs, inputs) each, and the activation's name.
 
-    `given` are the forwards that modules have of ours already (`WideModel`).
+    `given` are the forwards that modules have of ours already (`WideModel`). `known` says that the formula was found to
+    be right before, of the same weights: then none of them is read.
 
     Raises
     ------
@@ -218,7 +254,8 @@ def check_mlp(
     *inner, out = [m.matrix.detach().T for m in maps]
     gate, up = inner if len(inner) == 2 else inner[0].chunk(2)
     activation = _activation(sites.activation(layer))
-    _check_formula(sites.mlp(layer), gate, up, out, activation, given)
+    if not known:
+        _check_formula(sites.mlp(layer), gate, up, out, activation, given)
     return gate, up, out, activation
 
 
@@ -230,13 +267,19 @@ def mlp_decode(
     statistics: Statistics,
     full: torch.dtype,
     given: Mapping[nn.Module, Forward],
+    copies: Copies,
+    name: str,
 ) -> MlpDecode:
     """The forward of the MLP of layer `number`; raises as `check_mlp` does."""
     layer = sites.layers[number]
     # Columns of the down projection are copied for whoever reads them: no rule at either site, no reader.
     blind = up.threshold == down.threshold == float("inf")
-    matrices = check_mlp(sites, layer, given)
-    mlp = LowBitMlp.pack(*matrices, up.bits, down.bits, None if blind else full)
+    gate, inner, out, activation = check_mlp(sites, layer, given, known=copies.has(name))
+    mlp = copies.take(
+        name,
+        lambda kept: LowBitMlp.of(gate, inner, out, kept, activation, up.bits, down.bits),
+        lambda: LowBitMlp.pack(gate, inner, out, activation, up.bits, down.bits, None if blind else full),
+    )
     return MlpDecode(sites.mlp(layer), mlp, (up.threshold, down.threshold), statistics, number, given)
 
 
@@ -273,10 +316,17 @@ def check_head(sites: Sites) -> tuple[nn.Module, Tensor]:
     return module, weights.matrix.detach().T
 
 
-def head_decode(sites: Sites, settings: Settings, top: int, statistics: Statistics) -> HeadDecode:
+def head_decode(
+    sites: Sites, settings: Settings, top: int, statistics: Statistics, copies: Copies, name: str
+) -> HeadDecode:
     """The forward of the LM head; raises as `check_head` does."""
     module, weight = check_head(sites)
-    return HeadDecode(module, LowBitHead.pack(weight, settings.bits), settings.threshold, top, statistics)
+    head = copies.take(
+        name,
+        lambda kept: LowBitHead.of(weight, kept, settings.bits),
+        lambda: LowBitHead.pack(weight, settings.bits),
+    )
+    return HeadDecode(module, head, settings.threshold, top, statistics)
 
 
 def _activation(module: nn.Module) -> str:

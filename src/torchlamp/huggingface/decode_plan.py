@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from torchlamp.huggingface.copies import Copies
 from torchlamp.huggingface.decode_attention import NAME
 from torchlamp.huggingface.decode_forwards import (
     AttentionDecode,
@@ -29,6 +30,7 @@ from torchlamp.policy.decodable import Settings
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
+from torchlamp.steps import each, work
 
 logger = logging.getLogger("torchlamp.decoding")
 _GENERATE = "_prepare_cache_for_generation"
@@ -98,6 +100,8 @@ class DecodePlan:
         What the kernel of each named site is told.
     statistics, memory
         Where the forwards count, and where the copies' sizes are added.
+    copies : Copies
+        Where the copies are from.
     wide : WideModel
         What makes a half-precision model compute in float32, in place already; `undo` undoes it last.
     full : str
@@ -117,12 +121,13 @@ class DecodePlan:
         settings: dict[str, Settings],
         statistics: Statistics,
         memory: Memory,
+        copies: Copies,
         wide: WideModel,
         full: str = "float16",
         top: int = 1,
     ) -> None:
         self.model, self.settings, self.statistics, self.memory = model, settings, statistics, memory
-        self.wide = wide
+        self.copies, self.wide = copies, wide
         self.full, self.top = full_dtype(full), top
         self.sites = Sites(model)
         in_layers = any(SITES[name].place.in_layers for name in settings)
@@ -132,7 +137,8 @@ class DecodePlan:
             )
         #: By their modules.
         self.forwards: dict[nn.Module, Forward] = {}
-        layers = [self._layer(number, layer) for number, layer in enumerate(self.sites.layers)]
+        packed = each("packing layers", self.sites.layers)
+        layers = [self._layer(number, layer) for number, layer in enumerate(packed)]
         whole = [layer for layer in layers if layer is not None]
         decoder = model.get_decoder()
         if (
@@ -146,7 +152,9 @@ class DecodePlan:
             )
         for name in settings:
             if not SITES[name].place.in_layers:
-                self._decode(SITES[name], Layer(-1, model))
+                with work(f"packing {name}"):
+                    self._decode(SITES[name], Layer(-1, model))
+        del self.copies  # the forwards hold what they need of them
         self._undo: list[Callable[[], object]] = []
 
     def put(self, cache: Callable[[], LookaheadCache] | None) -> None:
@@ -200,7 +208,8 @@ class DecodePlan:
         for other, rows in layer.rows.items():
             for module in set(modules) & set(rows.modules):
                 self.sites.check_free(module, other, site.name)
-        forwards, group = linears_decode(self.sites, modules, self.settings[site.name])
+        name = _copy_name(site, layer)
+        forwards, group = linears_decode(self.sites, modules, self.settings[site.name], self.copies, name)
         for forward in forwards:
             self._add(forward)
         self.memory.low_bit += group.bytes
@@ -217,8 +226,9 @@ class DecodePlan:
         assert site.partner is not None
         up, down = self.settings[site.name], self.settings[site.partner]
         layer.mlp = mlp_decode(
-            self.sites, layer.number, up, down, self.statistics, self.full, self.wide.forwards
-        )
+            self.sites, layer.number, up, down, self.statistics, self.full, self.wide.forwards, self.copies,
+            mlp_name(layer.number),
+        )  # fmt: skip
         self._add(layer.mlp)
         low, full = layer.mlp.mlp.bytes
         self.memory.low_bit += low
@@ -226,7 +236,8 @@ class DecodePlan:
 
     def _head(self, site: Site, layer: "Layer") -> None:
         """The output embedding."""
-        head = head_decode(self.sites, self.settings[site.name], self.top, self.statistics)
+        name = _copy_name(site, layer)
+        head = head_decode(self.sites, self.settings[site.name], self.top, self.statistics, self.copies, name)
         self._add(head)
         self.memory.low_bit += head.head.head.bytes
 
@@ -251,6 +262,15 @@ class DecodePlan:
         setattr(model, _GENERATE, _WithLookaheadCache(model, own, cache))
         give_back = functools.partial(delattr, model, _GENERATE)
         self._undo.append(give_back if own is None else functools.partial(setattr, model, _GENERATE, own))
+
+
+def mlp_name(number: int) -> str:
+    """The name of a layer's MLP among the copies."""
+    return f"layer {number} mlp"
+
+
+def _copy_name(site: Site, layer: Layer) -> str:
+    return f"layer {layer.number} {site.name}" if site.place.in_layers else site.name
 
 
 #: What decodes a site, by the names that the kernels of sites' records use.

@@ -53,7 +53,8 @@ def check_not_prepared(model: PreTrainedModel) -> None:
     """
     if any(isinstance(own, Forward) and not isinstance(own, SimulatedForward) for own in _forwards(model)):
         raise ValueError(
-            "the model is prepared for low-bit decoding already: call undo() of what torchlamp.prepare returned first"
+            "the model is prepared for low-bit decoding already: call undo() of what torchlamp.prepare returned first, "
+            "or torchlamp.prepared(model).undo()"
         )
     if any(config._attn_implementation == DECODING for config in configs(model)):
         raise ValueError(_shared(DECODING))

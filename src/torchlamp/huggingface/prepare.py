@@ -12,12 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchlamp.arithmetic.transforms import Transform
+from torchlamp.huggingface.copies import Copies
 from torchlamp.huggingface.decode_forwards import check_attention, check_head, check_mlp, check_rows
-from torchlamp.huggingface.decode_plan import DecodePlan, Memory
+from torchlamp.huggingface.decode_plan import DecodePlan, Memory, mlp_name
 from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.interface import check_interface, check_no_policy, check_not_prepared
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, check_cache
+from torchlamp.huggingface.site_forwards import Forward
 from torchlamp.huggingface.sites import Sites
+from torchlamp.huggingface.weight_versions import WeightVersions
 from torchlamp.huggingface.wide_model import WideModel
 from torchlamp.kernels import native
 from torchlamp.kernels.full_rows import FULL
@@ -40,6 +43,10 @@ FAST = (
 )
 
 
+#: Words for them.
+NAMED = {"default": DEFAULT, "fast": FAST}
+
+
 @dataclass(repr=False)
 class Prepared:
     """A model whose decoding reads low-bit copies; `undo`, or the end of a `with` block, gives it back as it was."""
@@ -51,9 +58,12 @@ class Prepared:
     memory: Memory
     #: What the kernel of each named site is told.
     settings: dict[str, Settings]
+    #: The policy as it was asked for, before sites and transforms were left out.
+    asked: Policy
     #: Dtype of the cache's copies in full.
     full: str = "float16"
     _plan: DecodePlan | None = None
+    _weights: WeightVersions | None = None
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__
@@ -65,8 +75,10 @@ class Prepared:
         Raises
         ------
         ValueError
-            The policy leaves the attention in full precision.
+            The policy leaves the attention in full precision, or weights were changed since the model was prepared.
         """
+        if self._weights is not None:
+            self._weights.check(self.model)
         if "scores" not in self.settings:
             raise ValueError(
                 f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
@@ -95,6 +107,41 @@ class Prepared:
         self.undo()
 
 
+def prepared(model: nn.Module) -> Prepared:
+    """What `prepare` or ``load(precision=...)`` made of a model: its policy, statistics, memory, cache and `undo`.
+
+        >>> model, tokenizer = torchlamp.load("smollm2-135m", precision="default")
+        >>> torchlamp.prepared(model).statistics
+
+    Raises
+    ------
+    ValueError
+        The model isn't prepared.
+    """
+    found = prepared_or_none(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} isn't prepared: call torchlamp.prepare(model, policy), or load it with precision="
+        )
+    return found
+
+
+def prepared_or_none(model: nn.Module) -> Prepared | None:
+    """`prepared`, or None for a model that isn't."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, Forward) and isinstance(forward.prepared, Prepared):
+            return forward.prepared
+    return None
+
+
+def decoding_policy(policy: str | Policy | None) -> Policy:
+    """The policy that a word of `NAMED`, a text or None (`DEFAULT`) means. ValueError for one that can't be read."""
+    if isinstance(policy, str):
+        policy = NAMED.get(policy, policy)
+    return Policy.parse(DEFAULT if policy is None else policy)
+
+
 @torch.no_grad()
 def prepare(
     model: nn.Module,
@@ -112,9 +159,10 @@ def prepare(
     rules look ahead to a difference; longer ones (the prompt) read low-bit weights alike, and their attention is in
     float32.
     ``model.generate`` uses a look-ahead cache of its own accord; calls of the model itself take `Prepared.cache`.
-    The weights are copied at once and must not be changed before `undo`. A bfloat16 or float16 model keeps its weights
-    as they are and computes in float32 on them: no float32 copy of a matrix is made, and its numbers are those of the
-    same model loaded in float32.
+    The weights are copied at once and must not be changed before `undo`; `generate` and `Prepared.cache` refuse those
+    that were. ``model.save_pretrained`` writes the model's own weights, in their own dtype. A bfloat16 or float16 model
+    keeps its weights as they are and computes in float32 on them: no float32 copy of a matrix is made, and its numbers
+    are those of the same model loaded in float32.
 
     Parameters
     ----------
@@ -122,8 +170,8 @@ def prepare(
         A float32, bfloat16 or float16 decoder on the CPU, of any of the families in docs/families.md.
     policy : str or Policy, optional
         For example ``"scores=int8.center.hadamard+running:0.01, values=int8+topz:0.01, qkv=int12"``; sites that aren't
-        named are read in full precision. Without one, `DEFAULT`; it and `FAST` are taken less the sites and transforms
-        that the model's architecture doesn't allow.
+        named are read in full precision. Without one, or as ``"default"``, `DEFAULT`; ``"fast"`` is `FAST`. These two
+        are taken less the sites and transforms that the model's architecture doesn't allow.
     top : int
         So many largest logits are provably those of the full-precision head.
     full : str
@@ -164,14 +212,35 @@ def prepare(
             f"{other[0]} is {model.get_parameter(other[0]).dtype}: low-bit copies are made of float32, bfloat16 and "
             "float16 weights; load the model with dtype=torch.float32"
         )
+    return prepare_from(Copies(), model, policy, top, full, center, hadamard, resident)
+
+
+@torch.no_grad()
+def prepare_from(
+    copies: Copies,
+    model: PreTrainedModel,
+    policy: str | Policy | None,
+    top: int = 1,
+    full: str = "float16",
+    center: bool | None = None,
+    hadamard: bool | None = None,
+    resident: bool = True,
+) -> Prepared:
+    """`prepare` for a model of a kind that it takes, with copies that may have been kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `prepare`; ValueError for kept copies that aren't those of the model under the policy.
+    """
     check_not_prepared(model)
     check_no_policy(model)
     if not Sites(model).layers:
         check_interface(model)  # of the two that are missing, what a reader of the model's name understands
-    parsed = Policy.parse(DEFAULT if policy is None else policy)
+    parsed = decoding_policy(policy)
     wide = WideModel(model, None if resident else FileWeights(model))
     try:
-        prepared = _prepared(model, parsed, wide, top, full, center, hadamard)
+        prepared = _prepared(model, parsed, wide, copies, top, full, center, hadamard)
         if wide.weights is not None:
             wide.weights.settle()
         return prepared
@@ -184,18 +253,20 @@ def _prepared(
     model: PreTrainedModel,
     policy: Policy,
     wide: WideModel,
+    copies: Copies,
     top: int,
     full: str,
     center: bool | None,
     hadamard: bool | None,
 ) -> Prepared:
+    asked = policy
     if policy in (Policy.parse(DEFAULT), Policy.parse(FAST)):
-        policy = _possible(model, policy, wide)
+        policy = _possible(model, policy, wide, copies)
     policy = _with_transforms(policy, center=center, hadamard=hadamard)
     told = settings(policy)
     sizes = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
     memory = Memory(sum(sizes.values()), resident=wide.weights is None)
-    prepared = Prepared(model, policy, Statistics(), memory, told, full)
+    prepared = Prepared(model, policy, Statistics(), memory, told, asked, full)
     if "scores" in told:
         check_interface(model)
         if not told["scores"].center and center is None:
@@ -206,7 +277,10 @@ def _prepared(
             )
         prepared.cache()  # refuses options that can't be
     native.warn_if_absent("low-bit decoding")
-    prepared._plan = DecodePlan(model, told, prepared.statistics, prepared.memory, wide, full, top)
+    prepared._plan = DecodePlan(model, told, prepared.statistics, memory, copies, wide, full, top)
+    for forward in prepared._plan.forwards.values():
+        forward.prepared = prepared
+    prepared._weights = WeightVersions(model)
     try:
         prepared._plan.put(prepared.cache if "scores" in told else None)
     except BaseException:
@@ -227,7 +301,7 @@ def _with_transforms(policy: Policy, **wanted: bool | None) -> Policy:
     return Policy(sites={**sites, "scores": SitePolicy(changed, sites["scores"].rule)})
 
 
-def _possible(model: PreTrainedModel, policy: Policy, wide: WideModel) -> Policy:
+def _possible(model: PreTrainedModel, policy: Policy, wide: WideModel, copies: Copies) -> Policy:
     """The policy without the attention, rotation, MLPs and LM head that the model or the kernels don't allow."""
     sites = Sites(model)
 
@@ -262,7 +336,11 @@ def _possible(model: PreTrainedModel, policy: Policy, wide: WideModel) -> Policy
         policy = _with_transforms(policy, hadamard=False)
     for name in ("qkv", "attention_out"):
         policy = without(policy, lambda site=SITES[name]: in_layers(partial(check_rows, sites, site)), name)  # type: ignore[misc]
+    known = copies.has(mlp_name(0))
     policy = without(
-        policy, lambda: in_layers(partial(check_mlp, sites, given=wide.forwards)), "mlp_up", "mlp_down"
+        policy,
+        lambda: in_layers(partial(check_mlp, sites, given=wide.forwards, known=known)),
+        "mlp_up",
+        "mlp_down",
     )
     return without(policy, lambda: check_head(sites), "lm_head")

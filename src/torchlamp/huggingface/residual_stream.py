@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchlamp.huggingface.offloaded import present
 from torchlamp.huggingface.site_forwards import Residual
 from torchlamp.huggingface.sites import Sites
 from torchlamp.policy.sites import SITES
@@ -59,7 +60,9 @@ def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
     ValueError, TypeError
         As from `Sites`.
     """
-    projection = sites.weights(sites.modules(SITES["attention_out"], layer)[0])
+    module = sites.modules(SITES["attention_out"], layer)[0]
+    with present([module]):
+        projection = sites.weights(module)
     weight = projection.matrix.detach().T
     heads = weight.shape[1] // sites.head_size(layer)
     norms = sites.norms(layer)
@@ -70,4 +73,6 @@ def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
     if norms.after_attention is not None:
         after, weight = weight, weight * sites.norm(norms.after_attention[1]).weight[:, None]
     bias = None if projection.bias is None else projection.bias.detach()
-    return Ahead(gram_factor(weight * reads.weight[:, None], heads), _Scale(stream, reads, after, bias))
+    scale = _Scale(stream, reads, after, bias)
+    factor = gram_factor(weight * reads.weight[:, None], heads)
+    return Ahead(factor, scale, reads_outputs=after is not None)

@@ -189,10 +189,15 @@ def _record(
 ) -> None:
     """Count one call at the sites `scores` and `values`, where the policy names them."""
     statistics = attached.statistics
-    if attached.policy("scores", layer) is not None:
+    scores = attached.policy("scores", layer)
+    if scores is not None:
         statistics.record("scores", layer, result.selected, result.eligible, positions)
+        if scores.accumulate.register is not None:
+            statistics.record_overflow("scores", layer, result.overflowed, int(result.eligible.sum()))
     if result.blocks is not None:
         statistics.record_blocks(result.blocks)
+    if result.tiles is not None:
+        statistics.record_tiles(layer, result.tiles)
     if result.values_selected is not None:
         policy = attached.policy("values", layer)
         if policy is not None and policy.precision.is_stored:
@@ -200,6 +205,9 @@ def _record(
         else:
             eligible = (result.eligible > 0).long() * values[-1]
         statistics.record("values", layer, result.values_selected, eligible, positions)
+        if policy is not None and policy.accumulate.register is not None:
+            sums = int((result.eligible > 0).sum()) * values[-1]
+            statistics.record_overflow("values", layer, result.values_overflowed, sums)
 
 
 def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

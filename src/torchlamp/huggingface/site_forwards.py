@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from torchlamp.huggingface.attached_policy import AttachedPolicy
 from torchlamp.huggingface.forward_only import forward_only
+from torchlamp.huggingface.offloaded import present
 from torchlamp.huggingface.wide_forwards import wide_forward
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.linear import LinearResult, LookAhead, Weights, linears
+from torchlamp.simulation.linear import LinearResult, LookAhead, linears
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.norms import Norm, Normed, norm_input
 from torchlamp.simulation.stored import QuantisedMatrix
 
@@ -29,6 +31,8 @@ class Forward(ABC):
         self.module = module
         #: What the instance had in this place (other tools replace forwards, too), None: nothing.
         self.own = own_forward(module)
+        #: The `Prepared` that put it in place, and takes it away; None: something else did.
+        self.prepared: Any = None
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward without us."""
@@ -175,6 +179,14 @@ class LinearGroup:
         """What a deep copy takes over: not the views of the weights, which the copy's modules have copies of."""
         return {**vars(self), "_maps": [], "_copies": [], "_pending": None}
 
+    def reads(self) -> list[nn.Module]:
+        """The modules whose weights a call reads."""
+        return self.modules
+
+    def forget(self) -> None:
+        """Drop what was made of the weights: offloaded ones must not stay in memory."""
+        self._maps, self._copies = [], []
+
     @property
     def maps(self) -> list[Weights]:
         """The modules' linear maps, whose column norms are computed once."""
@@ -192,8 +204,14 @@ class LinearGroup:
         check_float32(module, x)
         positions = self.attached.positions_of_last(x.shape[-2])
         generator = self.attached.generator(self.policy, self.site, self.layer, last_step(positions))
-        result = self.compute(x.detach(), generator)
+        with present(self.reads()) as brought:
+            result = self.compute(x.detach(), generator)
+        if brought:
+            self.forget()
         record(self.attached, self.site, self.layer, result.eligible, result.selected, positions)
+        if self.policy.accumulate.register is not None:
+            sums = result.selected.numel() * result.eligible
+            self.attached.statistics.record_overflow(self.site, self.layer, result.overflowed, sums)
         outputs = dict(enumerate(result.outputs))
         output = outputs.pop(index)
         self._pending = (x, outputs) if outputs else None
@@ -203,7 +221,9 @@ class LinearGroup:
         """All layers of the group, under the site's policy."""
         operand, transforms = self.policy.precision.operand, self.policy.precision.transforms
         if not operand.is_float32 and not transforms and not self._copies:
-            self._copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in self.maps]
+            self._copies = [
+                QuantisedMatrix.store(m.matrix.detach().T, operand, self.policy.accumulate) for m in self.maps
+            ]
         return linears(
             x,
             self.maps,

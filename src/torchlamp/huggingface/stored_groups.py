@@ -33,6 +33,11 @@ class StoredGroup(LinearGroup):
         """What a deep copy takes over: not the stored weights, which it makes anew of its own."""
         return {**super().__getstate__(), "_stored": None}
 
+    def forget(self) -> None:
+        """Drop the copies, too, which are made again of the weights."""
+        super().forget()
+        self._stored = None
+
     @property
     def stored(self) -> list[StoredWeights]:
         """The modules' linear maps with their copies, made once."""
@@ -94,6 +99,10 @@ class StoredNeurons(StoredGroup):
         """As for every stored group."""
         return {**super().__getstate__(), "_neurons": None}
 
+    def reads(self) -> list[nn.Module]:
+        """The projections, and the down projection, through which a neuron counts."""
+        return [*super().reads(), self.down]
+
     def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
         """Gate and up, some neurons in full."""
         if self._neurons is None:
@@ -119,6 +128,11 @@ class StoredDown(StoredGroup):
     def __getstate__(self) -> dict[str, Any]:
         """As for every stored group."""
         return {**super().__getstate__(), "_columns": None}
+
+    def forget(self) -> None:
+        """As for every stored group."""
+        super().forget()
+        self._columns = None
 
     def compute(self, x: Tensor, generator: torch.Generator | None) -> LinearResult:
         """The output, some columns in full."""

@@ -1,13 +1,17 @@
 """A bfloat16 or float16 model that computes in float32 for as long as it is prepared, on its own weights."""
 
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.site_forwards import Forward, set_forward
 from torchlamp.huggingface.wide_forwards import narrow_modules
 from torchlamp.huggingface.widening import Widening
+from torchlamp.kernels.full_rows import NARROW
 
 
 class WideForward(Forward):
@@ -28,6 +32,22 @@ class WideForward(Forward):
         return result
 
 
+@dataclass(eq=False)
+class OwnVectors:
+    """What a module says its state is while vectors of it are widened: those that it had before, in their own dtype.
+
+    `save_pretrained`, `state_dict` and all that is made of it thus give the original weights, bit for bit.
+    """
+
+    narrow: dict[str, Tensor]
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        """A hook of `torch.nn.Module.register_state_dict_post_hook`."""
+        for name, tensor in self.narrow.items():
+            if prefix + name in state:
+                state[prefix + name] = tensor
+
+
 class WideModel:
     """The forwards of the modules that own half-precision matrices, put in place at once; vectors are widened.
 
@@ -46,6 +66,7 @@ class WideModel:
         told = narrow if weights is None else [m for m in model.modules() if _owns_matrix(m)]
         #: By their modules.
         self.forwards: dict[nn.Module, Forward] = {m: WideForward(m, weights) for m in told}
+        self._own = [_give_own(module) for module in model.modules()] if narrow else []
         self._vectors = Widening(model, most=1) if narrow else None
         for module, forward in self.forwards.items():
             set_forward(module, forward)
@@ -57,6 +78,19 @@ class WideModel:
         self.forwards = {}
         if self._vectors is not None:
             self._vectors.undo()
+        while self._own:
+            if (hook := self._own.pop()) is not None:
+                hook.remove()
+
+
+def _give_own(module: nn.Module) -> RemovableHandle | None:
+    """Have a module's state give the vectors that it has now; None: it has none of half precision."""
+    own = chain(module._parameters.items(), module._buffers.items())
+    narrow = {name: t.data for name, t in own if t is not None and t.dtype in NARROW and t.ndim <= 1}
+    if not narrow:
+        return None
+    hook: RemovableHandle = module.register_state_dict_post_hook(OwnVectors(narrow))  # type: ignore[no-untyped-call]
+    return hook
 
 
 def _owns_matrix(module: nn.Module) -> bool:

@@ -32,6 +32,11 @@ class Widening:
         self._narrow = [
             (tensor, tensor.data) for tensor in tensors if tensor.dtype in NARROW and tensor.ndim <= most
         ]
+        if any(tensor.is_meta for tensor, _ in self._narrow):
+            raise ValueError(
+                f"{type(model).__name__}: its {self._narrow[0][1].dtype} weights are offloaded and can't be widened in "
+                "place; load it with dtype=torch.float32"
+            )
         if self._narrow and type(model).__name__ not in _MENTIONED:
             _MENTIONED.add(type(model).__name__)
             logger.info(

@@ -1,10 +1,12 @@
 """Which implementation serves a call, native kernel or readable reference, and tensors as a native kernel takes them.
 
 Every room asks here, and nowhere else: `native_for(...)` gives the native kernels that serve the tensors of a call,
-or None, and then the reference runs.
+or None; `gpu_for(...)` those of a CUDA device, or None; and then the reference runs.
 """
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from torchlamp.kernels import native
+
+logger = logging.getLogger("torchlamp.kernels")
 
 _TAKEN = (torch.float32, torch.bool)
 
@@ -57,6 +61,34 @@ def as_native(tensor: Tensor, contiguous: Literal["any", "last", "all"] = "last"
     if contiguous == "all" or (contiguous == "last" and plain.shape[-1] > 1 and plain.stride(-1) != 1):
         plain = plain.contiguous()
     return plain.view(torch.uint8) if plain.dtype == torch.bool else plain
+
+
+def gpu_for(*tensors: Tensor | None) -> bool:
+    """Whether the Triton kernels of `torchlamp.kernels.gpu` serve a call on these tensors.
+
+    They take float32 numbers and bool masks on one CUDA device, where Triton is installed; on the CPU, in Triton's
+    interpreter, only where TORCHLAMP_KERNELS=triton and TRITON_INTERPRET=1 ask for it. None among the tensors stands
+    for an optional one that isn't there.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    device = given[0].device
+    if device.type == "cpu":
+        served = native.interprets_triton()
+    else:
+        served = device.type == "cuda" and native.forced() in ("", "triton") and _has_triton()
+    return served and all(tensor.device == device and tensor.dtype in _TAKEN for tensor in given)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Whether Triton is there; if not, one warning says what it would change."""
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        logger.warning(
+            "the simulation on this GPU runs in torch, many times slower than by Triton kernels: "
+            'pip install "torchlamp[gpu]"'
+        )
+    return found
 
 
 class NativeObject:

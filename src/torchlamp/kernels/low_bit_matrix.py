@@ -5,6 +5,7 @@ formulas that both kinds of kernels follow, are in `torchlamp.kernels.reference_
 what they are for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,26 @@ class LowBitMatrix:
             part = matrix.part(first, len(slab))
             part.kernel(native).pack(as_native(slab), torch.get_num_threads())
         return matrix
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], bits: int, rows: int, columns: int) -> "LowBitMatrix":
+        """The copy of a matrix (rows, columns) over tensors that `tensors` once gave; nothing is computed.
+
+        Raises
+        ------
+        ValueError
+            Tensors of other sizes or dtypes than such a copy has.
+        """
+        padded = block_count(rows) * ROWS
+        check_kept(tensors, "codes", (padded * code_bytes(bits, columns),), torch.uint8)
+        check_kept(tensors, "scales", (padded * group_count(columns),), torch.int16)
+        check_kept(tensors, "errors", (padded,), torch.float32)
+        scales = tensors["scales"].view(torch.uint16)
+        return cls(tensors["codes"], scales, tensors["errors"], bits, rows, columns)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the copy consists of, for `of`: codes uint8, scales int16 (bfloat16 patterns), errors float32."""
+        return {"codes": self.codes, "scales": self.scales.view(torch.int16), "errors": self.block_errors}
 
     @torch.no_grad()
     def products(self, x: Tensor) -> Tensor:
@@ -159,6 +180,14 @@ class LowBitMatrix:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, scales=state["scales"].view(torch.uint16))
+
+
+def check_kept(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """ValueError where a tensor of a copy that was kept is missing, or isn't of this shape and dtype."""
+    found = tensors.get(name)
+    if found is None or tuple(found.shape) != shape or found.dtype != dtype:
+        got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+        raise ValueError(f"a kept low-bit copy has {got} as its {name} in the place of {shape} {dtype}")
 
 
 def serves_many() -> bool:

@@ -1,8 +1,9 @@
 """The native extension: whether it is there, and which of its kernels this machine runs.
 
 The extension is optional; without it the references run, in torch. The environment variable TORCHLAMP_KERNELS forces
-a choice: `avx512_vnni`, `avx512`, `avx2`, `portable`, or `torch` for the references. `torchlamp.kernels.dispatch`
-chooses for a call.
+a choice: `avx512_vnni`, `avx512`, `avx2`, `portable`, or `torch` for the references; with `triton` the kernels of
+`torchlamp.kernels.gpu` run on a CPU, too, in Triton's interpreter (TRITON_INTERPRET=1), and the references where there
+is none. `torchlamp.kernels.dispatch` chooses for a call.
 """
 
 import functools
@@ -35,9 +36,12 @@ def _choose(forced: str) -> tuple[str | None, str | None]:
     """The instruction set to use for a value of TORCHLAMP_KERNELS, or None and the reason."""
     if forced == "torch":
         return None, "TORCHLAMP_KERNELS=torch asks for the references in torch"
+    if forced == "triton":
+        return None, "TORCHLAMP_KERNELS=triton asks for the kernels in Triton and the references in torch"
     if forced and forced not in INSTRUCTION_SETS:
+        allowed = ", ".join(INSTRUCTION_SETS)
         raise ValueError(
-            f"TORCHLAMP_KERNELS={forced!r}: allowed are {', '.join(INSTRUCTION_SETS)}, torch, or nothing at all"
+            f"TORCHLAMP_KERNELS={forced!r}: allowed are {allowed}, torch, triton, or nothing at all"
         )
     module, reason = _load()
     if module is None:
@@ -48,9 +52,19 @@ def _choose(forced: str) -> tuple[str | None, str | None]:
     return None, f"TORCHLAMP_KERNELS={forced}: this machine cannot run these kernels"
 
 
+def forced() -> str:
+    """What TORCHLAMP_KERNELS asks for; empty if nothing."""
+    return os.environ.get("TORCHLAMP_KERNELS", "")
+
+
+def interprets_triton() -> bool:
+    """Whether the kernels in Triton run on the CPU, in its interpreter."""
+    return forced() == "triton" and os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
 def instruction_set() -> str | None:
     """The instruction set of the native kernels that run, or None where the references do."""
-    return _choose(os.environ.get("TORCHLAMP_KERNELS", ""))[0]
+    return _choose(forced())[0]
 
 
 def available() -> bool:
@@ -60,7 +74,7 @@ def available() -> bool:
 
 def why_not() -> str | None:
     """Why no native kernel runs, or None if they do."""
-    return _choose(os.environ.get("TORCHLAMP_KERNELS", ""))[1]
+    return _choose(forced())[1]
 
 
 def warn_if_absent(what: str) -> None:

@@ -1,9 +1,9 @@
-"""Per-step rounded products: the native kernel where it serves, its reference elsewhere."""
+"""Per-step rounded products: the native or the Triton kernel where one serves, the reference elsewhere."""
 
 import torch
 from torch import Tensor
 
-from torchlamp.kernels.dispatch import NativeKernels, as_native, native_for
+from torchlamp.kernels.dispatch import NativeKernels, as_native, gpu_for, native_for
 from torchlamp.kernels.reference import products_reference
 from torchlamp.kernels.specification import Accumulation, accumulation_numbers
 
@@ -59,6 +59,10 @@ def products(
     if device.type in WITHOUT_FLOAT64:
         a, b = a.cpu(), b.cpu()
     by_reference = grouped or 0 in (a.shape[0], a.shape[1], b.shape[2])
+    if not by_reference and gpu_for(a, b):
+        from torchlamp.kernels.gpu.products import products_gpu
+
+        return products_gpu(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)
     native = None if by_reference else native_for(a, b)
     if native is None:
         out, sums = products_reference(a, b, accumulation, scaling=scaling, causal=causal, squares=squares)

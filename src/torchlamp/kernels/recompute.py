@@ -1,9 +1,9 @@
-"""Recomputing chosen entries of a product in float32, by the native kernel or its reference."""
+"""Recomputing chosen entries of a product in float32, by the native or the Triton kernel, or their reference."""
 
 import torch
 from torch import Tensor
 
-from torchlamp.kernels.dispatch import NativeKernels, as_native, native_for
+from torchlamp.kernels.dispatch import NativeKernels, as_native, gpu_for, native_for
 from torchlamp.kernels.products import WITHOUT_FLOAT64, operands_fit
 from torchlamp.kernels.reference import recompute_reference
 
@@ -39,6 +39,11 @@ def recompute(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: float
         on_cpu = scores.cpu()
         recompute(on_cpu, a.cpu(), b.cpu(), mask.cpu(), scaling)
         scores.copy_(on_cpu)
+        return
+    if gpu_for(scores, a, b, mask):
+        from torchlamp.kernels.gpu.products import recompute_gpu
+
+        recompute_gpu(scores, a, b, mask, scaling)
         return
     native = native_for(scores, a, b, mask)
     if native is None:

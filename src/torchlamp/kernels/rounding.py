@@ -61,6 +61,20 @@ def round_to_grid(
     return _round_any(x, grid, mode, generator)
 
 
+def round_float64(x: Tensor, grid: Grid) -> Tensor:
+    """Round float64 numbers to a grid of at most 21 mantissa bits, to nearest even, with one rounding: float32.
+
+    Rounding to float32 first would round twice; what float32 cuts off is therefore kept as its last bit (round to
+    odd), which no later rounding to so few bits can mistake for a tie.
+    """
+    near = x.float()
+    away = near.double().abs() > x.abs()
+    toward_zero = torch.where(away, torch.nextafter(near, torch.zeros_like(near)), near)
+    inexact = (toward_zero.double() != x) & x.isfinite() & toward_zero.isfinite()
+    odd = torch.where(inexact, (toward_zero.view(torch.int32) | 1).view(torch.float32), toward_zero)
+    return round_to_grid(odd, grid)
+
+
 def _round_pattern(x: Tensor, mantissa_bits: int) -> Tensor:
     """PS(mu) to nearest-even: half - 1 + the last kept bit is added to the pattern, then the low bits go."""
     shift = _FLOAT32_MANTISSA - mantissa_bits

@@ -1,4 +1,4 @@
-"""A cache of converted models: entries are whole folders, written atomically and verified at every use.
+"""A cache of converted models and low-bit copies: whole folders, written atomically and verified at every use.
 
 An entry holds a manifest with the SHA-256 of every 16 MiB piece of every file. Pieces are hashed by a few
 threads, so that checking half a gigabyte takes a few tenths of a second and a flipped byte or a cut file
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 _PIECE = 1 << 24
 #: Names of entries, and of the folders in which they are written.
 _ENTRY = re.compile(r"[^.].*-[0-9a-f]{16}")
+_COPIES = re.compile(r"-copies-[0-9a-f]{16}(\.tmp-.*)?$")
 _LEFTOVER = re.compile(r"\..+-[0-9a-f]{16}\.tmp-.*")
 
 logger = logging.getLogger("torchlamp.cache")
@@ -40,8 +41,10 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "torchlamp"
 
 
-def find_problem(entry: Path) -> str | None:
+def find_problem(entry: Path, trusted: Collection[str] = ()) -> str | None:
     """What is wrong with an entry, in a few words; None if every byte is as it was written.
+
+    Of files named in `trusted` only the size is compared: their content is known to be right from elsewhere.
 
     Full memory, which says nothing about the entry, is raised as OSError, MemoryError or RuntimeError.
     """
@@ -55,7 +58,7 @@ def find_problem(entry: Path) -> str | None:
             if size != expected["size"]:
                 return f"{name} has {size} bytes instead of {expected['size']}"
         for name, expected in files.items():
-            if _pieces(entry / name) != expected["sha256"]:
+            if name not in trusted and _pieces(entry / name) != expected["sha256"]:
                 return f"{name} has changed content"
     except OSError as error:
         if is_out_of_memory(error):
@@ -83,7 +86,7 @@ def locked(entry: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
-        logger.info("another process is converting this model; waiting for it")
+        logger.info("another process is writing %s; waiting for it", entry.name)
         lock.acquire()
     except NotImplementedError:
         # A file system without locks: two writers then do the work twice, and the renames still keep entries
@@ -132,7 +135,7 @@ def store(entry: Path, fill: Callable[[Path], None]) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A converted copy in the cache folder, or what a writer that was killed left of one."""
+    """A converted model or low-bit copies in the cache folder, or what a writer that was killed left of one."""
 
     path: Path
     #: Bytes on the disk.
@@ -141,6 +144,11 @@ class Entry:
     used: float
     #: False: it was never finished.
     whole: bool
+
+    @property
+    def kind(self) -> str:
+        """What it holds: "converted model" or "low-bit copies"."""
+        return "low-bit copies" if _COPIES.search(self.name) else "converted model"
 
     @property
     def name(self) -> str:

@@ -6,23 +6,26 @@ import gc
 import hashlib
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torchlamp.models import cache, conversion
 from torchlamp.models.complete import check_complete
+from torchlamp.models.fingerprint import fingerprint
 from torchlamp.models.gguf_header import check_not_cut, read_header
 from torchlamp.models.hub import hub_resolves
 from torchlamp.models.memory import is_out_of_memory
 from torchlamp.models.packaged import PACKAGED
 from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
+from torchlamp.policy.policy import Policy
+from torchlamp.steps import work
 
 logger = logging.getLogger("torchlamp.models")
-_SAMPLE = 1 << 20
 #: A tokenizer's folder has at least one of them.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -30,7 +33,7 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
+def load(name: str, *, dtype: str = "float32", precision: str | Policy | None = None) -> tuple[Any, Any]:
     """Load a decoder language model in eval mode, and its tokenizer.
 
     Models from GGUF files are dequantised: that float32 model is the reference of every study. The conversion
@@ -47,6 +50,10 @@ def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
     dtype : str
         ``"float32"``, or ``"auto"``: a bfloat16 or float16 checkpoint of a folder or the hub stays as it is, half the
         memory; `lookahead` and `evaluate` widen it exactly while they run. GGUF files are float32 in any case.
+    precision : str or Policy, optional
+        A policy of `prepare`, or ``"default"`` or ``"fast"`` for its own two: the model is returned prepared, its
+        full-precision weights left in their file (dtype ``"auto"``), its low-bit copies from the cache folder, made
+        and kept there at the first time. `torchlamp.prepared` gives the policy, statistics and ``undo()``.
 
     Returns
     -------
@@ -59,7 +66,7 @@ def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
         The package, file or folder is missing or damaged, or the hub can't be reached; says what to run.
     ValueError
         What is there is no causal language model that transformers can load, or weights are missing, unexpected or of
-        another shape; another dtype.
+        another shape; another dtype; a precision that `prepare` refuses.
     TypeError
         `name` is no string.
     MemoryError
@@ -73,7 +80,14 @@ def load(name: str, *, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"dtype={dtype!r}: allowed are 'float32' and 'auto', which keeps the checkpoint's")
     try:
         with _collector_paused():
-            model, tokenizer = _load(name, dtype)
+            if precision is None:
+                model, tokenizer = _load(name, dtype)
+            else:
+                from torchlamp.models.load_prepared import load_prepared
+
+                model, tokenizer = load_prepared(
+                    name, precision, partial(_weights_folder, name), partial(_load, name, "auto")
+                )
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -98,16 +112,40 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _load(name: str, dtype: str) -> tuple[Any, Any]:
+def _load(name: str, dtype: str, trusted: Collection[str] = ()) -> tuple[Any, Any]:
+    """`load`; of a converted copy, files named in `trusted` aren't hashed."""
     if name in PACKAGED:
-        return _from_gguf(cache_entry(name), PACKAGED[name].gguf())
+        return _from_gguf(cache_entry(name), PACKAGED[name].gguf(), trusted)
     path = Path(name).expanduser()
     _check_path(name, path)
     if name.endswith(".gguf"):
-        return _from_gguf(cache_entry(name), nullcontext(path))
+        return _from_gguf(cache_entry(name), nullcontext(path), trusted)
     if name and path.is_dir():
         return _pretrained(str(path), name, dtype)
     return _pretrained(name, name, dtype)
+
+
+def _weights_folder(name: str) -> Path | None:
+    """The folder that a model's weights are read from; None: there is none yet.
+
+    Raises
+    ------
+    OSError
+        The package, file or folder that the name names isn't there.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED or name.endswith(".gguf"):
+        if name not in PACKAGED:
+            _check_path(name, path)
+        entry = cache_entry(name)
+        return entry if entry.is_dir() else None
+    if name and path.is_dir():
+        _check_path(name, path)
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def check_name(name: str) -> None:
@@ -156,13 +194,17 @@ def layer_count(name: str) -> int:
 
 
 def context_length(name: str) -> int | None:
-    """Tokens that a model can read, as far as its configuration is at hand and says so; nothing is loaded.
+    """Tokens that a model can read; nothing is loaded, converted or fetched.
+
+    None where that isn't known: the configuration doesn't say it, or the model is one of the hub that isn't here yet.
 
     Raises
     ------
     OSError, ValueError
         As for `load`.
     """
+    if name in PACKAGED:
+        return PACKAGED[name].context_length
     config = _config_at_hand(name)
     if config is not None:
         found = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -173,14 +215,21 @@ def context_length(name: str) -> int | None:
 
 
 def _config_at_hand(name: str) -> Any:
-    """The transformers configuration in a model's folder or converted copy; None: there is none yet."""
+    """The transformers configuration in a model's folder, converted copy or copy of the hub's; None: not there yet."""
     from transformers import AutoConfig
 
-    folder = cache_entry(name) if name in PACKAGED or name.endswith(".gguf") else Path(name).expanduser()
-    if not (folder / "config.json").is_file():
+    is_gguf = name in PACKAGED or name.endswith(".gguf")
+    folder = cache_entry(name) if is_gguf else Path(name).expanduser()
+    is_there = (folder / "config.json").is_file()
+    if not is_there and (is_gguf or folder.exists()):
         return None
     with quiet_transformers():
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return AutoConfig.from_pretrained(str(folder) if is_there else name, local_files_only=True)
+        except (OSError, ValueError):
+            if is_there:
+                raise
+            return None  # a name of the hub, from which nothing was fetched before
 
 
 def cache_entry(name: str) -> Path:
@@ -195,13 +244,15 @@ def cache_entry(name: str) -> Path:
         stem, content = name, PACKAGED[name].identity()
     else:
         path = Path(name).expanduser()
-        stem, content = path.stem, _fingerprint(path)
+        stem, content = path.stem, fingerprint(path)
     key = hashlib.sha256(f"{conversion.FORMAT} {version('transformers')} {content}".encode()).hexdigest()
     return cache.cache_folder() / f"{stem}-{key[:16]}"
 
 
-def _from_gguf(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any]:
-    if (ready := _from_cache(entry)) is not None:
+def _from_gguf(
+    entry: Path, source: AbstractContextManager[Path], trusted: Collection[str] = ()
+) -> tuple[Any, Any]:
+    if (ready := _from_cache(entry, trusted)) is not None:
         return ready
     with contextlib.ExitStack() as stack:
         try:
@@ -223,14 +274,15 @@ def _fill(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any] 
     with source as gguf:
         converted = _convert(gguf)
     try:
-        cache.store(entry, lambda folder: conversion.save(*converted, folder))
+        with work("writing the converted copy"):
+            cache.store(entry, lambda folder: conversion.save(*converted, folder))
     except OSError as error:
         _say_unkept(error)
         return converted
     return None
 
 
-def _from_cache(entry: Path) -> tuple[Any, Any] | None:
+def _from_cache(entry: Path, trusted: Collection[str] = ()) -> tuple[Any, Any] | None:
     """The converted model, or None if there is none or it is damaged, which is then said.
 
     Full memory is no damage: MemoryError, or what the reader raises for it.
@@ -238,7 +290,7 @@ def _from_cache(entry: Path) -> tuple[Any, Any] | None:
     if not entry.exists():
         return None
     with ThreadPoolExecutor(1) as pool:
-        check = pool.submit(cache.find_problem, entry)
+        check = pool.submit(cache.find_problem, entry, trusted)
         # This import takes a second or two, and the check runs beside it.
         importlib.import_module("transformers.modeling_utils")
         problem = check.result()
@@ -259,7 +311,7 @@ def _from_cache(entry: Path) -> tuple[Any, Any] | None:
 def _convert(gguf: Path) -> tuple[Any, Any]:
     check_not_cut(gguf)
     logger.info("converting %s to float32, once: this can take a minute", gguf.name)
-    with quiet_transformers(), quiet_gguf_loader():
+    with quiet_transformers(), quiet_gguf_loader(f"converting {gguf.name}"), work(f"reading {gguf.name}"):
         return conversion.convert(gguf)
 
 
@@ -286,7 +338,7 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
     local = Path(source).is_dir() or not hub_resolves()
     if Path(source).is_dir():
         _check_tokenizer(Path(source), name)
-    with quiet_transformers():
+    with quiet_transformers(), work(f"loading {name}" if local else f"loading {name} from the hub"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -345,14 +397,3 @@ def _reason(error: Exception) -> str:
 
 def _allowed() -> str:
     return f"use {' or '.join(PACKAGED)}, a .gguf file, a folder, or a hub name such as 'gpt2'"
-
-
-def _fingerprint(path: Path) -> str:
-    """Identify a file by size, time, and its first and last MiB: hashing many gigabytes would be slow."""
-    status = path.stat()
-    digest = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns}".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE))
-        file.seek(max(0, status.st_size - _SAMPLE))
-        digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ _NEEDS = {
     "softmax": "a softmax",
     "attention": "a softmax over keys with values and places",
     "elementwise": "a function of single sums with condition numbers",
+    "online": "an online softmax in tiles of keys",
 }
 
 
@@ -22,16 +23,21 @@ def check_site(site: str) -> None:
     raise ValueError(f"unknown site {site!r}: the sites are {', '.join(SITES)}{hint}")
 
 
-def shows(site: str, is_stored: bool) -> tuple[str, ...]:
-    """What rules can look through at a site, with a stored operand or without one."""
-    return ("any", *SITES[site].look(is_stored).shows)
+def shows(site: str, is_stored: bool, online: bool = False) -> tuple[str, ...]:
+    """What rules can look through at a site, with a stored operand or without one, with an online softmax or not."""
+    return ("any", *SITES[site].look(is_stored).shows, *(("online",) if online else ()))
 
 
 def check_rule(site: str, precision: Precision, rule: Rule) -> None:
     """ValueError for a rule that needs what its site doesn't show."""
     needed, is_stored = rule.looks_through, precision.is_stored
-    if needed in shows(site, is_stored):
+    if needed in shows(site, is_stored, bool(precision.sums.online)):
         return
+    if needed == "online":
+        raise ValueError(
+            f"rule '{rule}' can't run at the site {site} with '{precision}': it looks through {_NEEDS[needed]}; write "
+            f"'lamp8+{rule}', or another accumulator with /onlineH, at the site scores"
+        )
     differs = SITES[site].sums.shows != SITES[site].look(is_stored).shows
     stored = f" with the stored operand {precision.operand}" if differs else ""
     raise ValueError(
@@ -58,6 +64,11 @@ def check_precision(site: str, precision: Precision) -> None:
         raise ValueError(
             f"accumulator '{precision.sums}' can't be used at the site {site}: a unit sums products, and nothing is "
             f"multiplied there; it fits {', '.join(fitting)}"
+        )
+    if precision.sums.online and record.sums.composition != "attention":
+        raise ValueError(
+            f"accumulator '{precision.sums}' can't be used at the site {site}, which has no softmax over keys; it fits "
+            "scores"
         )
     for transform in map(str, precision.transforms):
         if not record.takes(transform, precision.is_stored):

@@ -58,6 +58,11 @@ class SitePolicy:
         return cls(Precision.parse(precision), Rule.parse(rule if plus else "none"))
 
     @property
+    def needs_generator(self) -> bool:
+        """Whether the rule, or the rounding of the sums, draws random numbers."""
+        return self.rule.needs_generator or self.accumulate.stochastic
+
+    @property
     def accumulate(self) -> Accumulator:
         """The accumulator; for a stored operand that of float32 sums."""
         return self.precision.sums

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchlamp.results.result import Result
-from torchlamp.results.result_table import heading, label, notes, rows
+from torchlamp.results.result_table import columns, heading, label, notes, rows
 
 __all__ = ["label", "notes", "print_result", "result_table"]
 
@@ -22,7 +22,7 @@ def print_result(result: Result, console: Console) -> None:
 
 
 #: Columns of figures, right of the policy.
-_FIGURES = ("KL\nnats/token", "KL cut", "flips", "PPL", "RMS Δp", "recom-\nputed", "rows\ntouched")
+_FIGURES = ("KL\nnats/token", "noise", "KL cut", "flips", "PPL", "RMS Δp", "recom-\nputed", "rows\ntouched")
 #: A policy's lines are at least as long, so that most of its parts fit.
 _MIN_WIDTH = 16
 #: A policy may be broken between two sites, and before an accumulator, a transform or a rule.
@@ -35,13 +35,14 @@ def result_table(result: Result, width: int = 80) -> Table:
     """One row a run, as `torchlamp.results.result_table.rows` gives them; fits `width` columns, 80 or more."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
     table.add_column("run", overflow="fold")
-    for name in _FIGURES:
+    names = columns(result, _FIGURES)
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     found = rows(result)
     figures = zip(*(cells[1:] for _, cells in found), strict=True)
     taken = sum(
         1 + max(map(cell_len, (*name.split("\n"), *column)))
-        for name, column in zip(_FIGURES, figures, strict=True)
+        for name, column in zip(names, figures, strict=True)
     )
     room = max(width - taken, _MIN_WIDTH)
     for run, (policy, *cells) in found:

@@ -79,6 +79,9 @@ class Result:
     #: Share of the eligible "entry", "row_block_16" (1 x 16 keys) and "tile_16x16" that hold a recomputed score;
     #: empty unless blocks were counted.
     block_rates: dict[str, float] = field(default_factory=dict)
+    #: Shares of an online softmax's tiles of 64 keys x 16 queries with "0", "1" and "2+" recomputed sub-blocks of 16
+    #: keys, of "sub_block"s recomputed, and of scores "saturated"; empty without an online softmax.
+    tile_rates: dict[str, float] = field(default_factory=dict)
     #: Mean KL of each window in nats, and the share of its tokens that flip.
     kl_by_window: list[float] = field(default_factory=list)
     flip_by_window: list[float] = field(default_factory=list)
@@ -87,10 +90,17 @@ class Result:
     #: Which tokens of each window flip: a bit a token, the first one the highest bit of the first byte, in
     #: hexadecimal digits. `torchlamp.results.compare` reads them.
     flip_bits_by_window: list[str] = field(default_factory=list)
+    #: Rounding noise of `kl_mean`: the standard deviation, over `kl_by_move` and the run itself, of its value on these
+    #: windows when every number moves by a unit in the last place, as with other kernels. NaN if not measured.
+    kl_noise: float = math.nan
+    #: `kl_mean` of each repetition whose last bits were moved, in all digits.
+    kl_by_move: list[float] = field(default_factory=list)
     #: Length of the model's vectors: "head", "hidden", "mlp", and "attention" (all heads'). Empty in older results.
     sizes: dict[str, int] = field(default_factory=dict)
     #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.
     calibration: str | None = None
+    #: Sums that didn't fit an integer register, of each site that has one.
+    overflowed_by_site: dict[str, int] = field(default_factory=dict)
     comparisons: tuple["Result", ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torchlamp.plain_table import PlainTable
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
     from torchlamp.results.result import Result
 
 NOTHING = "-"
-COLUMNS = ("run", "KL nats/token", "KL cut", "flips", "PPL", "RMS Δp", "recomputed", "rows touched")
+#: The column "noise" is there where it was measured.
+COLUMNS = ("run", "KL nats/token", "noise", "KL cut", "flips", "PPL", "RMS Δp", "recomputed", "rows touched")
 #: Roles of the rows, from the top.
 _ORDER = ("reference", "plain", "compared", "tested", "random-like")
 
@@ -20,7 +22,11 @@ def plain_table(result: Result) -> PlainTable:
     """The table of a result with its comparisons."""
     ordered = rows(result)
     return PlainTable(
-        heading(result), COLUMNS, [cells for _, cells in ordered], notes(result), main=_main(result, ordered)
+        heading(result),
+        columns(result),
+        [cells for _, cells in ordered],
+        notes(result),
+        main=_main(result, ordered),
     )
 
 
@@ -35,28 +41,52 @@ def heading(result: Result) -> str:
     return f"PARTIAL (interrupted): {said}" if result.partial else said
 
 
+def columns(result: Result, names: Sequence[str] = COLUMNS) -> tuple[str, ...]:
+    """Those of `COLUMNS`, or other names for them, that the table of this result has."""
+    return tuple(name for name in names if name != "noise" or has_noise(result))
+
+
+def has_noise(result: Result) -> bool:
+    """Whether rounding noise was measured."""
+    return bool(result.kl_by_move)
+
+
 def rows(result: Result) -> list[tuple[Result, list[str]]]:
     """Reference, plain low precision, compared policies, tested policy, random control, each with its cells.
 
-    The cells belong to `COLUMNS`. "KL cut" is the KL of plain low precision over that of the row.
+    The cells belong to `columns`. "KL cut" is the KL of plain low precision over that of the row.
     """
     runs = sorted([*result.comparisons, result], key=lambda r: _ORDER.index(r.role))
     plain = next((run for run in runs if run.role == "plain"), None)
-    return [(run, _cells(run, plain)) for run in runs]
+    found = [(run, _cells(run, plain)) for run in runs]
+    if has_noise(result):
+        for run, cells in found:
+            cells.insert(2, NOTHING if run.role == "reference" else number(run.kl_noise, ".0e"))
+    return found
 
 
 def notes(result: Result) -> list[str]:
-    """Lines under the table: the reference, the kind of error bar, tokens, threads, kernels and seconds."""
+    """Lines under the table: the reference, the kind of error bar, noise, tokens, threads, kernels and seconds."""
     error = (
         "± of the KL: standard error over windows"
         if result.windows > 1
         else "± of the KL: one window only, as if tokens were independent (too small)"
     )
     tokens, threads = result.windows * result.window_length, result.environment.get("threads", "?")
+    noise = []
+    if has_noise(result):
+        noise = [
+            f"noise: standard deviation of the KL when every number moves by a unit in the last place, from "
+            f"{len(result.kl_by_move)} repetitions."
+        ]
+    kernels = result.environment.get("kernels", "?")
+    kernels = {"torch twins": "torch"}.get(kernels, kernels)
+    instruction_set = result.environment.get("instruction_set")
     return [
         f"Reference: the same model in float32 (dequantised, where it comes from a GGUF file). {error}.",
+        *noise,
         f"{tokens} tokens, {threads} thread{'' if threads == 1 else 's'}, "
-        f"{result.environment.get('kernels', '?')} kernels, "
+        f"{kernels} kernels{f' ({instruction_set})' if instruction_set else ''}, "
         f"{result.seconds:.1f} s ({result.forward_seconds:.1f} s in forward passes).",
     ]
 

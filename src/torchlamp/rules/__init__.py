@@ -5,9 +5,11 @@ from torchlamp.rules.budget import Budget, RunningBudget
 from torchlamp.rules.condition import Condition, ConditionCheap, Output, OutputCheap
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.heads import Heads
+from torchlamp.rules.lamp_attention import LampAttention
 from torchlamp.rules.mass import Mass
 from torchlamp.rules.mass_window import MassWindow
 from torchlamp.rules.none_all import Everything, Nothing
+from torchlamp.rules.online_tile import OnlineTile
 from torchlamp.rules.oracle import Oracle, OracleResidual
 from torchlamp.rules.random import Random, RandomLike
 from torchlamp.rules.registry import RULES, register, rule_class, rule_names
@@ -43,6 +45,7 @@ RULES.update(
         Bridge,
         BridgeResidual,
         TopZ,
+        LampAttention,
         SinkRecent,
         Heads,
         Random,
@@ -67,10 +70,12 @@ __all__ = [
     "ElementTile",
     "Everything",
     "Heads",
+    "LampAttention",
     "Mass",
     "MassWindow",
     "Nothing",
     "NumberRule",
+    "OnlineTile",
     "Oracle",
     "OracleResidual",
     "Output",

@@ -14,7 +14,7 @@ class RuleEntry:
     name: str
     #: published, ours, control, oracle or static.
     role: str
-    #: What it must see: any tile, a softmax, an attention, an elementwise function.
+    #: What it must see: any tile, a softmax, an attention, an elementwise function, an online softmax.
     looks_through: str
     #: The formula or the sentence that defines it: the first paragraph of the docstring, on one line.
     definition: str

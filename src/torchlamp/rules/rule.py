@@ -32,8 +32,8 @@ class Rule(ABC):
     #: Spellings of typical uses, at least one: the tests that hold for every rule run on these.
     examples: ClassVar[tuple[str, ...]]
     #: What the rule must see: any tile (its `gain`, scores, error), a softmax, an attention (a softmax over keys that
-    #: have values and places), or an elementwise function.
-    looks_through: Literal["any", "softmax", "attention", "elementwise"] = "softmax"
+    #: have values and places), an elementwise function, or an online softmax (`OnlineTile`).
+    looks_through: Literal["any", "softmax", "attention", "elementwise", "online"] = "softmax"
     #: Elementary operations per eligible entry that the look-ahead adds to the low pass and to f itself.
     operations: ClassVar[float] = 0.0
     #: Work of the look-ahead that isn't counted by entries, for the cost model: weighted sums of the values and their
@@ -53,6 +53,10 @@ class Rule(ABC):
     @abstractmethod
     def select(self, tile: Tile) -> Tensor:
         """Entries to recompute: bool (..., rows, keys), True only where `tile.visible` is."""
+
+    def stages(self, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """What `select` gives, and those entries that are recomputed after an online softmax's maximum is settled."""
+        return self.select(tile), None
 
     def threshold_form(self) -> ThresholdForm | None:
         """The same rule as a weight and a threshold for the native kernel; None if it has no such form."""

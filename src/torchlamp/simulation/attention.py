@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
-from torchlamp.kernels.attention import fused_attention
 from torchlamp.rules.rule import Rule
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult
+from torchlamp.simulation.attention_fused import fused
 from torchlamp.simulation.attention_tiles import tiled_attention
 from torchlamp.simulation.doubt import doubt
 from torchlamp.simulation.score_operands import ScoreOperands, score_operands
@@ -90,13 +90,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
     TypeError
         Anything but float32 (bool for the mask).
     ValueError
-        Shapes that don't fit, softcap <= 0, a random rule without a generator, a rule that looks to the residual
-        stream without `ahead`.
+        Shapes that don't fit, softcap <= 0, a random rule or rounding without a generator, a rule that looks to the
+        residual stream without `ahead` or through an online softmax without one.
     """
     _check(query, key, value, call)
     call.seen.check((*query.shape[:3], key.shape[2]))
+    if call.accumulator.online:
+        # The factor acts before anything is summed, so that narrow sums have the range of logits.
+        query, call = query * call.scaling, replace(call, scaling=1.0)
     operands = _operands(call, query, key)
-    result = _fused(call, operands, value) or tiled_attention(call, operands, value)
+    result = fused(call, operands, value) or tiled_attention(call, operands, value)
     return replace(result, doubt=doubt(call, operands))
 
 
@@ -110,43 +113,9 @@ def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:
         scaling=call.scaling,
         wants_shift=call.softcap is not None or call.sinks is not None,
         moments=call.moments,
-        promote=call.accumulator.promote,
+        accumulator=call.accumulator,
+        ranges=call.ranges,
     )
-
-
-def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult | None:
-    """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
-    form = call.rule.threshold_form()
-    plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
-    plain = plain and operands.column_shift is None
-    # The expected error of two coarser operands is no product of one number a row and one a key.
-    if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
-        return None
-    result = fused_attention(
-        operands.query,
-        operands.key,
-        value,
-        call.accumulator.accumulation,
-        weight=form.weight,
-        threshold=form.threshold,
-        by_length=form.by_length,
-        scaling=call.scaling,
-        error_scale=call.error_scale,
-        mask=call.seen.mask,
-        causal=call.seen.causal,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        blocks=call.blocks,
-        exact_query=operands.exact_query if operands.is_quantised else None,
-        exact_key=operands.exact_key if operands.is_quantised else None,
-        shift=operands.shift,
-    )
-    if result is None:
-        return None
-    output, selected, visible, marks = result
-    eligible = visible[:, None, :, 0].to(torch.int64).expand(selected.shape)
-    last_key = visible[:, :, 1].to(torch.int64)
-    return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:
@@ -160,6 +129,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> No
         raise ValueError(f"sinks of shape {tuple(sinks.shape)}: one logit for each of {query.shape[1]} heads")
     if rule.needs_generator and call.generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
+    if call.accumulator.stochastic and call.generator is None:
+        raise ValueError(f"accumulator '{call.accumulator}' draws random numbers: pass a generator")
+    if rule.looks_through == "online" and not call.accumulator.online:
+        raise ValueError(
+            f"rule '{rule}' needs an accumulator with an online softmax, not '{call.accumulator}'"
+        )
     if rule.reads_residual_stream and call.ahead is None:
         raise ValueError(
             f"rule {str(rule)!r} looks through the output projection to the residual stream: pass ahead"

@@ -12,6 +12,7 @@ from torchlamp.arithmetic.transforms import Transform
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import Ahead
+from torchlamp.simulation.score_biases import ScoreRanges
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.stored_attention import (
     KeyStorage,
@@ -43,6 +44,10 @@ class AttentionResult:
     doubt : pair of int or None
         Rows that were looked at, and those of them in which the low pass isn't to be trusted
         (`torchlamp.simulation.doubt`).
+    overflowed, values_overflowed : int
+        Visible scores, and sums of values, that didn't fit an integer register.
+    tiles : Tensor or None
+        int64, the counts of an online softmax's tiles (`torchlamp.simulation.tile_counts`).
     """
 
     output: Tensor
@@ -52,6 +57,9 @@ class AttentionResult:
     values_selected: Tensor | None = None
     blocks: Tensor | None = None
     doubt: tuple[int, int] | None = None
+    overflowed: int = 0
+    values_overflowed: int = 0
+    tiles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class AttentionCall:
     softcap: float | None = None
     #: float32 (heads,): a logit per head that enters the normaliser but has no value.
     sinks: Tensor | None = None
-    #: On the CPU; needed by random rules. Every sample starts from the state it has now.
+    #: On the CPU; needed by random rules and rounding. Every sample starts from the state it has now.
     generator: torch.Generator | None = None
     #: Called with an `Observation` of every tile that sees a key; the fused kernel, which has no tiles, is not used.
     observe: Callable[[Observation], None] | None = None
@@ -102,6 +110,8 @@ class AttentionCall:
     transforms: tuple[Transform, ...] = ()
     #: Calibrated statistics that the transforms are fitted to; None: those of the call's own queries and keys.
     moments: ScoreMoments | None = None
+    #: Calibrated ranges for Tender's operand; None: those of the call's own queries and keys.
+    ranges: ScoreRanges | None = None
     #: How the keys are stored; the accumulator isn't used then. None: as they are.
     keys: KeyStorage | None = None
     #: What follows the heads' outputs; rules that look as far as the residual stream need it.

@@ -143,7 +143,7 @@ def norm_input(
     """
     if x.dtype != torch.float32:
         raise TypeError(f"norm_input takes float32 input, got {x.dtype}: convert with .float()")
-    form, chooser = Accumulator.parse(accumulator).format, Rule.parse(rule)
+    form, chooser = Accumulator.parse(accumulator).outside_attention().format, Rule.parse(rule)
     narrow = round_to_grid(x if mean is None else x - mean, form.grid)
     rounded = narrow if mean is None else narrow + mean
     if isinstance(chooser, Nothing):

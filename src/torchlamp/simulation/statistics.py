@@ -9,7 +9,8 @@ from torch import Tensor
 from torchlamp.plain_table import PlainTable
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.blocks import count_blocks
-from torchlamp.simulation.doubt import doubt_warning
+from torchlamp.simulation.doubt import low_pass_warning
+from torchlamp.simulation.tile_counts import COUNTS, saturation_warning, tile_rates
 
 
 @dataclass
@@ -80,7 +81,11 @@ class Statistics:
     _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
     #: Layer -> rows of scores that were looked at, and doubtful ones (`torchlamp.simulation.doubt`).
     _doubt: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    #: (site, layer) -> sums that didn't fit an integer register, and all.
+    _overflow: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)
     _blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64), repr=False)
+    #: Layer -> counts of an online softmax's tiles (`torchlamp.simulation.tile_counts`).
+    _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def record(
         self,
@@ -131,11 +136,50 @@ class Statistics:
         """Add the blocks of one call at the site scores, marked as by `torchlamp.simulation.blocks`."""
         self._blocks += count_blocks(marks).cpu()
 
+    def record_tiles(self, layer: int, counts: Tensor) -> None:
+        """Add the tiles of one call at the site scores, counted as by `torchlamp.simulation.tile_counts`."""
+        self._tiles[layer] = self._tiles.get(layer, 0) + counts.cpu()
+
+    @property
+    def tile_counts(self) -> Tensor:
+        """int64: the counts of `torchlamp.simulation.tile_counts` over all layers; zeros without an online softmax."""
+        return sum(self._tiles.values(), torch.zeros(COUNTS, dtype=torch.int64))
+
+    @property
+    def tile_rates(self) -> dict[str, float]:
+        """Shares of an online softmax's tiles of 64 keys x 16 queries, by recomputed sub-blocks of 16 keys.
+
+        Keys: "0", "1", "2+" (disruptive in a compact layout of registers); "sub_block", the sub-blocks recomputed; and
+        "saturated", the scores at the end of the narrow format's range. Empty without an online softmax.
+        """
+        return tile_rates(self.tile_counts)
+
+    @property
+    def tile_rates_by_layer(self) -> list[dict[str, float]]:
+        """The same of each layer; empty dictionaries where none ran."""
+        none = torch.zeros(COUNTS, dtype=torch.int64)
+        return [tile_rates(self._tiles.get(layer, none)) for layer in range(max(self._tiles, default=-1) + 1)]
+
     def record_doubt(self, layer: int, rows: int, doubtful: int) -> None:
         """Add some rows of scores, and how many of them the low pass errs in so much that it isn't to be trusted."""
         sums = self._doubt.setdefault(layer, [0, 0])
         sums[0] += rows
         sums[1] += doubtful
+
+    def record_overflow(self, site: str, layer: int, overflowed: int, sums: int) -> None:
+        """Add some sums of a site in an integer register, and how many of them didn't fit it."""
+        counts = self._overflow.setdefault((site, layer), [0, 0])
+        counts[0] += overflowed
+        counts[1] += sums
+
+    @property
+    def overflow_by_site(self) -> dict[str, tuple[int, int]]:
+        """Sums that didn't fit an integer register, and all, of each site that has one."""
+        found: dict[str, tuple[int, int]] = {}
+        for (site, _), (overflowed, sums) in self._overflow.items():
+            known = found.get(site, (0, 0))
+            found[site] = (known[0] + overflowed, known[1] + sums)
+        return {site: found[site] for site in SITES if site in found}
 
     @property
     def doubt(self) -> float:
@@ -161,8 +205,13 @@ class Statistics:
 
     @property
     def warning(self) -> str | None:
-        """One line that says that the low pass of the scores isn't to be trusted; None: it is, as far as is known."""
-        return doubt_warning(*self.doubt_counts)
+        """One line that says that the low pass isn't to be trusted: scores in doubt, or sums that overflowed.
+
+        None: it is, as far as is known.
+        """
+        return saturation_warning(self.tile_counts) or low_pass_warning(
+            self.doubt_counts, self.overflow_by_site
+        )
 
     def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
         """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site's
@@ -181,6 +230,8 @@ class Statistics:
         self._sums.clear()
         self._positions.clear()
         self._doubt.clear()
+        self._overflow.clear()
+        self._tiles.clear()
         self._blocks.zero_()
 
     @property

@@ -125,6 +125,8 @@ class Weighed(NamedTuple):
     `probabilities` are those after recomputation; `known` is the same over the sum of exponentials before it, the one
     that there is when values are chosen. `misled` (heads, rows, 1) are rows that are done again in full precision,
     because recomputation changed them by more than their low-bit scores could tell. None: no difference, no row.
+    `overflowed` visible scores didn't fit an integer register.
+    `tiles` int64 are the counts of an online softmax (`tile_counts`).
     """
 
     probabilities: Tensor
@@ -132,6 +134,8 @@ class Weighed(NamedTuple):
     chosen: Tensor
     known: Tensor | None = None
     misled: Tensor | None = None
+    overflowed: int = 0
+    tiles: Tensor | None = None
 
 
 #: From the probabilities of a tile and whether to look as far as the residual stream, how far each value is from the

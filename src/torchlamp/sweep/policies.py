@@ -23,7 +23,7 @@ class Candidate:
     @property
     def random(self) -> bool:
         """Whether what it selects depends on a seed."""
-        return any(part.rule.needs_generator for part in sample(self.spelling).sites.values())
+        return any(part.needs_generator for part in sample(self.spelling).sites.values())
 
 
 def candidates(grid: Node, axes: dict[str, Node]) -> list[Candidate]:
