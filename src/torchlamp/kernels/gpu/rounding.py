@@ -112,11 +112,12 @@ def _round_range(x, GRID: tl.constexpr):
     if not GRID[5]:
         SMALLEST: tl.constexpr = 2.0**MIN_EXPONENT
         rounded = tl.where(rounded < SMALLEST, 0.0, rounded)
-    negative = x.to(tl.int32, bitcast=True) < 0
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
     if GRID[6]:
-        rounded = tl.where(negative, -rounded, rounded)
+        # The bit itself: Triton's negation is a subtraction from +0, which loses the sign of a zero.
+        rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
-        rounded = tl.where(negative, 0.0, rounded)
+        rounded = tl.where(sign < 0, 0.0, rounded)
     if not GRID[7]:
         rounded = tl.where(rounded == 0, 0.0, rounded)
     return tl.where(x != x, x, rounded)
