@@ -112,12 +112,13 @@ def _round_range(x, GRID: tl.constexpr):
     if not GRID[5]:
         SMALLEST: tl.constexpr = 2.0**MIN_EXPONENT
         rounded = tl.where(rounded < SMALLEST, 0.0, rounded)
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    negative = x.to(tl.int32, bitcast=True) < 0
     if GRID[6]:
-        # The bit itself: Triton's negation is a subtraction from +0, which loses the sign of a zero.
+        # Its bit, not a minus: before Triton 3.9 that is 0 - x, and 0 - 0 has no sign.
+        sign = x.to(tl.int32, bitcast=True) & -0x80000000
         rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
-        rounded = tl.where(sign < 0, 0.0, rounded)
+        rounded = tl.where(negative, 0.0, rounded)
     if not GRID[7]:
         rounded = tl.where(rounded == 0, 0.0, rounded)
     return tl.where(x != x, x, rounded)
