@@ -204,8 +204,8 @@ def prepare(
     Returns
     -------
     Prepared
-        With ``statistics``, ``memory``, ``cache()`` and ``undo()``, and ``acceptance`` where it is exact; also a context
-        manager.
+        With ``statistics``, ``memory``, ``cache()`` and ``undo()``, and ``acceptance`` where it is exact; also a
+        context manager.
 
     Raises
     ------
