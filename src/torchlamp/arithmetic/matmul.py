@@ -122,7 +122,9 @@ class _LowPrecision:
         out, of_bias = low.sums, left.bias_products(changed.right)
         if of_bias is not None:
             out = out + of_bias
-        return out if changed.row_shift is None else out + changed.row_shift
+        for shift in (changed.row_shift, changed.column_shift):
+            out = out if shift is None else out + shift
+        return out
 
     def _operand(self, x: Tensor, side: int) -> LowOperand:
         operand = self.operands[side]

@@ -101,6 +101,7 @@ def lamp_attention(
             seen=seen,
             keys=_keys(attached, layer, key, query.shape[2]),
             moments=attached.score_moments(layer, query, key),
+            ranges=attached.score_ranges(layer, query, key),
             softcap=kwargs.get("softcap") or None,
             sinks=kwargs.get("s_aux"),
         )

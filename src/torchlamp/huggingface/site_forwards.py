@@ -236,6 +236,7 @@ class LinearGroup:
             copies=self._copies or None,
             transforms=transforms,
             moments=self.attached.input_moments(self.site, self.layer, x),
+            ranges=self.attached.input_ranges(self.site, self.layer, x),
         )
 
     def looks_ahead(self) -> LookAhead:

@@ -57,6 +57,7 @@ def _form(call: AttentionCall, operands: ScoreOperands) -> ThresholdForm | None:
     """The rule's threshold form; None where it has none, or the call wants what the kernel doesn't do."""
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
     plain = plain and not call.accumulator.online and operands.low_query is None
+    plain = plain and operands.column_shift is None
     # The expected error of two coarser operands is no product of one number a row and one a key.
     if not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None

@@ -14,6 +14,7 @@ from torchlamp.kernels.online import TILE_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.block_view import BlockView
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import SampleDistances, bridge_error
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult, Observation
@@ -214,7 +215,7 @@ def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
     query, key = operands.query[sample, :, at], operands.key[sample, :, shown]
     in_full = operands.exact_query[sample, :, at], operands.exact_key[sample, :, shown].mT
     causal = rows.start - seen.first if call.seen.causal else None
-    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
+    lacking = operands.lacking(sample, at, shown)
     squares = "squares" in call.rule.byproducts
     scores = online_scores(
         (query, key.mT),
@@ -235,7 +236,7 @@ def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
 
     def exact(_: Tensor) -> Tensor:
         sums = products(*in_full, _FLOAT32, causal=causal)[0]
-        return sums if shift is None else sums + shift
+        return sums if lacking is None else sums + lacking
 
     def margin(_: Tensor) -> Tensor:
         return call.accumulator.unit_roundoff * norm_products(query, key)
@@ -267,7 +268,7 @@ def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
         scores,
         visible,
         Softmax(call.softcap, _bias(call.seen.bias, sample, rows, seen), call.sinks),
-        shift,
+        lacking,
         rule=call.rule,
         formats=call.accumulator.online_formats,
         offset=(seen.first - sources.origin[1]) % TILE_KEYS,
@@ -285,14 +286,14 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     query, keys = operands.query[sample, :, at], operands.key[sample, :, shown].transpose(1, 2)
     exact_query = operands.exact_query[sample, :, at]
     exact_keys = operands.exact_key[sample, :, shown].transpose(1, 2)
-    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
+    lacking = operands.lacking(sample, at, shown)
     causal = rows.start - seen.first if call.seen.causal else None
     low = operands.low_scores(
         sample, at, shown, call, causal=causal, squares="squares" in call.rule.byproducts
     )
     scores, squares = low.sums, low.squares
-    if shift is not None:
-        scores += shift
+    if lacking is not None:
+        scores += lacking
     visible = seen.visible
     if visible is None:
         visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
@@ -311,7 +312,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
 
     def exact() -> Tensor:
         sums, _ = products(exact_query, exact_keys, _FLOAT32, scaling=call.scaling, causal=causal)
-        return (sums if shift is None else sums + shift)[None]
+        return (sums if lacking is None else sums + lacking)[None]
 
     def error() -> Tensor:
         assert squares is not None
@@ -324,7 +325,12 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         given = (probabilities, outputs, seen.first, seen.last, sample, rows)
         return (distances.ahead if ahead else distances.output).of(*given)[None]
 
-    unit = call.accumulator.unit_roundoff_of_a_product
+    def bridge() -> Tensor:
+        # The walk that was rounded ends before a key's own sum is added in float32.
+        column, unit = operands.column_shift, call.accumulator.unit_roundoff_of_a_product
+        sums = scores if column is None else scores - column[sample, :, None, shown]
+        return bridge_error(query, keys, sums, call.scaling, unit)[None]
+
     tile = Tile(
         scores=scores[None],
         logits=logits[None],
@@ -332,12 +338,20 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
         error=None if squares is None else error,
-        bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
+        bridge_error=bridge,
         generator=call.generator,
         exact=exact,
         distance=None if call.ahead is None else lambda: distance(True),
         output_distance=lambda: distance(False),
         layer=call.layer,
+        blocks=BlockView(
+            exact_query,
+            operands.exact_key[sample, :, shown],
+            rows.start,
+            seen.first,
+            operands.query.shape[2],
+            operands.key.shape[2],
+        ),
     )
     chosen = call.rule.select(tile)[0]
     if call.observe is not None:
@@ -345,8 +359,8 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     if bool(chosen.any()):
         del tile, logits, slope, probabilities, squares
         recompute(scores, exact_query, exact_keys, chosen, call.scaling)
-        if shift is not None:
-            scores = torch.where(chosen, scores + shift, scores)
+        if lacking is not None:
+            scores = torch.where(chosen, scores + lacking, scores)
         _, _, probabilities = softmax()
     return Weighed(probabilities, visible, chosen, overflowed=overflowed)
 

@@ -44,8 +44,9 @@ def doubt(call: AttentionCall, operands: ScoreOperands) -> tuple[int, int] | Non
         low = operands.low_scores(sample, at, shown, call, squares=True)
         scores, squares = low.sums, low.squares
         assert squares is not None
-        if operands.shift is not None:
-            scores = scores + operands.shift[sample, :, at, None]
+        lacking = operands.lacking(sample, at, shown)
+        if lacking is not None:
+            scores = scores + lacking
         hidden = None if seen.visible is None else ~seen.visible
         logits, slope = capped_logits(scores, call.softcap, None)
         probabilities = visible_softmax(logits, hidden, call.sinks)

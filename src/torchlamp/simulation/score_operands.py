@@ -34,6 +34,8 @@ class ScoreOperands:
         quantised.
     shift : Tensor or None
         float32 (batch, heads, queries): what all scores of a row lack. A softmax alone doesn't see it.
+    column_shift : Tensor or None
+        float32 (batch, heads, keys): what all scores of a key lack.
     low_query, low_key : LowOperand or None
         The operands of the low pass with their integers, (batch * heads, queries, size) and (batch * key heads, keys,
         size), where an integer register sums them or Tender biases them; None: `query` and `key` are all.
@@ -46,9 +48,18 @@ class ScoreOperands:
     exact_query: Tensor
     exact_key: Tensor
     shift: Tensor | None = None
+    column_shift: Tensor | None = None
     low_query: LowOperand | None = None
     low_key: LowOperand | None = None
     biases: ScoreBiases | None = None
+
+    def lacking(self, sample: int, rows: slice, keys: slice) -> Tensor | None:
+        """What scores of these rows and keys lack, float32 broadcastable to (heads, rows, keys); None: nothing."""
+        row = None if self.shift is None else self.shift[sample, :, rows, None]
+        column = None if self.column_shift is None else self.column_shift[sample, :, None, keys]
+        if row is None or column is None:
+            return column if row is None else row
+        return row + column
 
     @property
     def is_quantised(self) -> bool:
@@ -154,7 +165,7 @@ def score_operands(
     ValueError
         A head size that a transform can't change.
     """
-    shift = None
+    shift = column_shift = None
     exact_query, exact_key = query, key
     if transforms and 0 not in (*query.shape, *key.shape):
         left, right = query.flatten(0, 1), key.flatten(0, 1).mT
@@ -163,11 +174,13 @@ def score_operands(
         exact_query, exact_key = changed.left.view(query.shape), changed.right.mT.reshape(key.shape)
         if changed.row_shift is not None and wants_shift:
             shift = (changed.row_shift[..., 0] * scaling).view(query.shape[:3])
+        if changed.column_shift is not None:
+            column_shift = (changed.column_shift[:, 0] * scaling).view(*query.shape[:2], key.shape[2])
     if operand.is_float32 or 0 in (*query.shape, *key.shape):
-        return ScoreOperands(exact_query, exact_key, exact_query, exact_key, shift)
+        return ScoreOperands(exact_query, exact_key, exact_query, exact_key, shift, column_shift)
     if not operand.is_tender and accumulator.register is None:
         low_query, low_key = quantise(exact_query, operand), quantise(exact_key, operand)
-        return ScoreOperands(low_query, low_key, exact_query, exact_key, shift)
+        return ScoreOperands(low_query, low_key, exact_query, exact_key, shift, column_shift)
     biases = None
     if operand.is_tender:
         low_q, low_k, biases = biased(exact_query, exact_key, operand, accumulator, ranges)
@@ -175,7 +188,7 @@ def score_operands(
         low_q = right_operand(exact_query.flatten(0, 1), operand, accumulator)
         low_k = right_operand(exact_key.flatten(0, 1), operand, accumulator)
     values = low_q.values.view(query.shape), low_k.values.view(key.shape)
-    return ScoreOperands(*values, exact_query, exact_key, shift, low_q, low_k, biases)
+    return ScoreOperands(*values, exact_query, exact_key, shift, column_shift, low_q, low_k, biases)
 
 
 def _repeated(moments: ScoreMoments, batch: int) -> ScoreMoments:
