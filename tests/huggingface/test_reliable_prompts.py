@@ -214,10 +214,10 @@ def test_a_prompt_without_memory_is_an_error_and_no_more(build, tokens):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("sizes", [(LENGTH,), (20, 10, 10)])
 def test_what_is_not_finite_stays_where_it_is(build, tokens, bad, sizes):
-    """The sequence with it is finite in the steps before it and isn't from it on; the others of the batch are as without.
+    """The sequence with it is finite in the steps before it and isn't from it on; the others of the batch don't change.
 
-    Only that a store with such a value reads more of all in full, and so rounds less. Within the step a masked value that
-    isn't finite has weight 0, and 0 times it is NaN, as in the model's own attention.
+    Only that a store with such a value reads more of all in full, and so rounds less. Within the step a masked value
+    that isn't finite has weight 0, and 0 times it is NaN, as in the model's own attention.
     """
     model, ids, place = build("llama"), tokens(3, LENGTH), 25
     embedded = model.get_input_embeddings()(ids).clone()
