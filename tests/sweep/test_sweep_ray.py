@@ -49,11 +49,19 @@ def test_workers_stay_with_their_group():
 
 @pytest.fixture(scope="module")
 def cluster():
+    """Two nodes of one processor each, on this machine."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'torchlamp[ray]'")
+    from ray.cluster_utils import Cluster
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    node = {"num_cpus": 1, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=node)
+    nodes.add_node(num_cpus=1)
+    ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
+    assert len([n for n in ray.nodes() if n["Alive"]]) == 2
     yield ray
     ray.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture(scope="module")

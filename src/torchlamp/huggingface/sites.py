@@ -19,7 +19,7 @@ from torchlamp.huggingface.site_forwards import linear_map, plain
 from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import GATED, SITES
-from torchlamp.simulation.linear import Weights
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.norms import Norm
 
 _LAYERS = ("layers", "h", "blocks")

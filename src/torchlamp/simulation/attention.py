@@ -113,7 +113,8 @@ def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:
         scaling=call.scaling,
         wants_shift=call.softcap is not None or call.sinks is not None,
         moments=call.moments,
-        promote=call.accumulator.promote,
+        accumulator=call.accumulator,
+        ranges=call.ranges,
     )
 
 
