@@ -32,7 +32,7 @@ def fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Attent
     form = call.rule.threshold_form()
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
     plain = plain and not call.accumulator.online and operands.low_query is None
-    plain = plain and operands.column_shift is None
+    plain = plain and operands.column_shift is None and operands.key.shape[1] == value.shape[1]
     # The expected error of two coarser operands is no product of one number a row and one a key.
     if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None
