@@ -83,7 +83,7 @@ class Prepared:
             raise ValueError(
                 f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
             )
-        return LookaheadCache(
+        cache = LookaheadCache(
             self.model.config,
             scores=self.policy.sites["scores"],
             values=self.policy.sites["values"],
@@ -92,6 +92,10 @@ class Prepared:
             hadamard=self.settings["scores"].hadamard,
             statistics=self.statistics,
         )
+        weights = None if self._plan is None else self._plan.wide.weights
+        if weights is not None:
+            cache.after = weights.settle
+        return cache
 
     def undo(self) -> None:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""
