@@ -94,7 +94,7 @@ sanitize-tests: sanitize-build
 
 # `bench decode` times the other engines, too, where their packages are installed.
 bench: $(VENV)/installed  ## the figures of docs/performance.md
-	for name in scores forward evaluate attention prompt decode soak; do $(BIN)/torchlamp bench $$name || exit 1; done
+	for name in scores forward evaluate attention prompt decode engines soak; do $(BIN)/torchlamp bench $$name || exit 1; done
 
 # What docs/study reports, computed anew: hours. Stopped at any point, it goes on where it was.
 study: $(VENV)/installed

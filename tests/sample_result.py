@@ -11,10 +11,11 @@ def make(role="tested", **changes) -> Result:
         "partial": False, "tokens_sha256": "00", "role": role, "environment": {"threads": 2, "kernels": "native"},
         "kl_percentiles": {"50": 0.1, "99": 0.5, "max": 1.0}, "recompute_rate_by_layer": [0.5, 0.25], "comparisons": (),
         "recompute_rate_by_site": {"scores": 0.25}, "recompute_rate_by_head": [[0.5, 0.5], [0.25, 0.25]],
-        "recompute_rate_by_position": [0.25], "block_rates": {"entry": 0.25}, "tile_rates": {"0": 0.25},
+        "recompute_rate_by_position": [0.25], "block_rates": {"entry": 0.25},
+        "tile_rates": {"0": 0.25, "1": 0.5, "2+": 0.25, "sub_block": 0.5, "saturated": 0.0},
         "kl_by_window": [0.25, 0.25],
         "flip_by_window": [0.0, 0.5], "log_perplexity_ratio_by_window": [0.0, 0.5],
-        "flip_bits_by_window": ["00", "f0"], "kl_by_move": [], "calibration": None,
+        "flip_bits_by_window": ["00", "f0"], "kl_by_move": [], "calibration": None, "overflowed_by_site": {"qkv": 0},
         "sizes": {"head": 16, "hidden": 32, "mlp": 64},
     }  # fmt: skip
     return Result(**(values | changes))

@@ -33,6 +33,33 @@ SMALL = {
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "rotary_dim": 8, "sliding_window": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.25,
 }  # fmt: skip
+#: What a small model of one family needs beside that.
+MORE: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_expert_group": 1, "num_experts_per_token": 1, "linear_head_dim": 8, "linear_num_heads": 4},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.0] * 4, "vocab_size_per_layer_input": 61,
+        "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {
+        "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "shared_intermediate_size": 48,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "kimi_linear": {"num_experts_per_token": 1, "linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"expert_ffn_hidden_size": 16, "moe_topk": 2, "zero_expert_num": 1},
+    "plbart": {
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "encoder_layers": 2, "decoder_layers": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
 #: More parameters than a small model has: something of it stayed at its full size.
 MAX_PARAMETERS = 5_000_000
 
@@ -53,7 +80,7 @@ def small_model(family: str) -> Any:
         kinds = list(dict.fromkeys(known["layer_types"]))
         own["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
         own["num_hidden_layers"] = len(own["layer_types"])
-    config = kind(**own)
+    config = kind(**own | MORE.get(family, {}))
     model_kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     with torch.device("meta"):
         size = sum(p.numel() for p in model_kind(copy.deepcopy(config)).parameters())

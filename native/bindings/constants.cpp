@@ -26,7 +26,10 @@ void bind_constants(nb::module_& m) {
   constants["rule_weights"] = in_order<RuleWeight>({{RuleWeight::strict, "strict"},
                                                     {RuleWeight::relaxed, "relaxed"},
                                                     {RuleWeight::running, "running"},
-                                                    {RuleWeight::topz, "topz"}});
+                                                    {RuleWeight::topz, "topz"},
+                                                    {RuleWeight::bridge, "bridge"},
+                                                    {RuleWeight::running_residual, "running-residual"},
+                                                    {RuleWeight::bridge_residual, "bridge-residual"}});
   constants["activations"] =
       in_order<Activation>({{Activation::silu, "silu"}, {Activation::gelu_tanh, "gelu_tanh"}});
   constants["block_keys"] = static_cast<int>(kBlockKeys);

@@ -118,12 +118,43 @@ const float* row_numbers(const std::optional<Floats<3>>& x, std::ptrdiff_t batch
   return x->data();
 }
 
+// Of the weights that look to the residual stream: factor, mapped values, their squares, scale.
+using ResidualArrays = std::tuple<Floats<3>, Floats<4>, Floats<3>, Floats<2>>;
+// Of the weights with a bridge: squares of the norms of queries and keys, factors of y^2 and of their product.
+using BridgeArrays = std::tuple<Floats<3>, Floats<3>, float, float>;
+
+void set_bridge(lamp::Attention& p, const std::optional<BridgeArrays>& bridge) {
+  require(bridge.has_value() == p.is_bridge(), "a weight with a bridge needs squares of norms, no other weight takes them");
+  if (!bridge) return;
+  const auto& [of_q, of_k, score_part, norm_part] = *bridge;
+  p.q_squares = row_numbers(of_q, p.B, p.H, p.Lq, "squares of queries must be contiguous, of shape (B, H, Lq)");
+  p.k_squares = row_numbers(of_k, p.B, p.Hkv, p.Lk, "squares of keys must be contiguous, of shape (B, Hkv, Lk)");
+  p.score_part = score_part;
+  p.norm_part = norm_part;
+}
+
+void set_residual(lamp::Attention& p, const std::optional<ResidualArrays>& residual) {
+  require(residual.has_value() == p.is_residual(),
+          "a weight that looks to the residual stream needs a factor and a scale, no other weight takes them");
+  if (!residual) return;
+  const auto& [factor, mapped, squares, scale] = *residual;
+  require(has_shape(mapped, p.B, p.H, p.Lk, p.Dv),
+          "mapped values must have the shape (B, H, Lk, Dv) and a contiguous last dimension");
+  require(row_major(scale) && length(scale.shape(0)) == p.B && length(scale.shape(1)) == p.Lq,
+          "scale must be contiguous, of shape (B, Lq)");
+  p.residual = {row_numbers(factor, p.H, p.Dv, p.Dv, "factor must be contiguous, of shape (H, Dv, Dv)"),
+                head_rows(mapped),
+                row_numbers(squares, p.B, p.H, p.Lk, "mapped squares must be contiguous, of shape (B, H, Lk)"),
+                scale.data()};
+}
+
 void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, std::optional<Floats<4>> exact_q,
                std::optional<Floats<4>> exact_k, std::optional<Floats<3>> shift, std::optional<Floats<3>> row_error,
                std::optional<Floats<3>> key_error, Array<float, 4> out, Array<std::int32_t, 3> selected, Array<std::int32_t, 3> visible,
                std::optional<Array<std::uint8_t, 4>> blocks, std::optional<Array<const std::uint8_t, 3>> mask,
                std::optional<Floats<1>> sinks, bool causal, float scaling, float softcap, int weight, double threshold,
-               bool by_length, float error_scale, const How& how, int threads) {
+               bool by_length, float error_scale, const std::optional<BridgeArrays>& bridge,
+               const std::optional<ResidualArrays>& residual, std::optional<Floats<3>> draws, const How& how, int threads) {
   lamp::Attention p;
   p.B = length(q.shape(0));
   p.H = length(q.shape(1));
@@ -148,7 +179,7 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, st
   require(row_major(visible) && length(visible.shape(0)) == p.B && length(visible.shape(1)) == p.Lq &&
               visible.shape(2) == 2,
           "visible must be contiguous, of shape (B, Lq, 2)");
-  require(weight >= 0 && weight <= static_cast<int>(lamp::RuleWeight::topz), "unknown weight");
+  require(weight >= 0 && weight <= static_cast<int>(lamp::RuleWeight::bridge_residual), "unknown weight");
   p.q = head_rows(q);
   p.k = head_rows(k);
   p.v = head_rows(v);
@@ -186,6 +217,9 @@ void attention(const std::string& isa, Floats<4> q, Floats<4> k, Floats<4> v, st
   p.threshold = threshold;
   p.by_length = by_length;
   p.error_scale = error_scale;
+  set_bridge(p, bridge);
+  set_residual(p, residual);
+  p.draws = row_numbers(draws, p.H, p.Lq, p.Lk, "draws must be contiguous, of shape (H, Lq, Lk)");
   p.accumulation = accumulation(how);
   p.threads = threads;
   const lamp::Kernels& kernel = kernels(isa);
@@ -211,7 +245,7 @@ NB_MODULE(_native, m) {
   m.def("attention", &attention, "isa"_a, "q"_a, "k"_a, "v"_a, "exact_q"_a.none(), "exact_k"_a.none(),
         "shift"_a.none(), "row_error"_a.none(), "key_error"_a.none(), "out"_a, "selected"_a, "visible"_a,
         "blocks"_a.none(), "mask"_a.none(), "sinks"_a.none(), "causal"_a, "scaling"_a, "softcap"_a, "weight"_a, "threshold"_a, "by_length"_a,
-        "error_scale"_a, "how"_a, "threads"_a);
+        "error_scale"_a, "bridge"_a.none(), "residual"_a.none(), "draws"_a.none(), "how"_a, "threads"_a);
   lamp::python::bind_lowbit(m);
   lamp::python::bind_decode(m);
   lamp::python::bind_constants(m);

@@ -4,46 +4,11 @@
 // grows with the number of keys, never with its square.
 #pragma once
 
-#include "simulation/row_softmax.hpp"
+#include "simulation/residual.hpp"
 
 namespace LAMP_ISA {
 
 constexpr std::ptrdiff_t kAttentionRows = 32;
-
-// out[r] = sum over keys [first, last) of probability[r][key] * v[key], by FMAs in the order of the keys.
-template <int Rows, int Vectors>
-inline void values_micro(const float* const* probability, const float* v, std::ptrdiff_t v_row, std::ptrdiff_t first,
-                         std::ptrdiff_t last, float* const* out, std::ptrdiff_t column) {
-  vf acc[Rows][Vectors];
-  for (auto& row : acc)
-    for (auto& x : row) x = zero();
-  for (std::ptrdiff_t j = first; j < last; ++j) {
-    vf value[Vectors];
-    for (int c = 0; c < Vectors; ++c) value[c] = load(v + j * v_row + column + c * vf::width);
-    for (int r = 0; r < Rows; ++r) {
-      const vf z = set1(probability[r][j]);
-      for (int c = 0; c < Vectors; ++c) acc[r][c] = fma(z, value[c], acc[r][c]);
-    }
-  }
-  for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Vectors; ++c) store(out[r] + column + c * vf::width, acc[r][c]);
-}
-
-template <int Rows>
-inline void values_rows(const float* const* probability, const float* v, std::ptrdiff_t v_row, std::ptrdiff_t first,
-                        std::ptrdiff_t last, float* const* out, std::ptrdiff_t Dv) {
-  std::ptrdiff_t column = 0;
-  for (; column + 2 * vf::width <= Dv; column += 2 * vf::width)
-    values_micro<Rows, 2>(probability, v, v_row, first, last, out, column);
-  for (; column + vf::width <= Dv; column += vf::width)
-    values_micro<Rows, 1>(probability, v, v_row, first, last, out, column);
-  for (; column < Dv; ++column)
-    for (int r = 0; r < Rows; ++r) {
-      float acc = 0.0f;
-      for (std::ptrdiff_t j = first; j < last; ++j) acc = std::fma(probability[r][j], v[j * v_row + column], acc);
-      out[r][column] = acc;
-    }
-}
 
 inline std::vector<Range> visible_ranges(const lamp::Attention& p) {
   std::vector<Range> ranges(static_cast<std::size_t>(p.B * p.Lq));
@@ -97,7 +62,8 @@ struct TileRows {
       const std::ptrdiff_t index = p.row_index(batch, head, query);
       const Range& seen = ranges[static_cast<std::size_t>(batch * p.Lq + query)];
       rows[r] = {head, query, seen, p.q.at(batch, head, query), p.exact_q.at(batch, head, query),
-                 p.shift ? p.shift[index] : 0.0f, p.row_error ? p.row_error[index] : 0.0f};
+                 p.shift ? p.shift[index] : 0.0f, p.row_error ? p.row_error[index] : 0.0f,
+                 p.q_squares ? p.q_squares[index] : 0.0f};
       if (!seen.count) continue;
       first = std::min(first, seen.first);
       last = std::max(last, seen.last);
@@ -133,6 +99,12 @@ inline void low_scores(const lamp::Attention& p, const Micro& low, const Packed&
   }
 }
 
+// Where the outputs of a tile's rows lie.
+inline void outputs_of(const lamp::Attention& p, const TileRows& tile, float** out) {
+  for (int r = 0; r < tile.count; ++r)
+    out[r] = p.out + ((tile.keys.batch * p.Lq + tile.rows[r].query) * p.H + tile.rows[r].head) * p.Dv;
+}
+
 // Values weighted by the probabilities of each row.
 inline void sum_values(const lamp::Attention& p, const TileRows& tile, const float* const* probability) {
   constexpr int kValueRows = 6;
@@ -141,8 +113,7 @@ inline void sum_values(const lamp::Attention& p, const TileRows& tile, const flo
   // From the first key that any row sees: before it, how far a tile reaches depends on the vectors' width.
   const std::ptrdiff_t begin = std::max<std::ptrdiff_t>(0, tile.first - keys.origin);
   float* out[kAttentionRows];
-  for (int r = 0; r < tile.count; ++r)
-    out[r] = p.out + ((keys.batch * p.Lq + tile.rows[r].query) * p.H + tile.rows[r].head) * p.Dv;
+  outputs_of(p, tile, out);
   for (int r = 0; r < tile.count;) {
     const int some = tile.count - r >= kValueRows ? kValueRows : 1;
     std::ptrdiff_t end = 0;
@@ -157,40 +128,81 @@ inline void sum_values(const lamp::Attention& p, const TileRows& tile, const flo
     if (!tile.rows[r].keys.count) blind(p, keys.batch, keys.kv, out[r]);
 }
 
+// Keys and values of a call in blocks: of the low pass, of recomputation, and, for the residual rules, L^T v.
+struct Operands {
+  const Packed &low, &exact, &mapped;
+};
+
+// The keys' own numbers of a tile, (B, Hkv, Lk), 0 behind the last key.
+inline void take_keys(const lamp::Attention& p, const TileKeys& keys, const float* of_all, std::vector<float>& own) {
+  if (!of_all) return;
+  const std::ptrdiff_t there = std::min(keys.width, p.Lk - keys.origin);
+  const float* first = of_all + (keys.batch * p.Hkv + keys.kv) * p.Lk + keys.origin;
+  std::fill_n(std::copy_n(first, there, own.begin()), keys.width - there, 0.0f);
+}
+
+// Rows of raw sums to probabilities, each decided by itself; `squares` are null where they aren't needed.
+inline void choose_rows(const lamp::Attention& p, const Operands& operands, const TileRows& rows, Tile& tile,
+                        float* const* y, float* const* squares) {
+  RowSoftmax softmax(p, operands.exact, rows.keys, tile);
+  for (int r = 0; r < rows.count; ++r) {
+    const Row& row = rows.rows[r];
+    std::int32_t& selected = p.selected[p.row_index(rows.keys.batch, row.head, row.query)];
+    selected = row.keys.count ? softmax.run(row, y[r], squares[r]) : 0;
+    if (!row.keys.count) std::fill_n(y[r], rows.keys.width, 0.0f);
+  }
+}
+
+// The same for the rules that must know the low pass' output, which is summed first.
+inline void choose_rows_ahead(const lamp::Attention& p, const Operands& operands, const TileRows& rows, Tile& tile,
+                              float* const* y, float* const* squares) {
+  const std::ptrdiff_t width = rows.keys.width;
+  thread_local ResidualTile own;
+  own.reserve(p, rows.count, width);
+  ResidualSoftmax softmax(p, operands.exact, operands.mapped, rows.keys, tile, own);
+  float *z[kAttentionRows], *output[kAttentionRows];
+  for (int r = 0; r < rows.count; ++r) {
+    z[r] = own.low.data() + r * width;
+    if (rows.rows[r].keys.count)
+      softmax.low_pass(rows.rows[r], y[r], z[r]);
+    else
+      std::fill_n(z[r], width, 0.0f);
+  }
+  sum_values(p, rows, z);
+  outputs_of(p, rows, output);
+  for (int r = 0; r < rows.count; ++r) {
+    const Row& row = rows.rows[r];
+    std::int32_t& selected = p.selected[p.row_index(rows.keys.batch, row.head, row.query)];
+    selected = row.keys.count ? softmax.run(row, y[r], z[r], squares[r], output[r]) : 0;
+    if (!row.keys.count) std::fill_n(y[r], width, 0.0f);
+  }
+}
+
 // One tile: scores, softmax and look-ahead row by row, values.
-inline void attend_tile(const lamp::Attention& p, const Micro& low, const Packed& packed, const Packed& exact,
-                        const TileRows& rows) {
+inline void attend_tile(const lamp::Attention& p, const Micro& low, const Operands& operands, const TileRows& rows) {
   const TileKeys& keys = rows.keys;
   const bool with_squares = p.needs_squares();
   thread_local Tile tile;
-  tile.reserve(rows.count, keys.width, with_squares, p.key_error != nullptr);
-  if (p.key_error) {
-    const float* own = p.key_error + (keys.batch * p.Hkv + keys.kv) * p.Lk + keys.origin;
-    const std::ptrdiff_t there = std::min(keys.width, p.Lk - keys.origin);
-    std::fill_n(std::copy_n(own, there, tile.key_errors.begin()), keys.width - there, 0.0f);
-  }
+  tile.reserve(p, rows.count, keys.width);
+  take_keys(p, keys, p.key_error, tile.key_errors);
+  take_keys(p, keys, p.k_squares, tile.key_squares);
   float *y[kAttentionRows], *squares[kAttentionRows];
   for (int r = 0; r < rows.count; ++r) {
     y[r] = tile.scores.data() + r * keys.width;
     squares[r] = with_squares ? tile.squares.data() + r * keys.width : nullptr;
   }
-  low_scores(p, low, packed, rows, y, with_squares ? squares : nullptr);
-  RowSoftmax softmax(p, exact, keys, tile);
-  for (int r = 0; r < rows.count; ++r) {
-    const Row& row = rows.rows[r];
-    std::int32_t& selected = p.selected[p.row_index(keys.batch, row.head, row.query)];
-    selected = row.keys.count ? softmax.run(row, y[r], squares[r]) : 0;
-    if (!row.keys.count) std::fill_n(y[r], keys.width, 0.0f);
-  }
+  low_scores(p, low, operands.low, rows, y, with_squares ? squares : nullptr);
+  (p.is_residual() ? choose_rows_ahead : choose_rows)(p, operands, rows, tile, y, squares);
   sum_values(p, rows, y);
 }
 
-// The keys of all heads, in blocks.
-inline void pack_keys(const lamp::Attention& p, const lamp::HeadRows& keys, Packed& packed) {
+// Rows of `heads` heads of every sample, in blocks of rows: K numbers each.
+inline void pack_rows(const lamp::Attention& p, const lamp::HeadRows& rows, std::ptrdiff_t heads, std::ptrdiff_t K,
+                      Packed& packed) {
   std::vector<std::ptrdiff_t> offsets;
   for (std::ptrdiff_t b = 0; b < p.B; ++b)
-    for (std::ptrdiff_t h = 0; h < p.Hkv; ++h) offsets.push_back(b * keys.batch + h * keys.head);
-  packed.pack(keys.data, p.B * p.Hkv, offsets.data(), 1, keys.row, p.D, p.Lk, p.threads);
+    for (std::ptrdiff_t h = 0; h < heads; ++h) offsets.push_back(b * rows.batch + h * rows.head);
+  packed.pack(rows.data, p.B * heads, offsets.data(), 1, rows.row, K, p.Lk, p.threads);
 }
 
 void attention(const lamp::Attention& call) {
@@ -201,15 +213,16 @@ void attention(const lamp::Attention& call) {
   if (!own_keys) p.exact_k = p.k;
   const LentPacked<> lent;
   const LentPacked<Operand::exact> lent_exact;
-  Packed& packed = *lent;
-  pack_keys(p, p.k, packed);
-  Packed& exact = own_keys ? *lent_exact : packed;
-  if (own_keys) pack_keys(p, p.exact_k, exact);
+  const LentPacked<Operand::mapped> lent_mapped;
+  pack_rows(p, p.k, p.Hkv, p.D, *lent);
+  if (own_keys) pack_rows(p, p.exact_k, p.Hkv, p.D, *lent_exact);
+  if (p.is_residual()) pack_rows(p, p.residual.mapped, p.H, p.Dv, *lent_mapped);
+  const Operands operands{*lent, own_keys ? *lent_exact : *lent, *lent_mapped};
   Magnitudes seen;
   for (std::ptrdiff_t b = 0; b < p.B; ++b)
     for (std::ptrdiff_t h = 0; h < p.H; ++h)
       for (std::ptrdiff_t i = 0; i < p.Lq; ++i) seen.add(p.q.at(b, h, i), p.D);
-  const Micro low = pick_sums(p.accumulation, p.needs_squares(), seen, packed.all(), p.D);
+  const Micro low = pick_sums(p.accumulation, p.needs_squares(), seen, operands.low.all(), p.D);
 
   const auto ranges = visible_ranges(p);
   const std::ptrdiff_t tiles = (p.H / p.Hkv * p.Lq + kAttentionRows - 1) / kAttentionRows;
@@ -217,7 +230,7 @@ void attention(const lamp::Attention& call) {
   lamp::parallel(p.threads, items, [&](std::ptrdiff_t index) {
     const std::ptrdiff_t item = items - 1 - index;  // the long rows of a causal triangle first
     const TileRows rows(p, ranges, item / tiles / p.Hkv, item / tiles % p.Hkv, item % tiles * kAttentionRows);
-    attend_tile(p, low, packed, exact, rows);
+    attend_tile(p, low, operands, rows);
   });
 }
 

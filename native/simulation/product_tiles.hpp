@@ -272,9 +272,9 @@ struct Packed {
   }
 };
 
-// The caller's thread keeps the memory of two between calls, up to lamp::kKeptBytes each: of the low-precision operand,
-// and of the exact one. Lent for one call, which may end with an exception.
-enum class Operand { low, exact };
+// The caller's thread keeps the memory of three between calls, up to lamp::kKeptBytes each: of the low-precision operand,
+// of the exact one, and of what is behind a softmax. Lent for one call, which may end with an exception.
+enum class Operand { low, exact, mapped };
 template <Operand Which = Operand::low>
 class LentPacked {
  public:

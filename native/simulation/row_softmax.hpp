@@ -4,6 +4,7 @@
 // parameter, and the torch tile loop is its oracle.
 #pragma once
 
+#include "simulation/draws.hpp"
 #include "simulation/products.hpp"
 
 namespace LAMP_ISA {
@@ -19,6 +20,7 @@ struct Row {
   Range keys;
   const float *q, *exact_q;
   float shift, error;  // 0 where there is none
+  float square;        // ||q||^2, of bridges
 };
 
 // Where the keys of a tile lie: key head `kv` of sample `batch`, keys origin ... origin + width.
@@ -28,18 +30,21 @@ struct TileKeys {
 
 // The buffers of one thread; they grow to the largest tile seen and stay.
 struct Tile {
-  std::vector<float> scores, squares, logits, dense, key_errors;
+  std::vector<float> scores, squares, logits, dense, key_errors, key_squares;
+  Drawn drawn;
   std::vector<std::uint8_t> visible;
   std::vector<std::ptrdiff_t> chosen;
   std::vector<float> recomputed;
 
-  void reserve(std::ptrdiff_t rows, std::ptrdiff_t width, bool with_squares, bool with_errors) {
-    const auto grow = [](auto& v, std::ptrdiff_t n) {
-      if (v.size() < static_cast<std::size_t>(n)) v.resize(static_cast<std::size_t>(n));
-    };
+  template <class T>
+  static void grow(std::vector<T>& v, std::ptrdiff_t n) {
+    if (v.size() < static_cast<std::size_t>(n)) v.resize(static_cast<std::size_t>(n));
+  }
+  void reserve(const lamp::Attention& p, std::ptrdiff_t rows, std::ptrdiff_t width) {
     grow(scores, rows * width);
-    grow(squares, with_squares ? rows * width : 0);
-    grow(key_errors, with_errors ? width : 0);
+    grow(squares, p.needs_squares() ? rows * width : 0);
+    grow(key_errors, p.key_error ? width : 0);
+    grow(key_squares, p.k_squares ? width : 0);
     grow(logits, width);
     grow(dense, width);
     grow(visible, width);
@@ -57,25 +62,52 @@ class RowSoftmax {
   // From raw sums (`y`, of the tile's keys) to probabilities in the same place; returns how many entries were
   // recomputed. `squares` are null where the weight doesn't need them.
   std::int32_t run(const Row& row, float* y, const float* squares) {
-    const std::ptrdiff_t width = keys_.width;
-    see(row);
-    scale_and_round(y, width, p_.scaling, p_.accumulation.result());
-    if (p_.shift)
-      for (std::ptrdiff_t j = 0; j < width; j += vf::width) store(y + j, load(y + j) + set1(row.shift));
-    softmax(y, row.head);
+    low(row, y);
     const std::ptrdiff_t count = choose(row, y, squares);
-    if (p_.blocks) note_blocks(row, count);
+    finish(row, y, count);
+    return static_cast<std::int32_t>(count);
+  }
+
+ protected:
+  static std::size_t at(std::ptrdiff_t j) { return static_cast<std::size_t>(j); }
+
+  // From raw sums to scores, and their softmax.
+  void low(const Row& row, float* y) {
+    see(row);
+    scale_and_round(y, keys_.width, p_.scaling, p_.accumulation.result());
+    if (p_.shift)
+      for (std::ptrdiff_t j = 0; j < keys_.width; j += vf::width) store(y + j, load(y + j) + set1(row.shift));
+    softmax(y, row.head);
+  }
+
+  // Draws if the rule draws, recomputes the first `count` chosen entries, and leaves probabilities in `y`. The softmax of
+  // the row's scores is there.
+  void finish(const Row& row, float* y, std::ptrdiff_t count) {
+    note(row, count);
     if (count > 0) {
       recompute(row, y, count);
       softmax(y, row.head);
     }
-    const vf inverse = set1(1.0f / sum_);
-    for (std::ptrdiff_t j = 0; j < width; j += vf::width) store(y + j, load(&tile_.logits[at(j)]) * inverse);
-    return static_cast<std::int32_t>(count);
+    probabilities(y);
   }
 
- private:
-  static std::size_t at(std::ptrdiff_t j) { return static_cast<std::size_t>(j); }
+  // Of `count` chosen entries: any others in their place if the rule draws, and marks of their blocks.
+  void note(const Row& row, std::ptrdiff_t count) {
+    if (p_.draws) draw(row, count);
+    if (p_.blocks) note_blocks(row, count);
+  }
+
+  void probabilities(float* z) const {
+    const vf inverse = set1(1.0f / sum_);
+    for (std::ptrdiff_t j = 0; j < keys_.width; j += vf::width) store(z + j, load(&tile_.logits[at(j)]) * inverse);
+  }
+
+  // As many entries as are chosen, but any: those with the lowest draws.
+  void draw(const Row& row, std::ptrdiff_t count) {
+    const float* draws = p_.draws + (row.head * p_.Lq + row.query) * p_.Lk + keys_.origin;
+    tile_.drawn.lowest(draws, tile_.visible.data(), row.keys.last - keys_.origin, row.keys.count, count,
+                       tile_.chosen.data());
+  }
 
   void see(const Row& row) {
     std::uint8_t* visible = tile_.visible.data();
@@ -116,23 +148,31 @@ class RowSoftmax {
   }
 
   // The weight of the rule as torchlamp.rules.ThresholdForm states it, factor by factor in its order; `z` is the
-  // probability, or e^(logit - largest) for `relaxed`, `error` the expected error of the score for `running`.
+  // probability, or e^(logit - largest) for `relaxed`, `error` the expected error of the score where one is estimated.
   vf weigh(vf z, vf y, vf error) const {
-    const bool gained = p_.weight == lamp::RuleWeight::strict || p_.weight == lamp::RuleWeight::running;
+    const bool estimated = p_.is_running() || p_.is_bridge();
+    const bool gained = p_.weight == lamp::RuleWeight::strict || estimated;
     vf w = z;
     if (gained) w = (set1(1.0f) - z) * z * set1(2.0f);
     if (p_.weight == lamp::RuleWeight::relaxed) w = w * abs(y);
-    if (p_.softcap > 0.0f && p_.weight != lamp::RuleWeight::topz) {
-      const vf t = tanh(y / set1(p_.softcap));
-      w = w * (set1(1.0f) - t * t);
-    }
+    if (p_.softcap > 0.0f && p_.weight != lamp::RuleWeight::topz) w = w * slope(y);
     if (p_.weight == lamp::RuleWeight::strict) w = w * abs(y);
-    if (p_.weight == lamp::RuleWeight::running) w = w * error;
+    if (estimated) w = w * error;
     return w;
   }
 
-  // The expected error of the scores of the keys from j on, of sums and of operands.
-  vf expected_error(const Row& row, const float* squares, std::ptrdiff_t j) const {
+  // The softcap's derivative.
+  vf slope(vf y) const {
+    const vf t = tanh(y / set1(p_.softcap));
+    return set1(1.0f) - t * t;
+  }
+
+  // The expected error of the scores of the keys from j on: of a bridge, or of sums and of operands.
+  vf expected_error(const Row& row, const float* y, const float* squares, std::ptrdiff_t j) const {
+    if (p_.is_bridge()) {
+      const vf score = load(y + j), norms = set1(row.square) * load(&tile_.key_squares[at(j)]) * set1(p_.norm_part);
+      return sqrt(score * score * set1(p_.score_part) + norms) * set1(p_.error_scale);
+    }
     const vf sums = squares ? sqrt(load(squares + j)) * set1(p_.error_scale) : zero();
     if (!p_.row_error) return sums;
     const vf operands = set1(row.error) * load(&tile_.key_errors[at(j)]);
@@ -159,12 +199,12 @@ class RowSoftmax {
       }
       threshold *= std::isnan(sum_halves(total)) ? std::numeric_limits<float>::quiet_NaN() : largest(top);
     }
-    const bool running = p_.weight == lamp::RuleWeight::running;
+    const bool estimated = p_.is_running() || p_.is_bridge();
     const vf bound = set1(threshold), huge = set1(std::numeric_limits<float>::max());
     std::ptrdiff_t count = 0;
     for (std::ptrdiff_t j = 0; j < width; j += vf::width) {
       const vf score = load(y + j);
-      const vf error = running ? expected_error(row, squares, j) : zero();
+      const vf error = estimated ? expected_error(row, y, squares, j) : zero();
       const vmask low = mask_and(le(weigh(load(e + j) * norm, score, error), bound), le(abs(score), huge));
       unsigned chosen = bits(mask_bytes(&tile_.visible[at(j)])) & ~bits(low);
       for (; chosen; chosen &= chosen - 1) tile_.chosen[at(count++)] = j + std::countr_zero(chosen);
@@ -182,21 +222,27 @@ class RowSoftmax {
       blocks[(origin + tile_.chosen[at(c)]) / lamp::kBlockKeys] |= lamp::block_touched;
   }
 
-  void recompute(const Row& row, float* y, std::ptrdiff_t count) {
+  // x . row of the first `count` chosen keys, in float32 FMAs in the order of the elements, into tile_.recomputed. The
+  // rows of key 0 on start at `rows`, `row` elements apart; `packed` has them as blocks of its matrix `matrix`.
+  void float_products(const float* x, const float* rows, std::ptrdiff_t row, const Packed& packed, std::ptrdiff_t matrix,
+                      std::ptrdiff_t count) {
     const std::ptrdiff_t* chosen = tile_.chosen.data();
     float* value = tile_.recomputed.data();
-    if (count * 8 < keys_.width) {
-      const lamp::HeadRows& keys = p_.exact_k;
-      dots(row.exact_q, 1, keys.at(keys_.batch, keys_.kv, keys_.origin), 1, keys.row, p_.D, chosen, count, value);
-    } else {  // so many that the whole row in float32 is cheaper; the same sums in the same order
-      const std::ptrdiff_t matrix = keys_.batch * p_.Hkv + keys_.kv;
-      for (std::ptrdiff_t j = 0; j < keys_.width; j += kColumns) {
-        float* out = &tile_.dense[at(j)];
-        const Block block{&row.exact_q, 1, exact_.block(matrix, (keys_.origin + j) / kColumns), p_.D, &out, nullptr};
-        micro<RoundNone, Form::strict, true, false, 1>(Accumulation(), block);
-      }
-      for (std::ptrdiff_t c = 0; c < count; ++c) value[c] = tile_.dense[at(chosen[c])];
+    if (count * 8 < keys_.width) return dots(x, 1, rows + keys_.origin * row, 1, row, packed.K, chosen, count, value);
+    // So many that all keys are cheaper; the same sums in the same order.
+    for (std::ptrdiff_t j = 0; j < keys_.width; j += kColumns) {
+      float* out = &tile_.dense[at(j)];
+      const Block block{&x, 1, packed.block(matrix, (keys_.origin + j) / kColumns), packed.K, &out, nullptr};
+      micro<RoundNone, Form::strict, true, false, 1>(Accumulation(), block);
     }
+    for (std::ptrdiff_t c = 0; c < count; ++c) value[c] = tile_.dense[at(chosen[c])];
+  }
+
+  void recompute(const Row& row, float* y, std::ptrdiff_t count) {
+    const std::ptrdiff_t* chosen = tile_.chosen.data();
+    const float* value = tile_.recomputed.data();
+    const lamp::HeadRows& keys = p_.exact_k;
+    float_products(row.exact_q, keys.at(keys_.batch, keys_.kv), keys.row, exact_, keys_.batch * p_.Hkv + keys_.kv, count);
     for (std::ptrdiff_t c = 0; c < count; ++c) y[chosen[c]] = value[c] * p_.scaling;
     if (p_.shift)
       for (std::ptrdiff_t c = 0; c < count; ++c) y[chosen[c]] += row.shift;

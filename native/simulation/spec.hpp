@@ -81,7 +81,7 @@ struct Recompute {
 };
 
 // The weight that a threshold rule compares with its threshold (torchlamp.rules states each formula).
-enum class RuleWeight : int { strict, relaxed, running, topz };
+enum class RuleWeight : int { strict, relaxed, running, topz, bridge, running_residual, bridge_residual };
 
 // Keys of a block whose recomputation is counted, and what is noted of a row's block.
 constexpr std::ptrdiff_t kBlockKeys = 16;
@@ -97,6 +97,14 @@ struct HeadRows {
   }
 };
 
+// What lies between the heads and the residual stream (torchlamp.rules.RunningResidual); all but `mapped` contiguous.
+struct Residual {
+  const float* factor = nullptr;  // (H, Dv, Dv): L_h; ||L_h^T x|| is the length of x in the stream
+  HeadRows mapped;                // (B, H, Lk, Dv): L_h^T v_j
+  const float* squares = nullptr; // (B, H, Lk): ||L_h^T v_j||^2
+  const float* scale = nullptr;   // (B, Lq), > 0: what changes are relative to
+};
+
 // Attention under a threshold rule: q (B, H, Lq, D), k and v (B, Hkv, Lk, D or Dv).
 //
 // Scores are y = round(scaling * low-precision sum of q . k) + shift. A recomputed one is scaling * (exact_q . exact_k)
@@ -108,6 +116,10 @@ struct Attention {
   const float* shift = nullptr;       // (B, H, Lq), contiguous, or null: none
   const float* row_error = nullptr;   // (B, H, Lq), contiguous, or null: the operands have no error; the factor
   const float* key_error = nullptr;   // (B, Hkv, Lk), contiguous, of row_error, there with it
+  const float* q_squares = nullptr;   // bridges: (B, H, Lq), contiguous, ||q||^2
+  const float* k_squares = nullptr;   // bridges: (B, Hkv, Lk), contiguous, ||k||^2
+  Residual residual;                  // for the weights that look as far as the residual stream
+  const float* draws = nullptr;       // (H, Lq, Lk), contiguous, in [0, 1), shared by the samples; or null: nothing is drawn
   float* out = nullptr;               // (B, Lq, H, Dv), contiguous
   std::int32_t* selected = nullptr;   // (B, H, Lq), contiguous: recomputed entries of each row
   std::int32_t* visible = nullptr;    // (B, Lq, 2), contiguous: how many keys each query sees, and the last one or -1
@@ -122,13 +134,17 @@ struct Attention {
   RuleWeight weight = RuleWeight::topz;
   double threshold = 0.0;
   bool by_length = false;
-  float error_scale = 0.0f;  // running: from the root of a sum of squares to an expected error
+  float error_scale = 0.0f;  // from the root of a sum of squares to an expected error
+  float score_part = 0.0f, norm_part = 0.0f;  // bridges: factors of y^2 and of ||q||^2 ||k||^2 in that sum
   Accumulation accumulation;
   int threads = 1;
 
+  bool is_bridge() const { return weight == RuleWeight::bridge || weight == RuleWeight::bridge_residual; }
+  bool is_running() const { return weight == RuleWeight::running || weight == RuleWeight::running_residual; }
+  bool is_residual() const { return weight == RuleWeight::running_residual || weight == RuleWeight::bridge_residual; }
   // Whether the weight needs the sums of squares: float32 sums err by nothing beside quantised operands.
   bool needs_squares() const {
-    return weight == RuleWeight::running && !(row_error && accumulation.grid.is_float32() && accumulation.fuse.length == 0);
+    return is_running() && !(row_error && accumulation.grid.is_float32() && accumulation.fuse.length == 0);
   }
   std::ptrdiff_t row_index(std::ptrdiff_t b, std::ptrdiff_t h, std::ptrdiff_t i) const { return (b * H + h) * Lq + i; }
 };

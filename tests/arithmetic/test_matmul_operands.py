@@ -54,8 +54,8 @@ def test_each_matrix_of_b_is_changed_with_the_rows_that_meet_it(name):
         changed = transformed(rows, matrix, [Transform.parse(name)])
         how = Accumulator.parse("ps3").accumulation
         expected, _ = products(quantise(changed.left, "int4"), quantise(changed.right, "int4", -2), how)
-        if changed.row_shift is not None:
-            expected = expected + changed.row_shift
+        for shift in (changed.row_shift, changed.column_shift):
+            expected = expected if shift is None else expected + shift
         torch.testing.assert_close(found[j], expected.view(3, 7, 5), rtol=0, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.arithmetic.transforms.transform import Diagonal, Side
 from torchlamp.kernels.products import products
 
-CHAINS = [[*names] for count in range(1, 6) for names in itertools.combinations(TRANSFORMS, count)]
+CHAINS = [[*names] for count in range(1, 7) for names in itertools.combinations(TRANSFORMS, count)]
 SIDES: list[Side] = ["left", "right"]
 
 
@@ -105,6 +105,26 @@ def test_center_takes_the_mean_off_one_side():
     assert left.row_shift is None
 
 
+def test_bicenter_takes_both_means_off_scores_and_the_inputs_mean_off_linear_layers():
+    a, b = draw(groups=2, shared=1)
+    both = transformed(a, b, chain(["bicenter"]), "right")
+    rows, columns = a.flatten(0, 1).mean(0), b[0].mean(1)
+    torch.testing.assert_close(both.left, a - rows)
+    torch.testing.assert_close(both.right, b - columns[:, None])
+    torch.testing.assert_close(both.row_shift, a @ columns[:, None])
+    torch.testing.assert_close(both.column_shift, (rows @ (b - columns[:, None])).expand(2, 1, -1))
+    left, center = (transformed(a, b, chain([name]), "left") for name in ("bicenter", "center"))
+    assert left.row_shift is None
+    assert torch.equal(left.left, center.left)
+    assert torch.equal(left.column_shift, center.column_shift)
+
+
+def test_bicenter_on_queries_with_a_common_part():
+    a, b = draw(rows=200, columns=200)
+    a = a + torch.linspace(-6, 6, a.shape[-1])
+    assert error(a, b, ["bicenter", "balance"]) < error(a, b, ["center", "balance"]) / 1.5
+
+
 def test_one_row_and_one_column_keep_their_shift_on_its_side():
     a, b = draw(rows=1, columns=1)
     assert transformed(a, b, chain(["center"]), "left").column_shift.shape == (1, 1, 1)
@@ -180,6 +200,12 @@ def rank_two(rows, size, seed):
 )  # fmt: skip
 def test_moments_without_full_rank(a, b, names, side):
     assert_exact(transformed(a, b, chain(names), side), a, b, 2e-3)
+
+
+def test_balance_of_one_centred_row_is_finite():
+    a, b = draw(rows=1, columns=1, size=2, seed=1)
+    for side in SIDES:
+        assert_exact(transformed(a, b, chain(["hadamard", "center", "balance"]), side), a, b, 2e-3)
 
 
 def test_moments_that_are_rounding_errors_alone_have_a_factor():
@@ -279,8 +305,10 @@ def error(a, b, names, accumulator="ps4", operand="float32"):
     changed = transformed(a, b, chain(names))
     left, right = quantise(changed.left, operand), quantise(changed.right, operand, -2)
     out, _ = products(left.contiguous(), right.contiguous(), Accumulator.parse(accumulator).accumulation)
-    shifted = out.double() if changed.row_shift is None else out.double() + changed.row_shift
-    return float((shifted - product(a, b)).square().mean().sqrt())
+    found = out.double()
+    for shift in (changed.row_shift, changed.column_shift):
+        found = found if shift is None else found + shift
+    return float((found - product(a, b)).square().mean().sqrt())
 
 
 def test_center_and_sort_on_keys_with_a_large_bias():
@@ -335,7 +363,7 @@ def test_names_round_trip(name):
 
 
 def test_they_are_applied_in_this_order():
-    assert [*TRANSFORMS] == ["center", "smooth", "balance", "hadamard", "sort"]
+    assert [*TRANSFORMS] == ["center", "bicenter", "smooth", "balance", "hadamard", "sort"]
     given = [Reverse(), "sort", Transform.parse("hadamard"), "center"]
     assert [*map(str, in_order(given))] == ["center", "hadamard", "sort", "reverse"]
 
@@ -343,6 +371,6 @@ def test_they_are_applied_in_this_order():
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown transform 'centre': did you mean 'center'") as raised:
         Transform.parse("centre")
-    assert "the transforms are center, smooth, balance, hadamard, sort" in str(raised.value)
+    assert "the transforms are center, bicenter, smooth, balance, hadamard, sort" in str(raised.value)
     with pytest.raises(TypeError, match="a transform is a name like 'center', got int 3"):
         Transform.parse(3)

@@ -52,7 +52,7 @@ def test_a_quick_run_judges_nothing(fake, tmp_path):
     out = tmp_path / "out.json"
     result = CliRunner().invoke(app, ["bench", "fake", "--quick", "--json", str(out)])
     assert result.exit_code == 0, result.output
-    assert "figure: 1 (at most 2: not judged: quick)" in result.stdout
+    assert "figure: 1 (at most 2: not judged)" in result.stdout
     assert "{" not in result.stdout.splitlines()[-1]  # the footer is words
     assert "fake: first part, 1 of 2" in result.stderr
     record = json.loads(out.read_text())

@@ -64,7 +64,14 @@ def test_a_model_of_ones_own(tiny_folder):
         assert label in result.stdout
 
 
-def test_other_benchmarks_take_no_model():
-    result = CliRunner().invoke(app, ["bench", "scores", "--model", "gpt2"])
+@pytest.mark.parametrize("name", ["scores", "evaluate", "decode"])
+def test_every_benchmark_takes_a_model(tiny_folder, name):
+    result = CliRunner().invoke(app, ["bench", name, "--quick", "--model", str(tiny_folder)])
+    assert result.exit_code == 0, result.output
+    assert "MISSED" not in result.stdout
+
+
+def test_a_context_too_short_for_a_benchmark(tiny_folder):
+    result = CliRunner().invoke(app, ["bench", "attention", "--quick", "--model", str(tiny_folder)])
     assert result.exit_code != 0
-    assert "bench scores takes no --model 'gpt2'" in result.output
+    assert "a context of 128 tokens: windows of 2048 are read" in result.output.replace("\n", " ")

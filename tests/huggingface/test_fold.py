@@ -9,7 +9,8 @@ import torchlamp
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.transforms import Transform
 from torchlamp.rules import Rule
-from torchlamp.simulation.linear import Weights, linears, relative
+from torchlamp.simulation.linear import linears, relative
+from torchlamp.simulation.linear_sums import Weights
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 MODELS = ("llama", "qwen2", "gemma3", "gpt2", "qwen3", "gemma2", "mistral")
@@ -173,3 +174,9 @@ def test_an_architecture_that_is_not_what_its_names_say_is_refused(build, tokens
         layer.mlp.act_fn.forward = lambda x: torch.nn.functional.silu(x) * ranked
     with pytest.raises(ValueError, match=r"folding would change logits by .* isn't known"):
         torchlamp.fold(model, "mlp_down=ps4.sort", calibration)
+
+
+def test_bicenter_is_left_to_the_run(build, tokens, caplog):
+    folded_with(build("llama"), "scores=ps4.bicenter.balance", tokens)
+    assert "bicenter" in caplog.text
+    assert "weights have no place for the float32 sum" in caplog.text

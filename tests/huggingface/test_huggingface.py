@@ -407,9 +407,7 @@ class TestObserver:
             "tiled_attention",
             lambda call, *args: tiled.append(call.layer) or original(call, *args),
         )
-        monkeypatch.setattr(
-            simulated, "_fused", lambda call, *_: None if call.observe else original(call, *_)
-        )
+        monkeypatch.setattr(simulated, "fused", lambda call, *_: None if call.observe else original(call, *_))
         with (
             torch.no_grad(),
             lookahead(llama, "ps3+strict:0.1", observe=lambda n, _: seen.append(n), observe_layers=[1]),

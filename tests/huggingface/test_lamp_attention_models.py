@@ -65,6 +65,7 @@ def test_evaluate_compares_with_eight_bits_and_random_choice(model, windows):
     everything = next(run for run in result.comparisons if run.policy == "lamp8+all")
     assert everything.kl_mean < result.kl_mean < by_role["plain"].kl_mean
     assert everything.tile_rates["sub_block"] == 1.0
+    assert f"2+ recomputed sub-blocks of 16 keys: {result.tile_rates['0']:.1%}, " in repr(result)
     record = json.loads(result.to_json())
     assert record["tile_rates"] == result.tile_rates
     assert Result.from_json(result.to_json()) == result

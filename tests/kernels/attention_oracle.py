@@ -21,6 +21,8 @@ class Attended:
     chosen: Tensor
     weight: Tensor
     threshold: Tensor
+    #: What float32 may err of the weight by: nothing to speak of, but for differences of nearly equal lengths.
+    slack: Tensor
 
 
 def attend(
@@ -43,6 +45,9 @@ def attend(
     shift=None,
     row_error=None,
     key_error=None,
+    bridge=None,
+    residual=None,
+    draws=None,
 ):
     """The arguments of `fused_attention`; output (B, Lq, H, Dv) in float64."""
     heads, keys = query.shape[1], key.shape[2]
@@ -86,11 +91,29 @@ def attend(
         )
         error = operands if accumulation.grid.is_float32 else torch.hypot(sums_err, operands)
     magnitude = low.double().abs()
+    if bridge is not None:
+        of_q, of_k, score_part, norm_part = bridge
+        norms = of_q.double()[..., None] * of_k.double().repeat_interleave(repeats, 1)[:, :, None]
+        error = error_scale * (score_part * magnitude**2 + norm_part * norms).sqrt()
+    values = value.double().repeat_interleave(repeats, 1)
+    away = slack = 0
+    if residual is not None:
+        # ||L^T (v_j - o)|| entry by entry: no squares of sums that cancel.
+        factor, scale = residual.factor.double(), residual.scale.double()[:, None, :, None]
+        apart = values[:, :, None] - (z @ values)[:, :, :, None]
+        distance = (apart @ factor[:, None]).norm(dim=-1)
+        away = distance / scale
+        slack = residual.squares.double().amax(-1)[..., None, None] * 1e-6 / distance.clamp_min(1e-6) / scale
+    d = slope * error
+    response = z * torch.sinh(d) / (1 + 4 * z * (1 - z) * torch.sinh(d / 2) ** 2)
     w = {
         "strict": 2 * z * (1 - z) * slope * magnitude,
         "running": 2 * z * (1 - z) * slope * error,
         "topz": z,
         "relaxed": relative * magnitude * slope,
+        "bridge": 2 * z * (1 - z) * slope * error,
+        "running-residual": response * away,
+        "bridge-residual": response * away,
     }[weight].masked_fill(~visible, 0)
     limit = torch.full(w.shape[:-1], threshold, dtype=torch.float64)[..., None]
     if weight == "relaxed":
@@ -98,8 +121,13 @@ def attend(
             limit = (threshold * (1024 / visible.sum(-1, keepdim=True)).sqrt()).clamp(max=1)
         limit = limit * w.amax(-1, keepdim=True)
     chosen = visible & ~(w <= limit) if threshold != float("inf") else torch.zeros_like(visible)
+    if draws is not None:
+        order = (
+            draws.expand(chosen.shape).masked_fill(~visible, 2).argsort(stable=True, dim=-1).argsort(dim=-1)
+        )
+        chosen = order < chosen.sum(-1, keepdim=True)
     z, _, _ = softmax(torch.where(chosen, exact, low))
     blind = ~visible.any(-1, keepdim=True)
     z = torch.where(blind, 0.0 if sinks is not None else 1 / keys, z)
-    output = z @ value.double().repeat_interleave(repeats, 1)
-    return Attended(output.transpose(1, 2), chosen, w, limit)
+    output = z @ values
+    return Attended(output.transpose(1, 2), chosen, w, limit, response * slack)

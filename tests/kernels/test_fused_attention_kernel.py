@@ -6,10 +6,18 @@ from attention_oracle import attend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchlamp.kernels.attention import fused_attention
+from torchlamp.kernels.attention import BridgeNorms, ResidualPath, fused_attention
 from torchlamp.kernels.specification import Accumulation, Grid
 
-WEIGHTS = {"strict": 0.2, "relaxed": 0.3, "running": 0.02, "topz": 0.1}
+WEIGHTS = {
+    "strict": 0.2,
+    "relaxed": 0.3,
+    "running": 0.02,
+    "topz": 0.1,
+    "bridge": 0.02,
+    "running-residual": 0.02,
+    "bridge-residual": 0.02,
+}
 
 
 def case(seed, options, queries, keys, size=24, heads=4, kv_heads=2, batch=2, **given):
@@ -35,7 +43,19 @@ def case(seed, options, queries, keys, size=24, heads=4, kv_heads=2, batch=2, **
     arguments |= {name: tensor for name, tensor in tensors.items() if name in options}
     arguments["softcap"] = 2.0 if "softcap" in options else None
     arguments |= {"scaling": size**-0.5, "error_scale": 2.0**-6, "by_length": "by_length" in options}
-    return q, k, draw(batch, kv_heads, keys, 20), arguments | given
+    value = draw(batch, kv_heads, keys, 20)
+    weight = given.get("weight", "")
+    if "bridge" in weight:
+        arguments["bridge"] = BridgeNorms(q.square().sum(-1), k.square().sum(-1), 2.0, 0.5)
+    if "residual" in weight:
+        factor = draw(heads, 20, 20)
+        mapped = value.repeat_interleave(heads // kv_heads, 1) @ factor
+        scale = draw(batch, queries).abs() + 5
+        arguments["residual"] = ResidualPath(factor, mapped, mapped.square().sum(-1), scale)
+    if "draws" in options:
+        # Few different numbers, so that the order of the keys decides among equal ones.
+        arguments["draws"] = torch.randint(0, 20, (heads, queries, keys), generator=generator) / 20
+    return q, k, value, arguments | given
 
 
 def check(q, k, v, how, arguments):
@@ -44,7 +64,7 @@ def check(q, k, v, how, arguments):
     output, selected, _, _ = found
     want = attend(q, k, v, how, **arguments)
     # Rows in which no weight lies within rounding of its threshold must agree.
-    near = (want.weight - want.threshold).abs() <= 1e-5 * want.threshold.abs() + 1e-9
+    near = (want.weight - want.threshold).abs() <= 1e-5 * want.threshold.abs() + 1e-9 + want.slack
     # No rounding decides a hidden entry, whose weight is 0, or a row's largest weight against once itself.
     near = (near & (want.weight > 0) & (want.weight != want.threshold)).any(-1)
     near &= torch.tensor(0 < arguments["threshold"] < float("inf"))
@@ -65,6 +85,7 @@ OPTIONS = [
     "mask",
     "causal",
     "by_length",
+    "draws",
 ]
 
 
@@ -130,6 +151,7 @@ def test_operands_of_any_strides(instruction_set):
         ("shift", (2, 4, 9), "shift must be contiguous, of shape"),
         ("row_error", (2, 4, 7), "row_error must be contiguous, of shape"),
         ("key_error", (2, 4, 40), "key_error must be contiguous, of shape"),
+        ("draws", (4, 8, 39), "draws must be contiguous, of shape"),
     ],
 )
 def test_shapes_that_do_not_fit(instruction_set, name, shape, said):
@@ -142,6 +164,44 @@ def test_errors_come_in_pairs(instruction_set):
     q, k, v, arguments = case(6, {"row_error"}, 8, 40, weight="running", threshold=0.1)
     with pytest.raises(ValueError, match="row_error and key_error come together"):
         fused_attention(q, k, v, Accumulation(Grid()), **{**arguments, "key_error": None})
+
+
+@pytest.mark.parametrize(
+    ("weight", "name"),
+    [
+        ("bridge", "bridge"),
+        ("running-residual", "residual"),
+        ("bridge-residual", "bridge"),
+        ("bridge-residual", "residual"),
+    ],
+)
+def test_what_a_weight_needs_must_be_there(instruction_set, weight, name):
+    """And what another one needs must not."""
+    q, k, v, arguments = case(8, set(), 8, 40, weight=weight, threshold=0.1)
+    said = {"bridge": "a weight with a bridge needs", "residual": "looks to the residual stream needs"}[name]
+    lacking = {key: given for key, given in arguments.items() if key != name}
+    strict = {
+        key: None if key in ("bridge", "residual") and key != name else x for key, x in arguments.items()
+    }
+    for wrong in (lacking, strict | {"weight": "strict"}):
+        with pytest.raises(ValueError, match=said):
+            fused_attention(q, k, v, Accumulation(Grid()), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"factor": torch.ones(4, 20, 19)}, "factor must be contiguous, of shape"),
+        ({"mapped": torch.ones(2, 2, 40, 20)}, "mapped values must have the shape"),
+        ({"squares": torch.ones(2, 4, 39)}, "mapped squares must be contiguous, of shape"),
+        ({"scale": torch.ones(2, 9)}, "scale must be contiguous, of shape"),
+    ],
+)
+def test_a_way_to_the_stream_that_does_not_fit(instruction_set, change, said):
+    q, k, v, arguments = case(9, set(), 8, 40, weight="running-residual", threshold=0.1)
+    arguments["residual"] = arguments["residual"]._replace(**change)
+    with pytest.raises(ValueError, match=said):
+        fused_attention(q, k, v, Accumulation(Grid()), **arguments)
 
 
 def test_other_dtypes_are_not_served(instruction_set):

@@ -1,5 +1,7 @@
 """Headers of GGUF files against the gguf package's reader, and files that are cut anywhere."""
 
+import socket
+
 import gguf
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torchlamp.bench.gguf_export import write_gguf
 from torchlamp.models import conversion
 from torchlamp.models.gguf_header import check_not_cut, read_header
 from torchlamp.models.load import context_length, load
+from torchlamp.models.packaged import PACKAGED
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,20 @@ def small(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize("name", list(PACKAGED))
+def test_the_contexts_of_the_packaged_models_are_those_of_their_files(name):
+    model = PACKAGED[name]
+    if model.installed() is None:
+        pytest.skip(f"needs {name}: {model.install}")
+    with model.gguf() as path:
+        assert read_header(path).context_length == model.context_length == context_length(name)
+
+
+def test_nothing_is_fetched_for_a_context(monkeypatch):
+    monkeypatch.setattr(socket, "create_connection", None)
+    assert context_length("someone/a-model-that-is-not-here") is None
 
 
 def test_settings_and_size_are_those_of_the_reader(small, whole):

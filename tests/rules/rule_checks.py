@@ -180,7 +180,21 @@ def check_threshold_form_says_the_same(rule: Rule) -> None:
         spoilt(random_tile(2, 2, 5, 9, seed=s, softcap=c)) for s, c in ((7, None), (8, 3.0))
     ]
     for tile in tiles:
-        assert torch.equal(rule.select(tile), read_form(form, tile))
+        selected = rule.select(over(tile, Tensor.clone))
+        counted = read_form(form, tile)
+        assert torch.equal(selected, lowest_draws(counted, tile) if form.drawn else counted)
+
+
+def lowest_draws(counted: Tensor, tile: Tile) -> Tensor:
+    """As many visible entries of each row as `counted` has, those with the lowest draws; row by row."""
+    shape = tile.scores.shape
+    draws = torch.rand((1, *shape[1:]) if len(shape) > 2 else shape, generator=generator(9)).expand(shape)
+    chosen = torch.zeros_like(counted)
+    for where in np.ndindex(shape[:-1]):
+        keys = tile.visible[where].nonzero()[:, 0]
+        order = draws[where][keys].sort(stable=True).indices
+        chosen[where][keys[order[: counted[where].sum()]]] = True
+    return chosen
 
 
 def spoilt(tile: Tile) -> Tile:
@@ -188,12 +202,14 @@ def spoilt(tile: Tile) -> Tile:
     scores = tile.scores.clone()
     scores[0, 0, -1, 2], scores[0, 1, -1, 3], scores[1, 0, -1, 4] = torch.nan, torch.inf, -torch.inf
     capped = None if tile.slope is None else 3.0
-    return Tile.from_scores(scores, tile.visible, softcap=capped, error=tile.error, generator=generator(1))
+    spoilt = Tile.from_scores(scores, tile.visible, softcap=capped, error=tile.error, generator=generator(1))
+    return spoilt.replace(distance=tile.distance, bridge_error=tile.bridge_error)
 
 
 def read_form(form: ThresholdForm, tile: Tile) -> Tensor:
     """`ThresholdForm`'s definition, entry by entry in numpy float32."""
-    names = [tile.probabilities, tile.scores, tile.logits, tile.error, tile.slope, tile.visible]
+    error = tile.bridge_error if form.weight.startswith("bridge") else tile.error
+    names = [tile.probabilities, tile.scores, tile.logits, error, tile.slope, tile.visible]
     z, y, logits, r, s, visible = (
         None if t is None else t.numpy().reshape(-1, tile.scores.shape[-1]) for t in names
     )
@@ -212,7 +228,10 @@ def read_form(form: ThresholdForm, tile: Tile) -> Tensor:
                 w = (one - z[i, keys]) * z[i, keys] * np.float32(2)
             if s is not None and form.weight != "topz":
                 w = w * s[i, keys]
-            if form.weight in ("strict", "running"):
+            if "residual" in form.weight:
+                distance = tile.distance.numpy().reshape(z.shape)[i, keys]
+                w = mean_response(z[i, keys], r[i, keys] * (one if s is None else s[i, keys])) * distance
+            elif form.weight in ("strict", "running", "bridge"):
                 w = w * (np.abs(y[i, keys]) if form.weight == "strict" else r[i, keys])
             limit = np.float32(form.threshold)
             if form.weight == "relaxed":
@@ -222,6 +241,12 @@ def read_form(form: ThresholdForm, tile: Tile) -> Tensor:
                 limit = np.float32(share) * w.max()
             chosen[i, keys] = ~(w <= limit) | ~np.isfinite(y[i, keys])
     return torch.from_numpy(chosen).view(tile.scores.shape)
+
+
+def mean_response(z: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """m of `RunningResidual` in closed form and float64: z sinh d / (1 + 4 z (1 - z) sinh^2(d / 2))."""
+    z, change = z.astype(np.float64), change.astype(np.float64)
+    return z * np.sinh(change) / (1 + 4 * z * (1 - z) * np.sinh(change / 2) ** 2)
 
 
 CHECKS = [check for name, check in sorted(globals().items()) if name.startswith("check_")]

@@ -9,8 +9,9 @@ from torchlamp.arithmetic import Accumulator
 from torchlamp.kernels import native
 from torchlamp.policy.precision import Precision
 from torchlamp.rules import Rule
-from torchlamp.simulation.attention import _fused, _operands, attention, tiled_attention
+from torchlamp.simulation.attention import _operands, attention, tiled_attention
 from torchlamp.simulation.attention_call import AttentionCall
+from torchlamp.simulation.attention_fused import fused as in_one_kernel
 from torchlamp.simulation.visibility import Visibility
 
 INSTRUCTION_SETS = [name for name, state in native.features().items() if state in ("in use", "available")]
@@ -33,14 +34,14 @@ def draw(batch=2, heads=4, key_heads=2, queries=37, keys=37, size=24, value_size
 
 
 def fused_form(call, query, key, value):
-    return _fused(call, _operands(call, query, key), value)
+    return in_one_kernel(call, _operands(call, query, key), value)
 
 
 def both(tensors, rule, accumulate="ps4", mask=None, causal=True, softcap=None, sinks=None, **others):
     accumulator, seen = Accumulator.parse(accumulate), Visibility(mask, causal)
     call = AttentionCall(accumulator, Rule.parse(rule), 0.2, seen, softcap, sinks, **others)
     operands = _operands(call, *tensors[:2])
-    return _fused(call, operands, tensors[2]), tiled_attention(call, operands, tensors[2])
+    return in_one_kernel(call, operands, tensors[2]), tiled_attention(call, operands, tensors[2])
 
 
 def assert_same(fused, tiled, allowed=0.01):

@@ -10,7 +10,9 @@ from torchlamp.arithmetic.transforms import Transform
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.rules import RULES, Rule
 from torchlamp.simulation import linear as module
-from torchlamp.simulation.linear import HeadVectors, Weights, linear, linears, relative
+from torchlamp.simulation import linear_sums
+from torchlamp.simulation.linear import HeadVectors, linear, linears, relative
+from torchlamp.simulation.linear_sums import Weights
 
 FITTING = [
     e for rule in RULES.values() if rule.looks_through in ("any", "elementwise") for e in rule.examples
@@ -65,7 +67,7 @@ def test_all_is_the_float32_layer():
 @pytest.mark.parametrize("dense", [0.0, 1.0])
 def test_selected_entries_are_float32_and_all_others_low(dense, monkeypatch):
     """Whichever way entries are recomputed: one by one, or in a pass over everything."""
-    monkeypatch.setattr(module, "_DENSE", dense)
+    monkeypatch.setattr(linear_sums, "_DENSE", dense)
     x, weight, b = layer(rows=40)
     low = linear(x, weight, b, accumulator="ps3", rule="none").output
     high = linear(x, weight, b, accumulator="fp32", rule="none").output
@@ -236,7 +238,7 @@ class TestTransforms:
     def run(self, x, weight, bias, accumulator, rule, names, operand="float32", **others):
         return module.linears(
             x,
-            [module.Weights(weight.T, bias)],
+            [Weights(weight.T, bias)],
             accumulator=Accumulator.parse(accumulator),
             rule=Rule.parse(rule),
             next_function=module.relative,

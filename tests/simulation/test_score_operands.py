@@ -50,6 +50,8 @@ def test_every_chain_is_exact(chain):
     scores = changed.query.double() @ changed.key.double().repeat_interleave(2, 1).mT * 0.25
     if changed.shift is not None:
         scores += changed.shift[..., None]
+    if changed.column_shift is not None:
+        scores += changed.column_shift[:, :, None]
     expected = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.25
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
 

@@ -5,14 +5,17 @@ import torch
 from torch.nn.functional import silu
 
 from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms.bicenter import Bicenter
 from torchlamp.arithmetic.transforms.center import Centred
+from torchlamp.arithmetic.transforms.chain import fit, moments_of
 from torchlamp.arithmetic.transforms.hadamard import Rotated
 from torchlamp.decoding.head import LowBitHead
 from torchlamp.decoding.mlp import LowBitMlp
 from torchlamp.kernels import reference_decoding, reference_lowbit
 from torchlamp.kernels.low_bit_matrix import LowBitMatrix
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.linear import Weights, relative
+from torchlamp.simulation.linear import relative
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.stored import QuantisedMatrix, rounded_vectors, store_matrix, stored_values
 from torchlamp.simulation.stored_attention import Softmax, StoredKeys, StoredValues, stored_sums, weigh
 from torchlamp.simulation.stored_linear import (
@@ -259,3 +262,13 @@ def test_reference_values_are_what_pack_gives():
     assert torch.equal(
         reference_lowbit.unpack_blocks(codes, scales, 8, 20, 40), stored_values(x, Operand.parse("int8"))
     )
+
+
+def test_what_columns_lack_is_given_back_to_stored_scores():
+    q, keys = draw(HEADS, KEYS, SIZE, seed=1) + 2.0, draw(GROUPS, KEYS, SIZE, seed=2) + 3.0
+    chain = fit([Bicenter()], *moments_of(q, keys.mT, []))
+    stored = StoredKeys.store(keys, Operand.parse("int12"), chain)
+    assert stored.column_shift.shape == (GROUPS, 1, KEYS)
+    scores, _ = stored.scores(q, 2, KEYS, 0.3)
+    exact = q @ keys.repeat_interleave(HEADS // GROUPS, 0).mT * 0.3
+    torch.testing.assert_close(scores, exact[..., 2:], rtol=1e-3, atol=3e-2)

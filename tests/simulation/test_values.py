@@ -31,7 +31,7 @@ def how(accumulator, rule, norms=None):
 @pytest.mark.parametrize("accumulator", ["ps4", "e5m2", "ps6/block4"])
 def test_low_sums_are_those_of_matmul(accumulator):
     z, value, _ = operands()
-    out, counts = weighted_sums(z, value, how(accumulator, "none"))
+    out, counts, _ = weighted_sums(z, value, how(accumulator, "none"))
     assert torch.equal(out, torchlamp.matmul(z, value.repeat_interleave(2, dim=0), accumulate=accumulator))
     assert not counts.any()
 
@@ -42,8 +42,8 @@ def test_the_first_key_of_a_tile_does_not_move_blocks_and_groups(accumulator):
     g = torch.Generator().manual_seed(1)
     z, value = torch.rand(HEADS, 3, 50, generator=g), torch.randn(GROUPS, 50, 8, generator=g)
     z[..., :7] = 0
-    whole, _ = weighted_sums(z, value, how(accumulator, "none"))
-    tile, _ = weighted_sums(z[..., 7:], value[:, 7:], how(accumulator, "none"), first=7)
+    whole, _, _ = weighted_sums(z, value, how(accumulator, "none"))
+    tile, _, _ = weighted_sums(z[..., 7:], value[:, 7:], how(accumulator, "none"), first=7)
     assert torch.equal(whole, tile)
 
 
@@ -53,7 +53,7 @@ def test_negligible_probabilities_count_as_zero():
     z[..., 1] = 2.0**-46 * (1 - 2.0**-24)
     value[:, 2:] = 0.0
     value[:, 1] = 1.0
-    out, _ = weighted_sums(z, value, how("ps4", "none"))
+    out, _, _ = weighted_sums(z, value, how("ps4", "none"))
     expected = torchlamp.round_to(2.0**-46 * value[:, 0], "ps4").repeat_interleave(2, dim=0)
     assert torch.equal(out, expected[:, None].expand(out.shape))
 
@@ -63,12 +63,12 @@ def test_gain_is_the_column_norm_of_the_projection():
     z, value, _ = operands()
     W = torch.randn(7, HEADS * SIZE, generator=torch.Generator().manual_seed(1))
     norms = W.norm(dim=0).view(HEADS, SIZE)
-    low, _ = weighted_sums(z, value, how("ps3", "none"))
-    high, _ = weighted_sums(z, value, how("fp32", "none"))
+    low, _, _ = weighted_sums(z, value, how("ps3", "none"))
+    high, _, _ = weighted_sums(z, value, how("fp32", "none"))
     size = (low * norms[:, None]).square().sum(dim=(0, 2)).sqrt()
     weight = norms[:, None] * low.abs() / size[None, :, None]
     for threshold in (0.05, 0.2, 0.4):
-        out, counts = weighted_sums(z, value, how("ps3", f"strict:{threshold}", norms))
+        out, counts, _ = weighted_sums(z, value, how("ps3", f"strict:{threshold}", norms))
         assert torch.equal(out, torch.where(weight > threshold, high, low))
         assert torch.equal(counts, (weight > threshold).sum(-1))
     assert counts.any()
@@ -127,7 +127,7 @@ def test_transformed_sums_are_those_of_ordered_and_centred_values(accumulator, t
     """Term by term: the order of each row's probabilities, values less their mean, its product in float32."""
     z, value, _ = operands()
     z[:, 1, 4:] = 0.0
-    out, _ = weighted_sums(z, value, transformed(accumulator, "none", transforms))
+    out, _, _ = weighted_sums(z, value, transformed(accumulator, "none", transforms))
     mean = value.mean(1) if "center" in transforms else torch.zeros(GROUPS, SIZE)
     promote = Accumulator.parse(accumulator).promote
     for head in range(HEADS):
@@ -149,7 +149,7 @@ def test_transforms_change_nothing_in_full_precision(rule, transforms):
     value = value + 3.0
     expected = z.double() @ value.double().repeat_interleave(2, 0)
     for accumulator, chosen in (("ps3", rule), ("fp32", "none")):
-        out, _ = weighted_sums(z, value, transformed(accumulator, chosen, transforms))
+        out, _, _ = weighted_sums(z, value, transformed(accumulator, chosen, transforms))
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
 
@@ -162,7 +162,7 @@ def test_ascending_probabilities_round_least():
     exact = z.double() @ value.double().repeat_interleave(2, 0)
 
     def error(transforms):
-        out, _ = weighted_sums(z, value, transformed("ps4", "none", transforms))
+        out, _, _ = weighted_sums(z, value, transformed("ps4", "none", transforms))
         return float((out - exact).square().mean().sqrt())
 
     assert error(("sort",)) < error(()) / 4
@@ -173,17 +173,17 @@ def test_ascending_probabilities_round_least():
 def test_order_and_quantised_operands():
     """Groups of operands run along the keys as they are; only the sum has another order."""
     z, value, _ = operands()
-    out, _ = weighted_sums(z, value, transformed("fp32", "none", ("sort",), operand="int4/4"))
-    plain, _ = weighted_sums(z, value, transformed("fp32", "none", (), operand="int4/4"))
+    out, _, _ = weighted_sums(z, value, transformed("fp32", "none", ("sort",), operand="int4/4"))
+    plain, _, _ = weighted_sums(z, value, transformed("fp32", "none", (), operand="int4/4"))
     torch.testing.assert_close(out, plain, rtol=0, atol=1e-6)
 
 
 def test_rows_of_a_transformed_tile_do_not_depend_on_the_others():
     z, value, _ = operands()
     how = transformed("ps4", "running:0.001", ("center", "sort")).fitted(value)
-    whole, counts = weighted_sums(z, value, how)
+    whole, counts, _ = weighted_sums(z, value, how)
     for row in range(ROWS):
-        out, count = weighted_sums(z[:, row : row + 1], value, how)
+        out, count, _ = weighted_sums(z[:, row : row + 1], value, how)
         # The share of each row is a float32 sum, whose order may depend on the shape.
         torch.testing.assert_close(out[:, 0], whole[:, row], rtol=0, atol=1e-6)
         assert torch.equal(count[:, 0], counts[:, row])

@@ -248,3 +248,16 @@ def test_a_window_fits_the_contexts_of_the_models(read):
         ValueError, match=r"line 2: window_length 99999999 is longer than the context of .*at most 128"
     ):
         read(START + "window_length: [16, 99999999]\naccumulate: ps2\nrules: none\n")
+
+
+def test_a_window_fits_the_context_of_a_model_that_was_never_converted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHLAMP_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("torchlamp.sweep.config.check_name", lambda name: None)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "models: [gemma3-270m, smollm2-135m]\nwindow_length: 99999999\naccumulate: ps2\nrules: none\n"
+    )
+    said = r"line 2: window_length 99999999 is longer than the context of gemma3-270m: give at most 32768"
+    with pytest.raises(ValueError, match=said):
+        read_config(path)
+    assert not (tmp_path / "empty").exists()

@@ -1,13 +1,16 @@
 """Sweeps on a Ray cluster of two workers on this machine: the same results, also if a worker dies."""
 
+import contextlib
 import os
 import signal
 import socket
 import sys
+import threading
 
 import pytest
 from sweeping import figures, lines, make_study, run_sweep
 
+from torchlamp.sweep import ray_engine
 from torchlamp.sweep.folder import open_folder
 from torchlamp.sweep.points import Point
 from torchlamp.sweep.ray_engine import check_address
@@ -46,11 +49,19 @@ def test_workers_stay_with_their_group():
 
 @pytest.fixture(scope="module")
 def cluster():
+    """Two nodes of one processor each, on this machine."""
     ray = pytest.importorskip("ray", reason="needs Ray: pip install 'torchlamp[ray]'")
+    from ray.cluster_utils import Cluster
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    node = {"num_cpus": 1, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=node)
+    nodes.add_node(num_cpus=1)
+    ray.init(nodes.address, log_to_driver=False, logging_level="ERROR")
+    assert len([n for n in ray.nodes() if n["Alive"]]) == 2
     yield ray
     ray.shutdown()
+    nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +154,56 @@ def test_an_address_where_nobody_answers():
             check_address(address)
     for address in ("auto", "local", "ray://head"):
         check_address(address)
+
+
+@pytest.fixture
+def server():
+    """Starts a server that gives each client the same answer (None: none, and waits), and gives its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(answer: bytes | None) -> str:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def serve() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        client = stack.enter_context(listener.accept()[0])
+                        if answer is not None:
+                            client.recv(100)
+                            client.sendall(answer)
+                            client.shutdown(socket.SHUT_WR)
+
+            threading.Thread(target=serve, daemon=True).start()
+            return f"127.0.0.1:{listener.getsockname()[1]}"
+
+        yield start
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (None, "no answer within 0 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "another server does"),
+        (b"", "another server does"),
+    ],
+)
+def test_a_server_that_is_no_ray_cluster(server, monkeypatch, prefix, answer, said):
+    monkeypatch.setattr(ray_engine, "_PATIENCE", 10.0 if answer is not None else 0.3)
+    address = prefix + server(answer)
+    with pytest.raises(
+        OSError, match=rf"RAY_ADDRESS='{address}': no Ray cluster answers there \({said}\); start"
+    ):
+        check_address(address)
+
+
+def test_a_server_of_http_2_that_is_no_ray_cluster(server, monkeypatch):
+    pytest.importorskip("ray", reason="needs Ray: pip install 'torchlamp[ray]'")
+    monkeypatch.setattr(ray_engine, "_CHECKUP", 0.2)
+    address = server(bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+    with pytest.raises(OSError, match="another server does, or the cluster isn't well"):
+        check_address(address)
+
+
+def test_the_address_of_a_cluster(cluster):
+    check_address(cluster.get_runtime_context().gcs_address)

@@ -5,8 +5,10 @@ import re
 from dataclasses import dataclass, field, replace
 
 from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.integers import check_integers
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.units import UNITS, entering, floor_of, scale_of
+from torchlamp.kernels.integer_products import Register
 from torchlamp.kernels.online import OnlineFormats
 from torchlamp.kernels.specification import Accumulation, Fuse
 
@@ -29,6 +31,8 @@ NAMED: dict[str, str] = {
     "lamp8-ps": "ps3/online11",
     **{name: unit.spelling for name, unit in UNITS.items()},
 }
+#: Accumulators that sum integers, by their spelling.
+REGISTERS: dict[str, Register] = {"int32": Register(32), "int32/shift": Register(32, shift=True)}
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Accumulator:
     `FORMAT/fuseL/F`, float32 where no format is given: `fuse16/25`, `ps13/fuse32/13/promote128`; toward zero, or
     `/nearest`; `/groupG` aligns exact sums of G products by the scales of their operands. Or by its name in `NAMED`,
     such as `deepseek-fp8` or `hopper-fp8`, under which it is printed then. A name is only a name: an accumulator
-    equals that of its spelling.
+    equals that of its spelling. `int32` sums the integers of integer operands exactly in 32 bits, as far as they share
+    their scales, and `int32/shift` is the register of Tender, which shifts from scale to scale.
 
     At the site `scores`, `/onlineH` puts an online softmax with narrow exponentials after narrow sums, and recomputes
     scores with H mantissa bits (`kernels.online`); `/onlineH/stochastic` rounds the narrow sums up or down at random.
@@ -66,6 +71,8 @@ class Accumulator:
     online: int = 0
     #: Whether narrow sums are rounded at random; only with `online`.
     stochastic: bool = False
+    #: A register that sums integers; what is scaled of them is float32.
+    register: Register | None = None
     #: The name in `NAMED` that it was asked for by; empty: it is printed as its format and options.
     name: str = field(default="", compare=False)
 
@@ -95,6 +102,8 @@ class Accumulator:
                 f"an accumulator is a spelling like 'ps7/block32', got {type(spelling).__name__} {spelling!r}"
             )
         name, *options = spelling.strip().lower().split("/")
+        if name == "int32":
+            return cls._integer(spelling)
         if name in NAMED:
             return cls._named(name, options, spelling)
         rest, fuse = spelling.strip().lower(), None
@@ -123,6 +132,16 @@ class Accumulator:
         return cls(Format.parse(name), fused, block, promote, fuse, online, stochastic)
 
     @classmethod
+    def _integer(cls, spelling: str) -> "Accumulator":
+        register = REGISTERS.get(spelling.strip().lower())
+        if register is None:
+            raise ValueError(
+                f"accumulator {spelling!r}: registers that sum integers are {', '.join(REGISTERS)}; they take no "
+                "other option"
+            )
+        return cls(Format.parse("fp32"), register=register)
+
+    @classmethod
     def _named(cls, name: str, options: list[str], spelling: str) -> "Accumulator":
         """What a name stands for; a unit may be promoted."""
         known = cls.parse(NAMED[name])
@@ -143,8 +162,11 @@ class Accumulator:
         Raises
         ------
         ValueError
-            An operand that the named unit doesn't take.
+            An operand that the named unit or an integer register doesn't take.
         """
+        if self.register is not None:
+            for operand in (left, right):
+                check_integers(operand, str(self), self.register.shift)
         if self.fuse is None:
             return self
         fuse = (
@@ -158,6 +180,8 @@ class Accumulator:
         return replace(self, fuse=replace(fuse, length=min(a, b), floors=(low, high)))
 
     def __str__(self) -> str:
+        if self.register is not None:
+            return f"int{self.register.bits}{'/shift' * self.register.shift}"
         if self.name:
             promoted = self.name in UNITS and self.promote
             return f"{self.name}/promote{self.promote}" if promoted else self.name

@@ -9,13 +9,19 @@ from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.integers import whole_codes
+from torchlamp.arithmetic.low_operands import (
+    LowOperand,
+    left_operand,
+    low_products,
+    right_operand,
+    warn_of_overflow,
+)
 from torchlamp.arithmetic.operands import Operand
-from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.rounding import check_no_gradient, check_tensor
 from torchlamp.arithmetic.transforms import Transform, in_order
 from torchlamp.arithmetic.transforms.chain import transformed
 from torchlamp.arithmetic.units import held
-from torchlamp.kernels.products import products
 
 Operands = str | Operand | tuple[str | Operand, str | Operand]
 
@@ -47,8 +53,9 @@ def matmul(
         A spelling such as ``"ps7/block32"``, see `Accumulator`.
     operands : str, Operand or a pair, optional
         How both operands are stored, or the left and the right one, see `Operand`; groups and rows run along the sum.
-        None leaves them as they are; a unit by name then takes a tensor as stored in the first of its formats that
-        holds all its numbers, and as float32 numbers if none does.
+        `tender4/8` is the left one's; the right one is `int4/row`, and the bias' products with it are formed in full.
+        None leaves them as they are; `int32` then takes tensors of whole numbers, and a unit by name takes a tensor as
+        stored in the first of its formats that holds all its numbers, and as float32 numbers if none does.
     transforms : str, Transform or a sequence of them
         Exact changes, applied in the order of `TRANSFORMS` (docs/transforms.md). Each matrix of `b` is changed by
         itself, with all rows of `a` that it is multiplied by. ``"center"`` takes the mean of the columns of `b` off,
@@ -77,9 +84,10 @@ def matmul(
         raise TypeError(f"matmul takes float32 tensors, got {a.dtype} and {b.dtype}: convert with .float()")
     check_no_gradient("matmul", a, b)
     a, b = a.detach(), b.detach()
-    chosen = chosen.taking(
-        *(stored if operands is not None else (held(chosen.name, a), held(chosen.name, b)))
-    )
+    if operands is not None:
+        chosen = chosen.taking(*stored)
+    elif chosen.register is None:
+        chosen = chosen.taking(held(chosen.name, a), held(chosen.name, b))
     left = a.unsqueeze(0) if a.dim() == 1 else a
     right = b.unsqueeze(1) if b.dim() == 1 else b
     if left.dim() == 0 or right.dim() == 0 or left.shape[-1] != right.shape[-2]:
@@ -108,9 +116,21 @@ class _LowPrecision:
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """float32 (G, M, N)."""
         changed = transformed(a, b, self.transforms, promote=self.accumulator.promote)
-        left, right = quantise(changed.left, self.operands[0]), quantise(changed.right, self.operands[1], -2)
-        out, _ = products(left, right, self.accumulator.accumulation)
-        return out if changed.row_shift is None else out + changed.row_shift
+        left, right = self._operand(changed.left, 0), self._operand(changed.right.mT, 1)
+        low = low_products(left, right, self.accumulator)
+        warn_of_overflow(low, str(self.accumulator))
+        out, of_bias = low.sums, left.bias_products(changed.right)
+        if of_bias is not None:
+            out = out + of_bias
+        for shift in (changed.row_shift, changed.column_shift):
+            out = out if shift is None else out + shift
+        return out
+
+    def _operand(self, x: Tensor, side: int) -> LowOperand:
+        operand = self.operands[side]
+        if self.accumulator.register is not None and operand.is_float32:
+            return LowOperand(x, x, whole_codes(x, str(self.accumulator)))
+        return (right_operand if side else left_operand)(x, operand, self.accumulator)
 
 
 def _accumulator(

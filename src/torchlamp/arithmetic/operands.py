@@ -9,8 +9,9 @@ from torchlamp.arithmetic.formats import ELSEWHERE, Format
 from torchlamp.kernels.constants import GROUP
 
 #: What a group's scale is: none, a float32 number, a bfloat16 number rounded up, a power of two (E8M0, as the OCP
-#: microscaling formats have it), or an e4m3fn number times one float32 scale of the tensor (NVFP4).
-Scale = Literal["none", "float32", "bf16-up", "e8m0", "e4m3fn"]
+#: microscaling formats have it), an e4m3fn number times one float32 scale of the tensor (NVFP4), or one for each group
+#: of channels of 256 vectors, all of them a float32 number times powers of two (Tender).
+Scale = Literal["none", "float32", "bf16-up", "e8m0", "e4m3fn", "tender"]
 
 #: How a list of operands describes a scale.
 _SCALES: dict[Scale, str] = {
@@ -22,6 +23,9 @@ _SCALES: dict[Scale, str] = {
 
 _INTEGER = re.compile(r"int([1-9][0-9]?)")
 _GROUP = re.compile(r"[1-9][0-9]{0,6}")
+_TENDER = re.compile(r"tender([1-9][0-9]?)/([1-9][0-9]?)(/down)?")
+#: Bits and groups of Tender: with these a sum of 2^23 products fits 62 bits.
+_TENDER_BITS, _TENDER_GROUPS = (2, 8), (1, 24)
 _SMALLEST_INTEGER, _LARGEST_INTEGER = 2, 16
 
 
@@ -34,6 +38,10 @@ class Block:
     #: Numbers along the sum that share a scale; 0: all of a row, -1: all of the tensor.
     length: int
     scale: Scale
+    #: Groups of channels whose scales are powers of two apart (Tender), 0 for others; and whether every channel goes
+    #: one group lower than its largest number asks for, where that is clipped.
+    groups: int = 0
+    down: bool = False
 
     @property
     def element_bits(self) -> int:
@@ -41,9 +49,15 @@ class Block:
         return self.element if isinstance(self.element, int) else Format.parse(self.element).bits
 
     @property
+    def largest_code(self) -> int:
+        """The largest code of an integer element."""
+        assert isinstance(self.element, int)
+        return (1 << (self.element - 1)) - 1
+
+    @property
     def scale_bits(self) -> int:
         """Bits of a group's scale."""
-        return {"none": 0, "float32": 32, "bf16-up": 16, "e8m0": 8, "e4m3fn": 8}[self.scale]
+        return {"none": 0, "float32": 32, "bf16-up": 16, "e8m0": 8, "e4m3fn": 8, "tender": 32}[self.scale]
 
     @property
     def summary(self) -> str:
@@ -51,6 +65,8 @@ class Block:
         element = f"{self.element}-bit integers" if isinstance(self.element, int) else self.element
         if self.scale == "none":
             return element
+        if self.scale == "tender":
+            return f"{element}; 256 rows, {self.groups} groups of channels, scales powers of two apart"
         shared = {0: "a row", -1: "a tensor"}.get(self.length, f"{self.length} numbers")
         return f"{element}; {shared}, {_SCALES[self.scale]}"
 
@@ -66,7 +82,8 @@ BLOCKS: dict[str, Block] = {
 }
 _ALLOWED = (
     f"allowed: float32, int{_SMALLEST_INTEGER}..int{_LARGEST_INTEGER} (groups of 32, or /G, /row, /tensor), "
-    f"a format such as e4m3fn, e5m2, bf16, fp16 (as it is, or /row, /tensor), {', '.join(BLOCKS)}"
+    f"a format such as e4m3fn, e5m2, bf16, fp16 (as it is, or /row, /tensor), {', '.join(BLOCKS)}, tenderB/G such as "
+    "tender4/8"
 )
 
 
@@ -77,7 +94,8 @@ class Operand:
     Made by `Operand.parse`. The names: ``float32`` (as they are); integers ``int2``..``int16`` with ``/G`` (groups of
     G numbers along the sum with one scale each; ``int8`` is short for ``int8/32``), ``/row`` or ``/tensor``; a float
     format as it is (``bf16``) or with a scale for each row or tensor (``e4m3fn/row``); the OCP microscaling formats
-    ``mxfp8 mxfp8-e5m2 mxfp6 mxfp6-e3m2 mxfp4``, and ``nvfp4``. docs/formats.md defines each.
+    ``mxfp8 mxfp8-e5m2 mxfp6 mxfp6-e3m2 mxfp4``, and ``nvfp4``; ``tender4/8`` (4 bits, 8 groups of channels), also with
+    ``/down``. docs/formats.md defines each.
     """
 
     #: The canonical spelling.
@@ -107,6 +125,8 @@ class Operand:
             return cls()
         if name in BLOCKS:
             return cls(name, BLOCKS[name])
+        if name.startswith("tender"):
+            return cls._tender(spelling, name)
         base, slash, shared = name.partition("/")
         if (
             slash
@@ -136,8 +156,30 @@ class Operand:
         short = f"int{bits}" if int(shared) == GROUP else f"int{bits}/{int(shared)}"
         return cls(short, Block(bits, int(shared), "bf16-up"))
 
+    @classmethod
+    def _tender(cls, spelling: str, name: str) -> "Operand":
+        match = _TENDER.fullmatch(name)
+        bits, groups = (0, 0) if match is None else (int(match[1]), int(match[2]))
+        fits = _TENDER_BITS[0] <= bits <= _TENDER_BITS[1] and groups <= _TENDER_GROUPS[1]
+        if match is None or not fits:
+            raise ValueError(
+                f"operand {spelling!r}: Tender is tenderB/G with B = 2 to 8 bits and G = 1 to 24 groups of channels, "
+                "and /down behind it if wanted; write for example 'tender4/8'"
+            )
+        return cls(name, Block(bits, 0, "tender", groups, match[3] is not None))
+
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_tender(self) -> bool:
+        """Whether it biases and groups channels, which only vectors on the left of a product do."""
+        return self.block is not None and self.block.groups > 0
+
+    @property
+    def right(self) -> "Operand":
+        """How the other side is stored where this is the operand of a product: itself, or Tender's of weights."""
+        return Operand.parse(f"int{self.block.element}/row") if self.block and self.is_tender else self
 
     @property
     def is_float32(self) -> bool:
@@ -166,6 +208,6 @@ class Operand:
 
 
 def _suggestion(base: str) -> str:
-    known = ["float32", *BLOCKS, "int4", "int8", "int12", "e4m3fn", "e5m2", "bf16", "fp16"]
+    known = ["float32", *BLOCKS, "tender4/8", "int4", "int8", "int12", "e4m3fn", "e5m2", "bf16", "fp16"]
     nearest = [ELSEWHERE[base]] if base in ELSEWHERE else difflib.get_close_matches(base, known, n=1)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

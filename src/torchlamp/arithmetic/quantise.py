@@ -6,6 +6,7 @@ from torch import Tensor
 from torchlamp.arithmetic.formats import Format
 from torchlamp.arithmetic.operands import Block, Operand
 from torchlamp.arithmetic.rounding import check_no_gradient
+from torchlamp.arithmetic.tender import Ranges, Tables
 from torchlamp.kernels.rounding import round_float64, round_to_grid
 from torchlamp.kernels.specification import Grid
 
@@ -23,7 +24,7 @@ def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
         tensor([ 1.0049,  0.2871, -0.0000])
 
     Groups and rows run along `dim`, the dimension that a product sums over. A group with an infinity or NaN becomes
-    NaN as a whole where it has a scale.
+    NaN as a whole where it has a scale. Tender's chunks run along the dimension before that, once `dim` is the last.
 
     Parameters
     ----------
@@ -60,8 +61,19 @@ def quantise(x: Tensor, operand: str | Operand, dim: int = -1) -> Tensor:
         rounded = round_to_grid(x, Format.parse(str(block.element)).grid)
         return rounded.clone() if rounded is x else rounded
     rows = x.reshape(1) if x.ndim == 0 else x.movedim(dim, -1)
+    if block.groups:
+        return _biased(rows, block).movedim(-1, dim).reshape(x.shape)
     flat = rows.reshape(1, -1) if block.length < 0 else rows.reshape(-1, rows.shape[-1])
     return _rows(flat, block).view(rows.shape).movedim(-1, dim).reshape(x.shape)
+
+
+def _biased(rows: Tensor, block: Block) -> Tensor:
+    """Tender's stored values of (..., vectors, numbers), the bias included; a vector alone is a chunk."""
+    vectors = rows if rows.ndim > 1 else rows[None]
+    x = vectors.reshape(-1, *vectors.shape[-2:])
+    tables = Tables.of(Ranges.of(x), block)
+    values = tables.codes(x)[1].values + tables.spread(tables.bias, x.shape[1])
+    return values.view(rows.shape)
 
 
 def _rows(rows: Tensor, block: Block) -> Tensor:
@@ -88,7 +100,8 @@ def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
         assert second is not None
         return _two_level(groups, magnitude, second, _element(block))
     if isinstance(block.element, int):
-        return _integers(groups, magnitude, 2 ** (block.element - 1) - 1, block.scale == "bf16-up")
+        codes, scale = integer_codes(groups, block)
+        return codes * scale
     grid = _element(block)
     scale = magnitude / torch.full_like(magnitude, grid.max_value)
     if grid.max_exponent == _FLOAT32_EXPONENT:
@@ -97,16 +110,22 @@ def _groups(groups: Tensor, block: Block, second: Tensor | None) -> Tensor:
     return _nonzero(round_float64(groups.double() / scale.double(), grid) * scale, scale)
 
 
-def _integers(groups: Tensor, magnitude: Tensor, largest: int, narrow_scale: bool) -> Tensor:
-    """S round(x / s), s the largest magnitude over the largest code; as `reference_lowbit.pack_blocks` stores it."""
+def integer_codes(groups: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Codes, float32 whole numbers (..., groups, length), and scales (..., groups, 1) of a symmetric integer operand.
+
+    The scale is the largest magnitude over the largest code; as `reference_lowbit.pack_blocks` stores it. Codes of a
+    group that is zero or not finite are 0, and the scale of one that isn't finite is NaN.
+    """
+    magnitude, largest = groups.abs().amax(-1, keepdim=True), block.largest_code
     scale = magnitude / torch.full_like(magnitude, largest)
-    if narrow_scale:
+    if block.scale == "bf16-up":
         # Rounded up to bfloat16, so that no code exceeds the largest.
         pattern = (scale.view(torch.int32).long() + 0xFFFF) >> 16
         pattern = torch.where(scale.isfinite() & (pattern < _BF16_INFINITY), pattern, _BF16_NAN)
         scale = (pattern << 16).to(torch.int32).view(torch.float32)
     codes = (groups / scale).round().clamp(-largest, largest)
-    return _nonzero(codes * scale, scale)
+    usable = (scale > 0) & (scale < torch.inf)
+    return torch.where(usable, codes, 0.0), torch.where(scale < torch.inf, scale, torch.nan)
 
 
 def _microscaled(groups: Tensor, magnitude: Tensor, grid: Grid) -> Tensor:

@@ -56,13 +56,25 @@ def measure(watch: Watch) -> Iterator[Bench]:
     """Both shapes at 32,768 keys; then cost over the number of keys, and over the recompute rate."""
     sizes = QUICK if watch.quick else WHOLE
     watch.step("attention: keys of a real model", 0, 1)
-    model, tokenizer = load("smollm2-135m")
-    layers = real_heads(model, tokenizer, sizes.keys, LAYERS)
-    yield at_length("9 heads over 3 key heads of 64", layers, sizes, watch)
-    wide = [wider(layers[i:] + layers[:i], 8, 4) for i in range(0, len(layers), 2)]
-    yield at_length("32 heads over 8 key heads of 128, each of two real ones", wide, sizes, watch)
+    model, tokenizer = load(watch.model or "smollm2-135m")
+    layers = real_heads(model, tokenizer, sizes.keys, LAYERS if watch.model is None else _spread(model))
+    query, key = layers[0].q, layers[0].k
+    shape = f"{query.shape[1]} heads over {key.shape[1]} key heads of {key.shape[-1]}"
+    yield at_length(shape, layers, sizes, watch)
+    if watch.model is None:
+        wide = [wider(layers[i:] + layers[:i], 8, 4) for i in range(0, len(layers), 2)]
+        yield at_length("32 heads over 8 key heads of 128, each of two real ones", wide, sizes, watch)
     yield over_lengths(layers[::2], sizes, watch)
     yield over_rates(layers[::2], sizes, watch)
+
+
+def _spread(model: Any) -> list[int]:
+    """Six layers of a model that see the whole context, or all if there are fewer."""
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    full = [number for number, kind in enumerate(types) if kind == "full_attention"]
+    step = max(1, len(full) // len(LAYERS))
+    return full[step - 1 :: step][: len(LAYERS)]
 
 
 class Contestant:

@@ -7,6 +7,7 @@ The logits of all steps give the KL to the float32 model.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,12 +19,13 @@ from transformers.cache_utils import QuantizedCache
 from torchlamp.bench.decoders import Decoder, PreparedDecoder, TransformersDecoder, dynamic_int8
 from torchlamp.bench.greedy import greedy
 from torchlamp.bench.llama_files import LlamaFiles, llama_files
-from torchlamp.bench.off_grid import off_grid
+from torchlamp.bench.off_grid import made_off_grid
 from torchlamp.bench.turns import Bench, Target, Timing, Watch
 from torchlamp.data.text import cut_windows, default_text
 from torchlamp.evaluation.metrics import Comparer, Reference
 from torchlamp.huggingface.prepare import DEFAULT, FAST
 from torchlamp.models.load import load
+from torchlamp.models.packaged import PACKAGED
 from torchlamp.policy.policy import Policy
 
 #: Models and contexts of a whole run; a quick one has the first of each.
@@ -49,17 +51,25 @@ class Steps:
 def measure(watch: Watch) -> Iterator[Bench]:
     """Both packaged models, off the grid, at both contexts; then greedy texts against float32's."""
     count = QUICK_STEPS if watch.quick else STEPS
-    for name in MODELS[:1] if watch.quick else MODELS:
-        watch.step(f"decode: {name}, off the grid", 0, 1)
+    names = MODELS if watch.model is None else (watch.model,)
+    for name in names[:1] if watch.quick else names:
+        watch.step(f"decode: {name}", 0, 1)
         model, tokenizer = load(name)
-        off_grid(model)
-        with llama_files(name, model) as llama:
-            for context in CONTEXTS[:1] if watch.quick else CONTEXTS:
-                title = f"decode: {name}, off the grid, context {context}"
+        shown = f"{name}, off the grid" if made_off_grid(name, model) else name
+        with llama_files(name, model) if name in PACKAGED else nullcontext() as llama:
+            for context in contexts(model, count)[: 1 if watch.quick else None]:
+                title = f"decode: {shown}, context {context}"
                 tokens = cut_windows(tokenizer, [default_text()], 1, context + count + 1)[0]
                 made = contestants(model, llama, context + count + 1)
                 yield as_bench(title, race(made, tokens, context, count=count, watch=watch, title=title))
-        yield greedy(f"{name}, off the grid", model, tokenizer, watch=watch)
+        yield greedy(shown, model, tokenizer, watch=watch)
+
+
+def contexts(model: Any, count: int) -> list[int]:
+    """Tokens before the timed ones, none more than the model's context leaves room for."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = max(CONTEXTS) if longest is None else longest - count - 1
+    return sorted({min(context, most) for context in CONTEXTS})
 
 
 def contestants(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, Callable[[], Decoder]]:

@@ -21,7 +21,8 @@ def measure(watch: Watch) -> Bench:
     title = f"evaluate: {count} windows of {length} tokens, {POLICY} and baselines"
     timings: list[Timing] = []
     targets: list[Target] = []
-    for name, limit in LIMITS.items():
+    limits = LIMITS if watch.model is None else {watch.model: max(LIMITS.values())}
+    for name, limit in limits.items():
         watch.step(f"evaluate: {name}", 0, count)
         model, tokenizer = load(name)
         windows = cut_windows(tokenizer, [default_text()], count, length)

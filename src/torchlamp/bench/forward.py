@@ -20,8 +20,9 @@ TOKENS, LONG, REPEATS = (1024, 128), (8192, 512), (9, 2)
 def measure(watch: Watch) -> Bench:
     """Time 1024 tokens, interleaved; then the peak memory of 8192 tokens, each in its own process."""
     count, long, repeats = TOKENS[watch.quick], LONG[watch.quick], REPEATS[watch.quick]
-    title = f"forward: {MODEL}, {count} tokens"
-    model, tokenizer = load(MODEL)
+    name = watch.model or MODEL
+    title = f"forward: {name}, {count} tokens"
+    model, tokenizer = load(name)
     tokens = cut_windows(tokenizer, [default_text()], 1, count)
 
     def under(policy: str) -> Callable[[], object]:
@@ -39,7 +40,7 @@ def measure(watch: Watch) -> Bench:
     peaks = []
     for number, policy in enumerate((POLICY, None)):
         watch.step(f"forward: memory of {long} tokens", number, 2)
-        peaks.append(peak_memory(policy, long))
+        peaks.append(peak_memory(policy, long, name))
     extra = peaks[0] - peaks[1]
     targets = [
         Target(f"{POLICY} / float32 sdpa, {count} tokens", ratio(timings, POLICY, "float32 sdpa"), 1.4),
@@ -48,18 +49,18 @@ def measure(watch: Watch) -> Bench:
     return Bench(title, timings, targets)
 
 
-def peak_memory(policy: str | None, tokens: int) -> float:
+def peak_memory(policy: str | None, tokens: int, name: str = MODEL) -> float:
     """Peak resident MB of a fresh process that loads the model and runs so many tokens; None: float32 `sdpa`."""
-    command = [sys.executable, "-m", __name__, policy or "sdpa", str(tokens)]
+    command = [sys.executable, "-m", __name__, policy or "sdpa", str(tokens), name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"the memory run of {policy or 'sdpa'} failed: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout)
 
 
-def _run_once(policy: str, count: int) -> float:
+def _run_once(policy: str, count: int, name: str) -> float:
     """Run so many tokens in this process and return its peak resident MB."""
-    model, tokenizer = load(MODEL)
+    model, tokenizer = load(name)
     tokens = cut_windows(tokenizer, [default_text()], 1, count)
     with torch.inference_mode():
         if policy == "sdpa":
@@ -72,4 +73,4 @@ def _run_once(policy: str, count: int) -> float:
 
 
 if __name__ == "__main__":
-    print(_run_once(sys.argv[1], int(sys.argv[2])))
+    print(_run_once(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 #: Formats of the key-value cache; f16 is llama.cpp's default.
 CACHE_TYPES = ("f16", "q8_0", "f32")
-QUANTISATIONS = ("Q8_0", "Q4_0")
+QUANTISATIONS = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "F16", "BF16")
 _BATCH = 512
 #: Severity of llama.cpp's log messages.
 _ERROR = 4

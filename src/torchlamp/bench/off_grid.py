@@ -14,11 +14,26 @@ from torch import Tensor, nn
 
 from torchlamp.evaluation.metrics import Comparer
 from torchlamp.huggingface.sites import Sites
+from torchlamp.models.packaged import PACKAGED
 from torchlamp.policy.sites import SITES
 
 #: Steps between the ends of a 4-bit code's range.
 _STEPS = 15
 _GROUP = 32
+
+
+def made_off_grid(name: str, model: Any) -> bool:
+    """Make weights that came from a 4-bit file generic, where that can be, in place; whether they are.
+
+    Other models keep their own weights.
+    """
+    if name not in PACKAGED and not name.endswith(".gguf"):
+        return False
+    try:
+        off_grid(model)
+    except ValueError:
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchlamp.bench.decode import EIGHT_BITS, LOOKAHEAD, REFERENCE
 from torchlamp.bench.decoders import PreparedDecoder, TransformersDecoder
 from torchlamp.bench.llama_files import LlamaFiles, llama_files
-from torchlamp.bench.off_grid import off_grid
+from torchlamp.bench.off_grid import made_off_grid
 from torchlamp.bench.turns import Bench, Target, Timing, Watch, interleaved, watch_turns
 from torchlamp.data.text import cut_windows, default_text
 from torchlamp.evaluation.metrics import Comparer
@@ -56,7 +56,7 @@ def measure(watch: Watch) -> Iterator[Bench]:
     for name in names[:1] if watch.quick else names:
         watch.step(f"prompt: {name}", 0, 1)
         model, tokenizer = load(name)
-        generic = _off_grid(name, model)
+        generic = made_off_grid(name, model)
         with llama_files(name, model) if name in PACKAGED else nullcontext() as llama:
             for length in _lengths(model)[: 1 if watch.quick else None]:
                 title = f"prompt: {name}{', off the grid' if generic else ''}, {length} tokens"
@@ -69,17 +69,6 @@ def _lengths(model: Any) -> list[int]:
     """The lengths of prompts, none longer than the model's context."""
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return sorted({length if context is None else min(length, context) for length in LENGTHS})
-
-
-def _off_grid(name: str, model: Any) -> bool:
-    """Make weights that came from a 4-bit file generic, where that can be; whether they are."""
-    if name not in PACKAGED and not name.endswith(".gguf"):
-        return False
-    try:
-        off_grid(model)
-    except ValueError:
-        return False
-    return True
 
 
 def readers(model: Any, llama: LlamaFiles | None, length: int) -> dict[str, Callable[[], Reader]]:

@@ -1,15 +1,21 @@
 """Queries, keys and values that a real model makes on real text, as many as a long context has."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from torchlamp.data.text import Text, code_text, cut_windows, default_text
 
 _PIECE = 2048
+#: Of the attention that notes what it is given.
+_NAME = "torchlamp_bench"
 
 
 @dataclass(frozen=True)
@@ -27,36 +33,51 @@ class HeadTensors:
 
 @torch.inference_mode()
 def real_heads(model: Any, tokenizer: Any, keys: int, layers: list[int]) -> list[HeadTensors]:
-    """Queries, keys and values of some layers of a Llama-type model after so many tokens of prose and code.
+    """Queries, keys and values of some layers of a model after so many tokens of prose and code.
 
     The text is read in windows of 2048 tokens, each from position 0, and their keys are joined: the last window's query
     sees its own window and, as a model with a long context does, much text before it.
+
+    Raises
+    ------
+    ValueError
+        A model without the attention interface, or whose context is shorter than a window.
     """
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and longest < _PIECE:
+        raise ValueError(f"a context of {longest} tokens: windows of {_PIECE} are read")
     mixed = Text("prose and code", default_text().content + "\n\n" + code_text().content)
     windows = cut_windows(tokenizer, [mixed], -(-keys // _PIECE), _PIECE)
-    queries: dict[int, Tensor] = {}
-    parts: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in layers}
-    hooks = [_note_query(model.model.layers[number].self_attn, queries, number) for number in layers]
-    try:
+    seen: dict[int, list[HeadTensors]] = {number: [] for number in layers}
+    with _recorded(model, seen):
         for window in windows:
-            cache = DynamicCache()
-            angles: Any = model.model.rotary_emb(torch.zeros(1), torch.arange(_PIECE)[None])
-            model.model(window[None], past_key_values=cache, use_cache=True)
-            for number in layers:
-                parts[number].append((cache.layers[number].keys, cache.layers[number].values))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            model(window[None], use_cache=False, logits_to_keep=1)
+    if not all(seen.values()):
+        raise ValueError(f"{type(model).__name__} has no attention interface, or no layers {layers}")
     found = []
-    for number in layers:
-        attention = model.model.layers[number].self_attn
-        q = attention.q_proj(queries[number][:, -1:]).view(1, 1, -1, attention.head_dim).transpose(1, 2)
-        cosines, sines = (angle[:, -1:, None].transpose(1, 2) for angle in angles)
-        first, second = q.chunk(2, -1)
-        q = q * cosines + torch.cat([-second, first], -1) * sines
-        k, v = (torch.cat([part[i] for part in parts[number]], 2)[:, :, -keys:] for i in (0, 1))
-        found.append(HeadTensors(q.contiguous(), k.contiguous(), v.contiguous()))
+    for parts in seen.values():
+        k, v = (torch.cat([getattr(part, name) for part in parts], 2)[:, :, -keys:] for name in "kv")
+        found.append(HeadTensors(parts[-1].q.contiguous(), k.contiguous(), v.contiguous()))
     return found
+
+
+@contextmanager
+def _recorded(model: Any, seen: dict[int, list[HeadTensors]]) -> Iterator[None]:
+    """Attention as `sdpa` computes it, which notes the last query, keys and values of the layers in `seen`."""
+
+    def note(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **others: Any) -> Any:
+        if (parts := seen.get(module.layer_idx)) is not None:
+            parts.append(HeadTensors(query[:, :, -1:].clone(), key.clone(), value.clone()))
+        return sdpa_attention_forward(module, query, key, value, mask, **others)
+
+    own = model.config._attn_implementation
+    AttentionInterface.register(_NAME, note)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def wider(heads: list[HeadTensors], kv_heads: int, group: int) -> HeadTensors:
@@ -78,10 +99,3 @@ def wider(heads: list[HeadTensors], kv_heads: int, group: int) -> HeadTensors:
         torch.cat([k[:, one], k[:, other]], -1).contiguous(),
         torch.cat([v[:, one], v[:, other]], -1).contiguous(),
     )
-
-
-def _note_query(attention: Any, queries: dict[int, Tensor], number: int) -> Any:
-    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        queries[number] = kwargs["hidden_states"]
-
-    return attention.register_forward_pre_hook(note, with_kwargs=True)

@@ -22,10 +22,9 @@ BENCHMARKS = {
     "attention": "torchlamp.bench.attention",
     "prompt": "torchlamp.bench.prompt",
     "decode": "torchlamp.bench.decode",
+    "engines": "torchlamp.bench.engines",
     "soak": "torchlamp.bench.soak",
 }
-#: Those that measure any model.
-TAKE_MODEL = ("prompt",)
 #: Seconds between two writings of a part that is being measured: the disk shouldn't show in the timings.
 _WRITE_EVERY = 10.0
 
@@ -45,7 +44,8 @@ def run(name: str, json: Path | None = None, *, quick: bool = False, model: str 
     quick : bool
         Few and small measurements, whose figures aren't judged.
     model : str, optional
-        A short name, a folder, a hub name or a .gguf file, for the benchmarks in `TAKE_MODEL`; None: their own models.
+        A short name, a folder, a hub name or a .gguf file; None: the benchmark's own models. Figures of another model
+        aren't judged.
 
     Returns
     -------
@@ -55,19 +55,15 @@ def run(name: str, json: Path | None = None, *, quick: bool = False, model: str 
     Raises
     ------
     ValueError
-        An unknown name, or a model for a benchmark that takes none.
+        An unknown name, or a model that the benchmark can't measure.
     OSError
         The JSON file can't be written.
     """
     if name not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {name!r}: allowed are {', '.join(BENCHMARKS)}")
-    if model is not None and name not in TAKE_MODEL:
-        raise ValueError(
-            f"bench {name} takes no --model {model!r}: only {', '.join(TAKE_MODEL)} does; leave it out"
-        )
     if json is not None:
         check_writable(json)
-    record = _Record(name, json, quick)
+    record = _Record(name, json, judged=not quick and model is None, quick=quick)
     try:
         with progress(name) as step:
             measured: Bench | Iterable[Bench] = import_module(BENCHMARKS[name]).measure(
@@ -85,8 +81,8 @@ def run(name: str, json: Path | None = None, *, quick: bool = False, model: str 
 class _Record:
     """The parts of a benchmark, as they come."""
 
-    def __init__(self, name: str, json: Path | None, quick: bool) -> None:
-        self.name, self.json, self.quick = name, json, quick
+    def __init__(self, name: str, json: Path | None, *, judged: bool, quick: bool) -> None:
+        self.name, self.json, self.judged, self.quick = name, json, judged, quick
         self.where = environment()
         self.done: list[Bench] = []
         self._under_way: Bench | None = None
@@ -100,7 +96,7 @@ class _Record:
 
     def add(self, bench: Bench) -> None:
         """Print and write a part that is done."""
-        if self.quick:
+        if not self.judged:
             bench = replace(bench, targets=[replace(target, judged=False) for target in bench.targets])
         self.done.append(bench)
         self._under_way = None
@@ -122,6 +118,7 @@ class _Record:
             {
                 "title": bench.title,
                 "timings": [asdict(t) for t in bench.timings],
+                "absent": bench.absent,
                 "targets": [asdict(t) | {"met": t.met if t.judged else None} for t in bench.targets],
             }
             for bench in [*self.done, *([] if self._under_way is None else [self._under_way])]

@@ -8,6 +8,7 @@ from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.bench.turns import Bench, Target, Watch, interleaved, ratio, watch_turns
 from torchlamp.kernels.dispatch import native_for
 from torchlamp.kernels.products import products, products_native
+from torchlamp.models.load import load
 
 HEADS, KEY_HEADS, SIZE = 9, 3, 64
 #: Tokens and turns, of a whole run and of a quick one.
@@ -17,14 +18,15 @@ LENGTH, REPEATS = (1024, 256), (31, 5)
 def measure(watch: Watch) -> Bench:
     """Time rounded causal scores against torch's float32 product, full and not causal."""
     length, repeats = LENGTH[watch.quick], REPEATS[watch.quick]
-    title = f"scores: {HEADS}/{KEY_HEADS} heads, {length} tokens, size {SIZE}"
+    heads, key_heads, size = _shapes(watch.model)
+    title = f"scores: {heads}/{key_heads} heads, {length} tokens, size {size}"
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(HEADS, length, SIZE, generator=generator)
-    key = torch.randn(KEY_HEADS, length, SIZE, generator=generator)
-    repeated = key.repeat_interleave(HEADS // KEY_HEADS, dim=0).transpose(1, 2)
+    query = torch.randn(heads, length, size, generator=generator)
+    key = torch.randn(key_heads, length, size, generator=generator)
+    repeated = key.repeat_interleave(heads // key_heads, dim=0).transpose(1, 2)
     keys = key.transpose(1, 2)
-    out = torch.empty(HEADS, length, length)
-    steps = HEADS * length * (length + 1) / 2 * SIZE
+    out = torch.empty(heads, length, length)
+    steps = heads * length * (length + 1) / 2 * size
 
     calls: dict[str, Callable[[], object]] = {"float32 q @ k.T, full": lambda: query @ repeated}
     work: dict[str, float] = {}
@@ -57,3 +59,13 @@ def measure(watch: Watch) -> Bench:
         Target("e4m3fn / ps4", ratio(timings, "e4m3fn, causal", "ps4, causal"), 2.5),
     ]
     return Bench(title, timings, targets)
+
+
+def _shapes(name: str | None) -> tuple[int, int, int]:
+    """Heads, key heads and their size: SmolLM2's, or those of a model."""
+    if name is None:
+        return HEADS, KEY_HEADS, SIZE
+    config = load(name)[0].config.get_text_config(decoder=True)
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(size)

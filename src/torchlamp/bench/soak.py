@@ -20,7 +20,7 @@ def measure(watch: Watch) -> Bench:
     """Decode greedily, a new sequence every 2,000 tokens; resident memory after each sequence."""
     count, sequence = TOKENS[watch.quick], SEQUENCE[watch.quick]
     title = f"soak: {count} decoded tokens, {torch.get_num_threads()} threads"
-    model, tokenizer = load(MODEL)
+    model, tokenizer = load(watch.model or MODEL)
     prompts = cut_windows(tokenizer, [default_text()], count // sequence, PROMPT)
     decoder = PreparedDecoder(model, None)
     resident: list[float] = []
@@ -34,10 +34,10 @@ def measure(watch: Watch) -> Bench:
             token = int(decoder.step(token).argmax())
         seconds.append((time.perf_counter() - start) / sequence)
         resident.append(_resident())
-        watch.so_far(Bench(title, [_timing(sequence, seconds)], []))
+        watch.so_far(Bench(title, [_timing(watch.model or MODEL, sequence, seconds)], []))
     return Bench(
         title,
-        [_timing(sequence, seconds)],
+        [_timing(watch.model or MODEL, sequence, seconds)],
         [
             Target(
                 "MB of resident memory more after the last sequence than after the second",
@@ -48,9 +48,9 @@ def measure(watch: Watch) -> Bench:
     )
 
 
-def _timing(sequence: int, seconds: list[float]) -> Timing:
+def _timing(name: str, sequence: int, seconds: list[float]) -> Timing:
     median = statistics.median(seconds)
-    label = f"{MODEL}, a token of {sequence} after {PROMPT}"
+    label = f"{name}, a token of {sequence} after {PROMPT}"
     return Timing(label, median, min(seconds), max(seconds), per_second=1 / median)
 
 

@@ -28,6 +28,8 @@ def print_bench(found: Bench, *, partial: bool = False) -> None:
         console.width = max(console.width, _WIDTH)
     if found.timings:
         console.print(timings_table(found, partial))
+    for label, reason in found.absent.items():
+        console.print(f"{label}: {reason}", markup=False, highlight=False)
     for target in found.targets:
         console.print(target_line(target), markup=False)
 
@@ -41,12 +43,19 @@ def timings_table(found: Bench, partial: bool = False) -> Table:
     times = ("ms",) if once else ("median ms", "fastest", "slowest")
     title = f"PARTIAL (stopped): {found.title}" if partial else found.title
     table = Table(title=title, title_justify="left")
-    for column in ("", *times, *(title for title, _ in columns.values())):
+    own = list(dict.fromkeys(name for t in found.timings for name in t.figures))
+    for column in (
+        "",
+        *times,
+        *(title for title, _ in columns.values()),
+        *(n.replace("_", " ") for n in own),
+    ):
         table.add_column(column, justify="right" if column else "left")
     for t in found.timings:
         extra = [
             "" if (value := getattr(t, name)) is None else show(value) for name, (_, show) in columns.items()
         ]
+        extra += [f"{t.figures[name]:.4g}" if name in t.figures else "" for name in own]
         table.add_row(t.label, *_times(t)[: len(times)], *extra)
     return table
 
@@ -64,5 +73,5 @@ def target_line(target: Target) -> str:
     while digits < 17 and not target.met and float(f"{target.value:.{digits}g}") == target.limit:
         digits += 1
     shown = f"{target.value:.{digits}g}"
-    state = "not judged: quick" if not target.judged else "met" if target.met else "MISSED"
+    state = "not judged" if not target.judged else "met" if target.met else "MISSED"
     return f"{target.label}: {shown} ({relation} {limit}: {state})"

@@ -29,6 +29,8 @@ class Timing:
     error: float | None = None
     #: Anything else, for people.
     note: str = ""
+    #: Figures that only one benchmark has, by name.
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Bench:
     title: str
     timings: list[Timing]
     targets: list[Target]
+    #: Contestants without figures, and why: not installed, with the command; or what failed.
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -13,14 +13,17 @@ from torchlamp.cli.common import Threads, app, one_line_errors, set_threads
 def bench(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="scores, forward, evaluate, attention, prompt, decode or soak."),
+        typer.Argument(
+            metavar="NAME", help="scores, forward, evaluate, attention, prompt, decode, engines or soak."
+        ),
     ],
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures there.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A minute or less: small sizes, rough figures, nothing judged.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="Of prompt: a model that isn't its own.")
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Another model than its own; nothing is judged then."),
     ] = None,
     threads: Threads = None,
 ) -> None:

@@ -10,7 +10,7 @@ from torchlamp.cli.common import app, one_line_errors
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 #: Operands that `formats` shows: a few of those that the grammar makes; the named block formats follow.
-_OPERANDS = ("float32", "bf16", "int12", "int8", "int4", "int8/row", "e4m3fn/row", "e5m2/tensor")
+_OPERANDS = ("float32", "bf16", "int12", "int8", "int4", "int8/row", "e4m3fn/row", "e5m2/tensor", "tender4/8")
 _FORMATS = ("ps1", "ps4", "ps23")
 
 
@@ -74,7 +74,9 @@ def formats(json: AsJson = False) -> None:
     print("operands       bits  element, and the numbers that share a scale")
     for entry in found["operands"]:
         print(f"  {entry['name']:12} {entry['bits']:4g}  {entry['layout']}")
-    print("  and int2..int16 with /G, /row or /tensor, any format above alone, with /row or /tensor")
+    print(
+        "  and int2..int16 with /G, /row or /tensor, any format above alone, with /row or /tensor, tenderB/G"
+    )
     print("transforms, in the order they are applied")
     for entry in found["transforms"]:
         print(f"  {entry['name']:12} {entry['summary']}")
@@ -114,6 +116,17 @@ def _catalogue() -> dict[str, list[dict[str, Any]]]:
                 "example": f"{'scores' if 'online' in spelling else 'mlp_up'}={name}+none",
             }
             for name, spelling in accumulators.NAMED.items()
+        ]
+        + [
+            {
+                "name": name,
+                "spelling": name,
+                "operands": ["tenderB/G", "intB/row", "intB/tensor"]
+                if register.shift
+                else ["intB", "tenderB/G"],
+                "example": f"mlp_up={'tender4/8' if register.shift else 'int8'}@{name}+none",
+            }
+            for name, register in accumulators.REGISTERS.items()
         ],
         "operands": [
             {

@@ -40,9 +40,12 @@ def chat(
     check_tokens(tokens)
     set_threads(threads)
 
+    from torchlamp.cli.steps import shown_steps
     from torchlamp.evaluation.chat import Chat
 
-    with Chat(*load_for_generation(model, chosen), chosen, system=system, sampling=sampling) as talk:
+    with shown_steps():
+        language_model, tokenizer = load_for_generation(model, chosen)
+    with Chat(language_model, tokenizer, chosen, system=system, sampling=sampling) as talk:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 __import__("readline")  # lines can be edited and called back

@@ -89,12 +89,14 @@ def evaluate(
     set_threads(threads)
 
     from torchlamp.cli.progress import reporter
+    from torchlamp.cli.steps import shown_steps
     from torchlamp.evaluation.evaluate import check_noise
     from torchlamp.evaluation.evaluate import evaluate as run_evaluation
     from torchlamp.models.load import load
 
     check_noise(noise)
-    language_model, tokenizer = load(model)
+    with shown_steps():
+        language_model, tokenizer = load(model)
     tokens, names = _cut(language_model, tokenizer, texts, dataset or [], windows, window_length)
     with reporter(error_console()) as shown:
 

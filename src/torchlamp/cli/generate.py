@@ -63,6 +63,7 @@ def generate(
     threads: Threads = None,
 ) -> None:
     """Answer a message or continue a text; ends with tokens per second, recompute rates and memory."""
+    from torchlamp.cli.steps import shown_steps
     from torchlamp.evaluation.generation import Sampling, check_tokens, load_for_generation, read_any_policy
     from torchlamp.evaluation.generation import generate as run_generation
     from torchlamp.results.output import check_writable, write_text
@@ -77,7 +78,8 @@ def generate(
     words = read_prompt(prompt, file)
     set_threads(threads)
 
-    language_model, tokenizer = load_for_generation(model, chosen, full_precision=compare)
+    with shown_steps():
+        language_model, tokenizer = load_for_generation(model, chosen, full_precision=compare)
     out = sys.stderr if to_stdout else sys.stdout
 
     def write(piece: str) -> None:
@@ -110,8 +112,9 @@ def generate(
             print(f"memory: {done.memory}", file=out)
         return done
 
-    full = run(True) if compare else None
-    low = run(False) if full is None or full.finish != "interrupted" else full
+    with shown_steps():
+        full = run(True) if compare else None
+        low = run(False) if full is None or full.finish != "interrupted" else full
     if full is not None and low.finish != "interrupted":
         print(difference(tokenizer, full.ids, low.ids), file=out)
         if full.tokens_per_second > 0:

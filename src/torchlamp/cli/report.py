@@ -50,12 +50,14 @@ def inspect(
     check_writable(output)
     set_threads(threads)
 
+    from torchlamp.cli.steps import shown_steps
     from torchlamp.evaluation.inspect import inspect as run_inspection
     from torchlamp.models.load import load
     from torchlamp.report.inspect_page import inspect_page
 
-    language_model, tokenizer = load(model)
-    seen = run_inspection(language_model, tokenizer, text, chosen)
+    with shown_steps():
+        language_model, tokenizer = load(model)
+        seen = run_inspection(language_model, tokenizer, text, chosen)
     write_text(output, inspect_page(seen, model))
     print(
         f"{output} ({output.stat().st_size / 1e6:.1f} MB): {len(seen.tokens)} tokens under {seen.policy}, "

@@ -133,9 +133,7 @@ def evaluate(
         "partial": interrupted,
         "calibration": None if calibration is None else calibration.hash,
     }
-    warning = runs[0].warning
-    if warning is not None:
-        logger.warning("policy %s: %s", runs[0].policy, warning)
+    _warn(runs[0])
     beside = [reference, *runs[1:]] if baselines else runs[1:]
     whole = {
         "comparisons": tuple(_result(run, shared) for run in beside),
@@ -186,8 +184,14 @@ def evaluate_against(
     with inference_in_eval_mode(model):
         loop.run_all()
     loop.collect()
+    _warn(run)
     shared = _shared(model, windows, seed, model_name, text)
     return _result(run, shared | {"partial": False, "seconds": time.perf_counter() - start})
+
+
+def _warn(run: EvaluationRun) -> None:
+    if run.warning is not None:
+        logger.warning("policy %s: %s", run.policy, run.warning)
 
 
 def _shared(model: Any, windows: Tensor, seed: int, model_name: str | None, text: str) -> dict[str, Any]:
@@ -222,6 +226,7 @@ def _result(run: EvaluationRun, shared: dict[str, Any]) -> Result:
         "log_perplexity_ratio_by_window": [
             rounded(float((w.cross_entropy - w.reference_cross_entropy).mean())) for w in run.windows
         ],
+        "overflowed_by_site": {site: count for site, (count, _) in run.overflow.items()},
         "flip_bits_by_window": [pack_bits(w.flips.tolist()) for w in run.windows],
         "kl_by_move": moved,
         "seconds": run.seconds,

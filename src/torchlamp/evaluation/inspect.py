@@ -1,5 +1,6 @@
 """`torchlamp inspect`: which scores of a short text a policy recomputes, recorded while the model runs under it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchlamp.huggingface.lookahead import check_untouched, lookahead
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.policy import Policy
 from torchlamp.simulation.attention_call import Observation
+from torchlamp.steps import work
 
 #: Tokens of a text at most: beyond these neither the map nor the page's size serves a reader.
 MAX_TOKENS = 256
@@ -92,8 +94,9 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
     check_untouched(model)
     check_context(model, length, "number of tokens")
     ids = ids.to(model.device)
-    recorder = _Recorder(length)
-    with inference_in_eval_mode(model):
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    with inference_in_eval_mode(model), work("inspecting layers", layers) as say:
+        recorder = _Recorder(length, say)
         reference = model(input_ids=ids, use_cache=False).logits[0]
         with lookahead(model, policy, seed=seed, observe=recorder.observe) as statistics:
             tested = model(input_ids=ids, use_cache=False).logits[0]
@@ -109,10 +112,10 @@ def inspect(model: Any, tokenizer: Any, text: str, policy: str | Policy, *, seed
 
 
 class _Recorder:
-    """Puts the tiles of each layer together."""
+    """Puts the tiles of each layer together; `say` is told how many layers have begun."""
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, say: Callable[[int], None]) -> None:
+        self.length, self.say = length, say
         self.layers: dict[int, Layer] = {}
 
     def observe(self, layer: int, seen: Observation) -> None:
@@ -121,6 +124,7 @@ class _Recorder:
             shape = (heads, self.length, self.length)
             false, nan = torch.zeros(shape, dtype=torch.bool), torch.full(shape, torch.nan)
             self.layers[layer] = Layer(false, false.clone(), torch.zeros(shape), nan, nan.clone())
+            self.say(len(self.layers))
         own, tile = self.layers[layer], seen.tile
         rows = slice(seen.rows.start, seen.rows.stop)
         keys = slice(seen.first_key, seen.first_key + seen.chosen.shape[-1])

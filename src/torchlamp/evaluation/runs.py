@@ -11,7 +11,7 @@ from torchlamp.evaluation.metrics import TokenMetrics
 from torchlamp.policy.policy import Policy, SitePolicy
 from torchlamp.results.result import POSITION_BIN, Role
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.doubt import doubt_warning
+from torchlamp.simulation.doubt import low_pass_warning
 from torchlamp.simulation.statistics import Counts, Statistics, rate
 from torchlamp.simulation.tile_counts import COUNTS, saturation_warning, tile_rates
 
@@ -36,6 +36,8 @@ class EvaluationRun:
     tiles: Tensor = field(default_factory=lambda: torch.zeros(COUNTS, dtype=torch.int64))
     #: Rows of scores that were looked at, and those in which the low pass isn't to be trusted.
     doubt: tuple[int, int] = (0, 0)
+    #: Of each site: sums that didn't fit an integer register, and all.
+    overflow: dict[str, tuple[int, int]] = field(default_factory=dict)
     #: Of each window the mean KL of each pass whose last bits were moved; empty lists without such passes.
     noise: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -63,6 +65,9 @@ class EvaluationRun:
         self.tiles = self.tiles + statistics.tile_counts
         rows, doubtful = statistics.doubt_counts
         self.doubt = (self.doubt[0] + rows, self.doubt[1] + doubtful)
+        for site, (overflowed, sums) in statistics.overflow_by_site.items():
+            known = self.overflow.get(site, (0, 0))
+            self.overflow[site] = (known[0] + overflowed, known[1] + sums)
 
     @property
     def kl_by_move(self) -> list[float]:
@@ -117,8 +122,8 @@ class EvaluationRun:
 
     @property
     def warning(self) -> str | None:
-        """One line that says that the low pass of the scores isn't to be trusted; None: it is."""
-        return saturation_warning(self.tiles) or doubt_warning(*self.doubt)
+        """One line that says that the low pass isn't to be trusted; None: it is."""
+        return saturation_warning(self.tiles) or low_pass_warning(self.doubt, self.overflow)
 
     def _total(self) -> Counts:
         total = Counts.zeros(1)

@@ -7,12 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from torchlamp.arithmetic.tender import Ranges
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.huggingface.widening import Widening
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.simulation.ahead import Ahead
 from torchlamp.simulation.attention_call import Observation
 from torchlamp.simulation.calibration import Calibration, input_moments, score_moments
+from torchlamp.simulation.score_biases import ScoreRanges
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.statistics import Statistics
 
@@ -100,6 +102,32 @@ class AttachedPolicy:
             return None
         left, right = self.calibration.of("scores", layer, (key.shape[1], key.shape[3]))
         return left, right
+
+    def score_ranges(self, layer: int, query: Tensor, key: Tensor) -> ScoreRanges | None:
+        """Calibrated ranges of a layer's queries and keys, (batch, heads, length, size) each, for Tender's operand.
+
+        None where they are the call's own; collects the call's where asked to.
+        """
+        if self.collect is not None and "scores" in self.collect.ranged:
+            self.collect.add_ranges("scores", layer, query, key)
+        if not self._wants_ranges("scores", layer) or self.calibration is None:
+            return None
+        shapes = ((query.shape[1], query.shape[3]), (key.shape[1], key.shape[3]))
+        left, right = self.calibration.ranges("scores", layer, *shapes)
+        return left, right
+
+    def input_ranges(self, site: str, layer: int, x: Tensor) -> Ranges | None:
+        """The same for the inputs (..., length, inputs) of a site's linear layers."""
+        if self.collect is not None and site in self.collect.ranged:
+            self.collect.add_ranges(site, layer, x.reshape(-1, 1, *x.shape[-2:]))
+        if not self._wants_ranges(site, layer) or self.calibration is None:
+            return None
+        return self.calibration.ranges(site, layer, (1, x.shape[-1]))[0]
+
+    def _wants_ranges(self, site: str, layer: int) -> bool:
+        """Whether a site has Tender's operand; changed operands have ranges of their own, which no calibration has."""
+        policy = self.policy(site, layer)
+        return policy is not None and policy.precision.operand.is_tender and not policy.precision.transforms
 
     def value_mean(self, layer: int, value: Tensor) -> Tensor | None:
         """The calibrated mean of a layer's values, float32 (key heads, size), for `center` at the site `values`.

@@ -1,4 +1,4 @@
-"""`calibrate`: the statistics that a policy's transforms are fitted to, from a text of one's own."""
+"""`calibrate`: what a policy's transforms and Tender's tables are fitted to, from a text of one's own."""
 
 import logging
 
@@ -32,7 +32,9 @@ def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibr
     windows : Tensor
         int64 (n, length), as `torchlamp.data.text.cut_windows` cuts them.
     policy : str or Policy
-        Statistics are collected at the sites whose part names transforms.
+        Statistics are collected at the sites whose part names transforms, and at those with Tender's operand the ranges
+        of each chunk of 256 rows; windows as long as what is run later have all its chunks. (The probabilities at
+        `values` are grouped by their own ranges always.)
 
     Returns
     -------
@@ -46,20 +48,30 @@ def calibrate(model: nn.Module, windows: Tensor, policy: str | Policy) -> Calibr
         or what `lookahead` raises.
     """
     sites = {
-        site: part.precision for site, part in Policy.parse(policy).sites.items() if part.precision.transforms
+        site: part.precision
+        for site, part in Policy.parse(policy).sites.items()
+        if part.precision.transforms or (part.precision.operand.is_tender and site != "values")
     }
     if not sites:
         raise ValueError(f"policy '{policy}' names no transform: there is nothing to calibrate")
+    ranged = frozenset(site for site, precision in sites.items() if precision.operand.is_tender)
+    for site in ranged:
+        if sites[site].transforms:
+            raise ValueError(
+                f"'{sites[site]}' at site {site}: Tender's ranges can't be calibrated together with transforms; leave "
+                "out one of them, or the calibration"
+            )
     if windows.ndim != 2 or not len(windows):
         raise ValueError(f"windows has shape {tuple(windows.shape)}: give (n, length) with n >= 1")
     plain = {
         site: SitePolicy(Precision.parse("fp32").with_transforms(precision.transforms), Nothing())
         for site, precision in sites.items()
     }
-    collected = Calibration()
+    collected = Calibration(ranged=ranged)
     with under_policy(model, Policy(sites=plain), collect=collected), torch.inference_mode():
         for window in windows:
             model(input_ids=window[None].to(model.device), use_cache=False)
+    collected.ranged = frozenset()
     _check_long_enough(collected, sites, windows.numel())
     return collected
 

@@ -1,5 +1,7 @@
 """What modules of a prepared model run: single tokens, steps and prompts, from low-bit copies."""
 
+import inspect
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -201,7 +203,27 @@ def check_attention(sites: Sites, layer: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(attention).__name__} makes keys and values of latent vectors, which a look-ahead cache doesn't hold"
         )
+    if (reader := _reader_of_the_cache(attention)) is not None:
+        raise ValueError(
+            f"{type(attention).__name__} reads all keys or values in its {reader}, too, and a step would have it read "
+            "the cache's copies"
+        )
     return attention
+
+
+def _reader_of_the_cache(attention: nn.Module) -> str | None:
+    """A child that the forward of an attention calls on `key_states` or `value_states`, the names that transformers
+    gives to what the cache returned (Doge's `dt_proj`); None without one. Norms, which come before it, don't count.
+    """
+    try:
+        source = inspect.getsource(type(attention).forward)
+    except (OSError, TypeError):
+        return None
+    _, update, after = source.partition(".update(")
+    called = re.search(r"self\.(\w+)\(\s*(?:key_states|value_states)\b", after) if update else None
+    if called is None or not isinstance(getattr(attention, called[1], None), nn.Module):
+        return None
+    return called[1]
 
 
 def check_rows(sites: Sites, site: Site, layer: nn.Module) -> None:

@@ -30,6 +30,7 @@ from torchlamp.policy.decodable import Settings
 from torchlamp.policy.site import Site
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.statistics import Statistics
+from torchlamp.steps import each, work
 
 logger = logging.getLogger("torchlamp.decoding")
 _GENERATE = "_prepare_cache_for_generation"
@@ -136,7 +137,8 @@ class DecodePlan:
             )
         #: By their modules.
         self.forwards: dict[nn.Module, Forward] = {}
-        layers = [self._layer(number, layer) for number, layer in enumerate(self.sites.layers)]
+        packed = each("packing layers", self.sites.layers)
+        layers = [self._layer(number, layer) for number, layer in enumerate(packed)]
         whole = [layer for layer in layers if layer is not None]
         decoder = model.get_decoder()
         if (
@@ -150,7 +152,8 @@ class DecodePlan:
             )
         for name in settings:
             if not SITES[name].place.in_layers:
-                self._decode(SITES[name], Layer(-1, model))
+                with work(f"packing {name}"):
+                    self._decode(SITES[name], Layer(-1, model))
         if wide.weights is not None:
             mlps = [f.mlp.down_full for f in self.forwards.values() if isinstance(f, MlpDecode)]
             wide.weights.add(columns for columns in mlps if columns is not None)

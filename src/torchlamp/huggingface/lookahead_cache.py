@@ -242,15 +242,18 @@ def check_cache(config: Any) -> None:
 
 
 def can_rotate(config: Any) -> bool:
-    """Whether the head size of a model's config is a power of two, so that a Hadamard matrix rotates the heads."""
+    """Whether the head sizes of a model's config are powers of two, so that a Hadamard matrix rotates the heads."""
     text = config.get_text_config(decoder=True)
+    # Gemma 4's layers have sizes of their own.
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
     # With positions apart from the rest (DeepSeek), keys are longer than what `head_dim` says.
-    size: int = (
-        getattr(text, "qk_head_dim", None)
-        or getattr(text, "head_dim", None)
-        or text.hidden_size // text.num_attention_heads
-    )
-    return size & (size - 1) == 0
+    sizes: list[int] = [
+        getattr(layer, "qk_head_dim", None)
+        or getattr(layer, "head_dim", None)
+        or layer.hidden_size // layer.num_attention_heads
+        for layer in layers
+    ]
+    return all(size & (size - 1) == 0 for size in sizes)
 
 
 class LookaheadCache(Cache):  # type: ignore[misc]

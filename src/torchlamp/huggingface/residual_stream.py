@@ -73,4 +73,6 @@ def residual_ahead(sites: Sites, layer: nn.Module, stream: Residual) -> Ahead:
     if norms.after_attention is not None:
         after, weight = weight, weight * sites.norm(norms.after_attention[1]).weight[:, None]
     bias = None if projection.bias is None else projection.bias.detach()
-    return Ahead(gram_factor(weight * reads.weight[:, None], heads), _Scale(stream, reads, after, bias))
+    scale = _Scale(stream, reads, after, bias)
+    factor = gram_factor(weight * reads.weight[:, None], heads)
+    return Ahead(factor, scale, reads_outputs=after is not None)

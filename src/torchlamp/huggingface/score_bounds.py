@@ -10,6 +10,7 @@ References
 LampAttention, arXiv 2609.39361, which asks for such norms where scores are e4m3 numbers.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -61,6 +62,6 @@ def _longest(norm: nn.Module) -> float | None:
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or getattr(norm, "bias", None) is not None:
         return None
-    axes = _LONG * torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    lengths: torch.Tensor = norm(axes).norm(dim=-1)
+    axes = _LONG * torch.eye(len(weight), device=weight.device)
+    lengths: torch.Tensor = copy.deepcopy(norm).float()(axes).norm(dim=-1)
     return float(lengths.max())

@@ -101,6 +101,7 @@ def lamp_attention(
             seen=seen,
             keys=_keys(attached, layer, key, query.shape[2]),
             moments=attached.score_moments(layer, query, key),
+            ranges=attached.score_ranges(layer, query, key),
             softcap=kwargs.get("softcap") or None,
             sinks=kwargs.get("s_aux"),
         )
@@ -189,8 +190,11 @@ def _record(
 ) -> None:
     """Count one call at the sites `scores` and `values`, where the policy names them."""
     statistics = attached.statistics
-    if attached.policy("scores", layer) is not None:
+    scores = attached.policy("scores", layer)
+    if scores is not None:
         statistics.record("scores", layer, result.selected, result.eligible, positions)
+        if scores.accumulate.register is not None:
+            statistics.record_overflow("scores", layer, result.overflowed, int(result.eligible.sum()))
     if result.blocks is not None:
         statistics.record_blocks(result.blocks)
     if result.tiles is not None:
@@ -202,6 +206,9 @@ def _record(
         else:
             eligible = (result.eligible > 0).long() * values[-1]
         statistics.record("values", layer, result.values_selected, eligible, positions)
+        if policy is not None and policy.accumulate.register is not None:
+            sums = int((result.eligible > 0).sum()) * values[-1]
+            statistics.record_overflow("values", layer, result.values_overflowed, sums)
 
 
 def _check_arguments(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:

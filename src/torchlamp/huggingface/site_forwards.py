@@ -18,7 +18,8 @@ from torchlamp.huggingface.forward_only import forward_only
 from torchlamp.huggingface.offloaded import present
 from torchlamp.huggingface.wide_forwards import wide_forward
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.linear import LinearResult, LookAhead, Weights, linears
+from torchlamp.simulation.linear import LinearResult, LookAhead, linears
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.norms import Norm, Normed, norm_input
 from torchlamp.simulation.stored import QuantisedMatrix
 
@@ -208,6 +209,9 @@ class LinearGroup:
         if brought:
             self.forget()
         record(self.attached, self.site, self.layer, result.eligible, result.selected, positions)
+        if self.policy.accumulate.register is not None:
+            sums = result.selected.numel() * result.eligible
+            self.attached.statistics.record_overflow(self.site, self.layer, result.overflowed, sums)
         outputs = dict(enumerate(result.outputs))
         output = outputs.pop(index)
         self._pending = (x, outputs) if outputs else None
@@ -217,7 +221,9 @@ class LinearGroup:
         """All layers of the group, under the site's policy."""
         operand, transforms = self.policy.precision.operand, self.policy.precision.transforms
         if not operand.is_float32 and not transforms and not self._copies:
-            self._copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in self.maps]
+            self._copies = [
+                QuantisedMatrix.store(m.matrix.detach().T, operand, self.policy.accumulate) for m in self.maps
+            ]
         return linears(
             x,
             self.maps,
@@ -230,6 +236,7 @@ class LinearGroup:
             copies=self._copies or None,
             transforms=transforms,
             moments=self.attached.input_moments(self.site, self.layer, x),
+            ranges=self.attached.input_ranges(self.site, self.layer, x),
         )
 
     def looks_ahead(self) -> LookAhead:

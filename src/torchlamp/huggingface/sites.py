@@ -18,8 +18,8 @@ from torchlamp.huggingface.offloaded import present
 from torchlamp.huggingface.site_forwards import linear_map, plain
 from torchlamp.kernels.full_rows import FULL
 from torchlamp.policy.site import Site
-from torchlamp.policy.sites import GATED
-from torchlamp.simulation.linear import Weights
+from torchlamp.policy.sites import GATED, SITES
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.norms import Norm
 
 _LAYERS = ("layers", "h", "blocks")
@@ -69,7 +69,13 @@ class Sites:
 
     def attention(self, layer: nn.Module) -> nn.Module:
         """The self-attention of a layer."""
-        return self._child(layer, _ATTENTION, "attention")
+        found = self._child(layer, _ATTENTION, "attention")
+        if isinstance(found, nn.ModuleList):
+            raise ValueError(
+                f"{self._path(found)}: {type(layer).__name__} has {len(found)} attentions, the look-ahead knows layers "
+                "of one"
+            )
+        return found
 
     def mlp(self, layer: nn.Module) -> nn.Module:
         """The MLP of a layer."""
@@ -90,7 +96,16 @@ class Sites:
     def is_gated(self, layer: nn.Module) -> bool:
         """Whether the MLP is a GLU: the gate comes first, or both halves are one module."""
         mlp = self.mlp(layer)
-        return any(all(hasattr(mlp, name) for name in names) for names in GATED)
+        if any(all(hasattr(mlp, name) for name in names) for names in GATED):
+            return True
+        up, down = (_first(mlp, SITES[site].place.names) for site in ("mlp_up", "mlp_down"))
+        out, into = getattr(up, "out_features", None), getattr(down, "in_features", None)
+        if out is not None and into is not None and out != into:
+            raise ValueError(
+                f"{self._path(mlp)} ({type(mlp).__name__}) makes {into} numbers of {out} sums, by a gate that the "
+                "look-ahead doesn't know: leave out mlp_up and mlp_down"
+            )
+        return False
 
     def activation(self, layer: nn.Module) -> nn.Module:
         """The elementwise function of the MLP."""
@@ -252,6 +267,14 @@ class Sites:
 
     def _path(self, module: nn.Module) -> str:
         return self._paths.get(id(module)) or "the model"
+
+
+def _first(parent: nn.Module, choices: Iterable[tuple[str, ...]]) -> Any:
+    """The one module of the first choice that is there; None where a choice of several is, or none."""
+    for names in choices:
+        if all(isinstance(_at(parent, name), nn.Module) for name in names):
+            return _at(parent, names[0]) if len(names) == 1 else None
+    return None
 
 
 def _at(parent: Any, path: str) -> Any:

@@ -6,12 +6,50 @@ agree to about one unit in the last place (and are 0 below e^-87, where torch st
 whose weight lies that close to the threshold may be decided otherwise.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from torchlamp.kernels.constants import BLOCK_KEYS, RULE_WEIGHTS
 from torchlamp.kernels.dispatch import as_native, gpu_for, native_for
 from torchlamp.kernels.specification import Accumulation, accumulation_numbers
+
+
+class BridgeNorms(NamedTuple):
+    """What a bridge estimates errors from: b = error_scale sqrt(score_part y^2 + norm_part |q|^2 |k|^2).
+
+    Attributes
+    ----------
+    query_squares, key_squares : Tensor
+        float32 (B, H, Lq) and (B, Hkv, Lk): |q|^2 and |k|^2.
+    score_part, norm_part : float
+        The factors.
+    """
+
+    query_squares: Tensor
+    key_squares: Tensor
+    score_part: float
+    norm_part: float
+
+
+class ResidualPath(NamedTuple):
+    """What lies between the heads and the residual stream, for the weights that look that far.
+
+    Attributes
+    ----------
+    factor : Tensor
+        float32 (H, Dv, Dv): L_h, the length of a change x of a head's output in the stream being |L_h^T x|.
+    mapped, squares : Tensor
+        float32 (B, H, Lk, Dv) and (B, H, Lk): L_h^T v_j and its squared norm.
+    scale : Tensor
+        float32 (B, Lq), > 0: what changes are relative to.
+    """
+
+    factor: Tensor
+    mapped: Tensor
+    squares: Tensor
+    scale: Tensor
 
 
 def fused_attention(
@@ -35,6 +73,9 @@ def fused_attention(
     shift: Tensor | None = None,
     row_error: Tensor | None = None,
     key_error: Tensor | None = None,
+    bridge: BridgeNorms | None = None,
+    residual: ResidualPath | None = None,
+    draws: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Attend with low-precision scores, recomputing in float32 those whose weight exceeds the threshold.
 
@@ -52,7 +93,8 @@ def fused_attention(
     scaling
         Factor of the scores.
     error_scale
-        For the weight `running`: r = error_scale * sqrt(sum of squares), the expected error of the sum.
+        For the weights `running` and `running-residual`: r = error_scale * sqrt(sum of squares), the expected error of
+        the sum. For those with a bridge, see `BridgeNorms`.
     mask
         bool (B or 1, 1, Lq, Lk), True = visible, or None.
     causal
@@ -74,6 +116,13 @@ def fused_attention(
         operands make, scaling included. For the weight `running`
         r = sqrt((error_scale * sqrt(sum of squares))^2 + (row_error * key_error)^2), and row_error * key_error alone
         where sums are float32 ones.
+    bridge
+        With the weights `bridge` and `bridge-residual`, and only with them.
+    residual
+        With the weights `running-residual` and `bridge-residual`, and only with them.
+    draws
+        float32 (H, Lq, Lk) in [0, 1), shared by the samples: of every row as many entries are recomputed as the weight
+        selects, but those visible with the lowest draws, equal draws in the order of their keys.
 
     Returns
     -------
@@ -81,12 +130,13 @@ def fused_attention(
     sees, and the index of the last one (-1: none); if asked for, uint8 (B, H, Lq, ceil(Lk / 16)): 1 for a block with a
     visible key, plus 2 if one of them is recomputed. Or None where no fused kernel serves: no extension, tensors that
     are neither float32 on the CPU nor on a GPU with Triton, a mask for each head, the weight `relaxed` with sinks, or
-    a unit with groups; with Triton also `row_error`.
+    a unit with groups; with Triton also `row_error`, `bridge`, `residual` and `draws`.
 
     Raises
     ------
     ValueError
-        Shapes that don't fit together, or one of `row_error` and `key_error` without the other.
+        Shapes that don't fit together, one of `row_error` and `key_error` without the other, or a weight without the
+        `bridge` or `residual` that it needs.
     """
     grouped = accumulation.fuse is not None and accumulation.fuse.group > 1
     served = (
@@ -94,8 +144,10 @@ def fused_attention(
         and not (weight == "relaxed" and sinks is not None)
         and not grouped
     )
-    optional = (exact_query, exact_key, shift, row_error, key_error)
-    if served and row_error is None and gpu_for(query, key, value, mask, sinks, *optional):
+    ahead = (draws, *(bridge or ())[:2], *(residual or ()))
+    optional = (exact_query, exact_key, shift, row_error, key_error, *ahead)
+    on_gpu = row_error is None and all(tensor is None for tensor in ahead)
+    if served and on_gpu and gpu_for(query, key, value, mask, sinks, *optional):
         from torchlamp.kernels.gpu.attention import attention_gpu
 
         how = (weight, threshold, by_length, scaling, error_scale, mask, causal, softcap, sinks, blocks)
@@ -128,7 +180,15 @@ def fused_attention(
         threshold,
         by_length,
         error_scale,
+        None if bridge is None else (*(as_native(t, "all") for t in bridge[:2]), *bridge[2:]),
+        None if residual is None else _as_native(residual),
+        None if draws is None else as_native(draws, "all"),
         accumulation_numbers(accumulation),
         torch.get_num_threads(),
     )
     return output, selected, visible, noted
+
+
+def _as_native(residual: ResidualPath) -> tuple[Tensor, ...]:
+    """The tensors as the kernel reads them: of the mapped values any strides but the last."""
+    return tuple(as_native(t, "last" if t is residual.mapped else "all") for t in residual)

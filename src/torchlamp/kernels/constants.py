@@ -10,7 +10,7 @@ from typing import Any
 #: What becomes of results beyond the largest finite number, and the weights of threshold rules: in the order of the
 #: native enumerations.
 OVERFLOWS = ("inf", "nan", "saturate")
-RULE_WEIGHTS = ("strict", "relaxed", "running", "topz")
+RULE_WEIGHTS = ("strict", "relaxed", "running", "topz", "bridge", "running-residual", "bridge-residual")
 
 #: Keys of a block whose recomputation is counted, and the bits of a block's mark.
 BLOCK_KEYS = 16

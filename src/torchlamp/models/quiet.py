@@ -2,9 +2,11 @@
 
 import importlib
 import logging as standard_logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Any
+
+from torchlamp.steps import each
 
 #: Draws its bar with tqdm itself, whatever the settings of transformers say.
 _GGUF_LOADER = "transformers.modeling_gguf_pytorch_utils"
@@ -31,15 +33,19 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_gguf_loader() -> Iterator[None]:
-    """Within the block the GGUF loader of transformers draws no bar."""
+def quiet_gguf_loader(what: str) -> Iterator[None]:
+    """Within the block the GGUF loader of transformers draws no bar; its tensors are steps of the work `what`."""
     try:
         loader = importlib.import_module(_GGUF_LOADER)
         drawing = loader.tqdm
     except (ImportError, AttributeError):
         yield
         return
-    loader.tqdm = partial(drawing, disable=True)  # type: ignore[attr-defined]
+
+    def counted(tensors: Iterable[Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
+        return each(what, tensors)
+
+    loader.tqdm = counted  # type: ignore[attr-defined]
     try:
         yield
     finally:

@@ -15,11 +15,14 @@ from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 T = TypeVar("T")
 _FLOAT32_SUMS = Accumulator.parse("fp32")
 _FLOAT32_NUMBERS = Operand()
+#: The accumulator that Tender's operand was made for.
+_SHIFTED_SUMS = Accumulator.parse("int32/shift")
 _INTEGER = re.compile(r"int([2-9]|1[0-6])")
 #: What a misspelt name is compared with.
 _NAMES = (
     "float32", *NAMED, "e5m2", *(f"ps{bits}" for bits in range(1, 24)),
-    *(f"int{bits}" for bits in range(2, 17)), "int8/row", "e4m3fn/row", *BLOCKS,
+    *(f"int{bits}" for bits in range(2, 17)), "int8/row", "e4m3fn/row", *BLOCKS, "tender4/8",
+    "tender8/8", "int32", "int32/shift",
 )  # fmt: skip
 SPELLING = (
     "write [operand@]accumulator[.transform...], for example 'ps4', 'int8.center' or 'mxfp4@ps13/promote128'"
@@ -33,13 +36,14 @@ class Precision:
     Printed and parsed as ``[operand@]accumulator[.transform...]``. A name alone is an accumulator with float32
     operands if it is a float format or a unit (``ps4``, ``bf16``), and a stored operand otherwise (``int8``,
     ``mxfp4``, ``e4m3fn/row``): only weights, keys or values are stored so, sums are formed as the decoding kernels
-    form them, and the numbers in full stand beside the copy.
+    form them, and the numbers in full stand beside the copy. Tender's operand alone (``tender4/8``) has the accumulator
+    ``int32/shift``.
 
     Raises
     ------
     ValueError
         A transform that is named twice, a stored operand whose name alone is an accumulator's, or an operand that a
-        unit doesn't take.
+        unit or an integer register doesn't take.
     """
 
     operand: Operand = _FLOAT32_NUMBERS
@@ -57,6 +61,8 @@ class Precision:
         object.__setattr__(self, "transforms", tuple(sorted(given, key=order.index)))
         if self.accumulator is None and self.operand.is_float32:
             object.__setattr__(self, "accumulator", _FLOAT32_SUMS)
+        if self.accumulator is None and self.operand.is_tender:
+            object.__setattr__(self, "accumulator", _SHIFTED_SUMS)
         if self.accumulator is not None:
             object.__setattr__(self, "accumulator", self.accumulator.taking(self.operand, self.operand))
         block = self.operand.block
@@ -160,6 +166,10 @@ def _accumulator(name: str, spelling: str) -> Accumulator:
 def _unknown(name: str, spelling: str, what: str) -> ValueError:
     """What is wrong with a name: its options, if what stands before them is known, or else all of it."""
     base, slash, _ = name.partition("/")
+    if name.startswith("tender"):
+        _, reason = _tried(Operand.parse, name)
+        if reason is not None:
+            return reason
     if slash:
         for parse in (Accumulator.parse, Operand.parse):
             known, _ = _tried(parse, base)
@@ -171,9 +181,9 @@ def _unknown(name: str, spelling: str, what: str) -> ValueError:
     where = "" if spelling.strip() == name else f" in {spelling.strip()!r}"
     return ValueError(
         f"{name!r}{where} is {what}: {hint}accumulators are ps1..ps23, {', '.join(NAMED)}, eXmY, ueXmY, with "
-        f"options such as /block32, units as fuse16/25, and {', '.join(accumulators.NAMED)}; operands float32, "
-        "int2..int16 (or with /G, /row, /tensor), these formats (as they "
-        f"are, or with /row, /tensor), {', '.join(BLOCKS)}"
+        f"options such as /block32, units as fuse16/25, {', '.join(accumulators.NAMED)}, int32, int32/shift; "
+        "operands float32, int2..int16 (or with /G, /row, /tensor), these formats (as they "
+        f"are, or with /row, /tensor), {', '.join(BLOCKS)}, tenderB/G"
     )
 
 

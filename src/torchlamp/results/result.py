@@ -99,6 +99,8 @@ class Result:
     sizes: dict[str, int] = field(default_factory=dict)
     #: Hash of the calibration that transforms were fitted to; None: to each call's own operands.
     calibration: str | None = None
+    #: Sums that didn't fit an integer register, of each site that has one.
+    overflowed_by_site: dict[str, int] = field(default_factory=dict)
     comparisons: tuple["Result", ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def rows(result: Result) -> list[tuple[Result, list[str]]]:
 
 
 def notes(result: Result) -> list[str]:
-    """Lines under the table: the reference, the kind of error bar, noise, tokens, threads, kernels and seconds."""
+    """Lines under the table: the reference, the kind of error bar, noise, tiles, tokens, threads, kernels, seconds."""
     error = (
         "± of the KL: standard error over windows"
         if result.windows > 1
@@ -79,12 +79,21 @@ def notes(result: Result) -> list[str]:
             f"noise: standard deviation of the KL when every number moves by a unit in the last place, from "
             f"{len(result.kl_by_move)} repetitions."
         ]
+    tiles = []
+    if result.tile_rates:
+        shares = ", ".join(f"{result.tile_rates[name]:.1%}" for name in ("0", "1", "2+"))
+        tiles = [
+            f"Tiles of 64 keys x 16 rows with 0, 1, 2+ recomputed sub-blocks of 16 keys: {shares}; "
+            f"{result.tile_rates['sub_block']:.1%} of sub-blocks; {result.tile_rates['saturated']:.2%} of scores "
+            "saturate."
+        ]
     kernels = result.environment.get("kernels", "?")
     kernels = {"torch twins": "torch"}.get(kernels, kernels)
     instruction_set = result.environment.get("instruction_set")
     return [
         f"Reference: the same model in float32 (dequantised, where it comes from a GGUF file). {error}.",
         *noise,
+        *tiles,
         f"{tokens} tokens, {threads} thread{'' if threads == 1 else 's'}, "
         f"{kernels} kernels{f' ({instruction_set})' if instruction_set else ''}, "
         f"{result.seconds:.1f} s ({result.forward_seconds:.1f} s in forward passes).",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
 from torchlamp.rules.weighted import WeightRule
 
@@ -37,3 +38,7 @@ class Bridge(WeightRule):
     def weight(self, tile: Tile) -> Tensor:
         """Gain times the estimate."""
         return tile.gain * tile.bridge_error
+
+    def threshold_form(self) -> ThresholdForm:
+        """Weight "bridge"."""
+        return ThresholdForm("bridge", self.threshold)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torchlamp.rules.rule import NumberRule, Rule
+from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
 
 
@@ -86,6 +87,11 @@ class RandomLike(Rule):
         """
         counts = self.rule.select(tile).sum(dim=-1)
         return _lowest(_draw(tile, self, torch.float32).to(tile.scores.device), tile.visible, counts)
+
+    def threshold_form(self) -> ThresholdForm | None:
+        """The imitated rule's form, drawn; None if it has none."""
+        form = self.rule.threshold_form()
+        return None if form is None else replace(form, drawn=True)
 
     @property
     def parameter(self) -> str:

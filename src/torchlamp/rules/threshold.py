@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchlamp.rules.tile import Tile
 
-Weight = Literal["strict", "relaxed", "running", "topz"]
+Weight = Literal["strict", "relaxed", "running", "topz", "bridge", "running-residual", "bridge-residual"]
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,31 @@ class ThresholdForm:
 
         strict    (1 - z_j) z_j 2 s_j |y_j|      compared with  T
         running   (1 - z_j) z_j 2 s_j r_j        compared with  T
+        bridge    (1 - z_j) z_j 2 s_j b_j        compared with  T
         topz      z_j                            compared with  T
         relaxed   e^(l_j - L) |y_j| s_j          compared with  T_i max_i w_i
 
-    where L is the row's largest visible logit, max_i w_i the row's largest visible weight (NaN if any visible
-    weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's number of visible
-    keys (formed in float64, rounded once to float32). T is rounded to float32 once.
+    and, with m the response of `RunningResidual` and x the tile's distance,
+
+        running-residual    m(z_j, s_j r_j) x_j    compared with  T
+        bridge-residual     m(z_j, s_j b_j) x_j    compared with  T
+
+    where b is the tile's bridge_error, L the row's largest visible logit, max_i w_i the row's largest visible
+    weight (NaN if any visible weight is NaN), and T_i = T, or with `by_length` min(1, T sqrt(1024 / n)), n the row's
+    number of visible keys (formed in float64, rounded once to float32). T is rounded to float32 once.
 
     Entry j is selected iff it is visible and (not w_j <= its threshold, or y_j is NaN or infinite): an entry
     whose error can't be bounded is recomputed. The one exception is T = +inf, which selects nothing at all,
     whatever the values are. T = -1 with the weight topz selects everything visible.
+
+    With `drawn` all that only says how many entries of a row are selected: these are the visible ones with the lowest
+    draws of the tile's generator, equal draws in the order of their keys (`RandomLike`).
     """
 
     weight: Weight
     threshold: float
     by_length: bool = False
+    drawn: bool = False
 
 
 def exceeds(tile: Tile, weight: Tensor, threshold: float | Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlamp.rules.threshold import ThresholdForm
 from torchlamp.rules.tile import Tile
 from torchlamp.rules.weighted import WeightRule
 
@@ -67,6 +68,10 @@ class RunningResidual(WeightRule):
         """Change of the residual stream by an error of the expected size."""
         return response(tile, tile.error) * tile.distance
 
+    def threshold_form(self) -> ThresholdForm:
+        """Weight "running-residual"."""
+        return ThresholdForm("running-residual", self.threshold)
+
 
 @dataclass(frozen=True)
 class BridgeResidual(RunningResidual):
@@ -86,6 +91,10 @@ class BridgeResidual(RunningResidual):
     def weight(self, tile: Tile) -> Tensor:
         """Change of the residual stream by an error of the size that norms tell."""
         return response(tile, tile.bridge_error) * tile.distance
+
+    def threshold_form(self) -> ThresholdForm:
+        """Weight "bridge-residual"."""
+        return ThresholdForm("bridge-residual", self.threshold)
 
 
 def response(tile: Tile, error: Tensor) -> Tensor:

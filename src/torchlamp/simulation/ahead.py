@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -24,10 +26,28 @@ class Ahead:
     scale : callable
         From the outputs float32 (heads, rows, value size) of some rows, the number of the sample and the rows to
         float32 (rows,), > 0: the norm that changes are relative to.
+    reads_outputs : bool
+        Whether the scale looks at the outputs it is given.
     """
 
     factor: Tensor
     scale: Callable[[Tensor, int, range], Tensor]
+    reads_outputs: bool = True
+
+    def scale_of(self, outputs: Tensor, sample: int, rows: range) -> Tensor:
+        """The scale of some rows, float32 (rows,), kept from 0 as a divisor."""
+        return self.scale(outputs, sample, rows).clamp_min(_TINY)
+
+    def mapped(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """L_h^T v of the values (key heads, keys, value size) for every query head, and its squared norm.
+
+        Returns
+        -------
+        float32 (heads, keys, value size) and (heads, keys).
+        """
+        repeated = value.repeat_interleave(self.factor.shape[0] // value.shape[0], dim=0)
+        mapped = torch.matmul(repeated, self.factor)
+        return mapped, mapped.square().sum(dim=-1)
 
 
 def gram_factor(weight: Tensor, heads: int) -> Tensor:
@@ -65,11 +85,11 @@ class Distances:
 
     def __init__(self, value: Tensor, heads: int, ahead: Ahead | None) -> None:
         self._ahead = ahead
-        self._value = value
         if ahead is not None:
-            self._value = torch.matmul(value.repeat_interleave(heads // value.shape[0], dim=0), ahead.factor)
-        repeats = heads // self._value.shape[0]
-        self._squares = self._value.square().sum(dim=-1).repeat_interleave(repeats, dim=0)
+            self._value, self._squares = ahead.mapped(value)
+        else:
+            self._value = value
+            self._squares = value.square().sum(dim=-1).repeat_interleave(heads // value.shape[0], dim=0)
 
     def of(
         self, probabilities: Tensor, outputs: Tensor, first: int, last: int, sample: int, rows: range
@@ -101,8 +121,9 @@ class Distances:
         shares = probabilities * norms
         others = (shares.sum(dim=-1, keepdim=True) - shares).clamp_min_(0)
         distance = torch.minimum(distance, torch.addcmul(others, 1 - probabilities, norms))
-        scale = own.sqrt() if self._ahead is None else self._ahead.scale(outputs, sample, rows).view(1, -1, 1)
-        return distance / (scale.clamp_min(torch.finfo(torch.float32).tiny))
+        if self._ahead is None:
+            return distance / own.sqrt().clamp_min(_TINY)
+        return distance / self._ahead.scale_of(outputs, sample, rows).view(1, -1, 1)
 
 
 class SampleDistances:

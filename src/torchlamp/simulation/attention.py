@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
-from torchlamp.kernels.attention import fused_attention
 from torchlamp.rules.rule import Rule
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult
+from torchlamp.simulation.attention_fused import fused
 from torchlamp.simulation.attention_tiles import tiled_attention
 from torchlamp.simulation.doubt import doubt
 from torchlamp.simulation.score_operands import ScoreOperands, score_operands
@@ -99,7 +99,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
         # The factor acts before anything is summed, so that narrow sums have the range of logits.
         query, call = query * call.scaling, replace(call, scaling=1.0)
     operands = _operands(call, query, key)
-    result = _fused(call, operands, value) or tiled_attention(call, operands, value)
+    result = fused(call, operands, value) or tiled_attention(call, operands, value)
     return replace(result, doubt=doubt(call, operands))
 
 
@@ -113,47 +113,9 @@ def _operands(call: AttentionCall, query: Tensor, key: Tensor) -> ScoreOperands:
         scaling=call.scaling,
         wants_shift=call.softcap is not None or call.sinks is not None,
         moments=call.moments,
-        promote=call.accumulator.promote,
+        accumulator=call.accumulator,
+        ranges=call.ranges,
     )
-
-
-def _fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult | None:
-    """The whole call in one native kernel, for rules that have a threshold form and where it can serve."""
-    form = call.rule.threshold_form()
-    plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
-    # The expected error of two coarser operands is no product of one number a row and one a key.
-    if (
-        form is None
-        or not plain
-        or call.accumulator.online
-        or (operands.is_quantised and "squares" in call.rule.byproducts)
-    ):
-        return None
-    result = fused_attention(
-        operands.query,
-        operands.key,
-        value,
-        call.accumulator.accumulation,
-        weight=form.weight,
-        threshold=form.threshold,
-        by_length=form.by_length,
-        scaling=call.scaling,
-        error_scale=call.error_scale,
-        mask=call.seen.mask,
-        causal=call.seen.causal,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        blocks=call.blocks,
-        exact_query=operands.exact_query if operands.is_quantised else None,
-        exact_key=operands.exact_key if operands.is_quantised else None,
-        shift=operands.shift,
-    )
-    if result is None:
-        return None
-    output, selected, visible, marks = result
-    eligible = visible[:, None, :, 0].to(torch.int64).expand(selected.shape)
-    last_key = visible[:, :, 1].to(torch.int64)
-    return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> None:

@@ -12,6 +12,7 @@ from torchlamp.arithmetic.transforms import Transform
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import Ahead
+from torchlamp.simulation.score_biases import ScoreRanges
 from torchlamp.simulation.score_operands import ScoreMoments
 from torchlamp.simulation.stored_attention import (
     KeyStorage,
@@ -43,6 +44,8 @@ class AttentionResult:
     doubt : pair of int or None
         Rows that were looked at, and those of them in which the low pass isn't to be trusted
         (`torchlamp.simulation.doubt`).
+    overflowed, values_overflowed : int
+        Visible scores, and sums of values, that didn't fit an integer register.
     tiles : Tensor or None
         int64, the counts of an online softmax's tiles (`torchlamp.simulation.tile_counts`).
     """
@@ -54,6 +57,8 @@ class AttentionResult:
     values_selected: Tensor | None = None
     blocks: Tensor | None = None
     doubt: tuple[int, int] | None = None
+    overflowed: int = 0
+    values_overflowed: int = 0
     tiles: Tensor | None = None
 
 
@@ -105,6 +110,8 @@ class AttentionCall:
     transforms: tuple[Transform, ...] = ()
     #: Calibrated statistics that the transforms are fitted to; None: those of the call's own queries and keys.
     moments: ScoreMoments | None = None
+    #: Calibrated ranges for Tender's operand; None: those of the call's own queries and keys.
+    ranges: ScoreRanges | None = None
     #: How the keys are stored; the accumulator isn't used then. None: as they are.
     keys: KeyStorage | None = None
     #: What follows the heads' outputs; rules that look as far as the residual stream need it.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlamp.arithmetic.tender import CHUNK
 from torchlamp.kernels.constants import BLOCK_KEYS
 from torchlamp.kernels.online import TILE_KEYS
 from torchlamp.kernels.products import products
@@ -57,6 +58,9 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
     if call.values is not None:
         counted_heads = key.shape[1] if isinstance(call.values, StoredValues) else heads
         values_selected = selected.new_zeros(batch, counted_heads, queries)
+    # A chunk of Tender's probabilities is a tile.
+    chunked = isinstance(call.values, Values) and call.values.operand.is_tender
+    height, overflowed, values_overflowed = CHUNK if chunked else TILE_ROWS, 0, 0
     marks = None
     if call.blocks:
         counted = (batch, heads, queries, -(-key.shape[2] // BLOCK_KEYS))
@@ -80,12 +84,14 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             None if summed is None else summed.stored(value[sample]),
             origin(call.seen, sample) if call.accumulator.online else (0, 0),
         )
-        for rows in _row_tiles(sources.origin[0], queries):
+        for rows in _row_tiles(sources.origin[0], queries, height):
             at = slice(rows.start, rows.stop)
             seen = window(call.seen, sample, rows, key.shape[2], query.device)
             if seen.last > seen.first:
                 weighed = _weigher(call)(call, sources, sample, rows, seen)
-                out, counts = _values(sources.values, weighed, sources, seen)
+                out, counts, over = _values(sources.values, weighed, sources, seen)
+                overflowed += weighed.overflowed
+                values_overflowed += over
                 if values_selected is not None and counts is not None:
                     values_selected[sample, :, at] = counts
                 eligible[sample, :, at] = weighed.visible.sum(dim=-1)
@@ -102,12 +108,22 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             if seen.visible is not None or seen.last == seen.first:
                 _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
             output[sample, at] = out.transpose(0, 1)
-    return AttentionResult(output, eligible, selected, last_key, values_selected, marks, tiles=tiles)
+    return AttentionResult(
+        output,
+        eligible,
+        selected,
+        last_key,
+        values_selected,
+        marks,
+        overflowed=overflowed,
+        values_overflowed=values_overflowed,
+        tiles=tiles,
+    )
 
 
-def _row_tiles(first: int, queries: int) -> list[range]:
+def _row_tiles(first: int, queries: int, height: int) -> list[range]:
     """Query rows in tiles that begin at a row; the rows before it, which see nothing, in tiles of their own."""
-    starts = [*range(0, first, TILE_ROWS), *range(first, queries, TILE_ROWS), queries]
+    starts = [*range(0, first, height), *range(first, queries, height), queries]
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
@@ -129,13 +145,13 @@ class _Sources:
 
 def _values(
     how: Values | StoredValues | None, weighed: Weighed, sources: _Sources, seen: Window
-) -> tuple[Tensor, Tensor | None]:
-    """Sums of the values of a tile, and what of them was recomputed or read in full."""
+) -> tuple[Tensor, Tensor | None, int]:
+    """Sums of the values of a tile, what of them was recomputed or read in full, and how many didn't fit a register."""
     shown = sources.value[:, seen.first : seen.last]
     if how is None or sources.low_value is None:
-        return apply(weighed.probabilities, shown), None
+        return apply(weighed.probabilities, shown), None, 0
     if isinstance(how, StoredValues):
-        return stored_sums(weighed, shown, sources.low_value[:, seen.first : seen.last], how)
+        return *stored_sums(weighed, shown, sources.low_value[:, seen.first : seen.last], how), 0
     return weighted_sums(weighed.probabilities, shown, how, sources.low_value, seen.first)
 
 
@@ -187,7 +203,7 @@ def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
     query, key = operands.query[sample, :, at], operands.key[sample, :, shown]
     in_full = operands.exact_query[sample, :, at], operands.exact_key[sample, :, shown].mT
     causal = rows.start - seen.first if call.seen.causal else None
-    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
+    lacking = operands.lacking(sample, at, shown)
     squares = "squares" in call.rule.byproducts
     scores = online_scores(
         (query, key.mT),
@@ -208,7 +224,7 @@ def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
 
     def exact(_: Tensor) -> Tensor:
         sums = products(*in_full, _FLOAT32, causal=causal)[0]
-        return sums if shift is None else sums + shift
+        return sums if lacking is None else sums + lacking
 
     def margin(_: Tensor) -> Tensor:
         return call.accumulator.unit_roundoff * norm_products(query, key)
@@ -240,7 +256,7 @@ def _online_tile(call: AttentionCall, sources: _Sources, sample: int, rows: rang
         scores,
         visible,
         Softmax(call.softcap, _bias(call.seen.bias, sample, rows, seen), call.sinks),
-        shift,
+        lacking,
         rule=call.rule,
         formats=call.accumulator.online_formats,
         offset=(seen.first - sources.origin[1]) % TILE_KEYS,
@@ -258,21 +274,18 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     query, keys = operands.query[sample, :, at], operands.key[sample, :, shown].transpose(1, 2)
     exact_query = operands.exact_query[sample, :, at]
     exact_keys = operands.exact_key[sample, :, shown].transpose(1, 2)
-    shift = None if operands.shift is None else operands.shift[sample, :, at, None]
+    lacking = operands.lacking(sample, at, shown)
     causal = rows.start - seen.first if call.seen.causal else None
-    scores, squares = products(
-        query,
-        keys,
-        call.accumulator.accumulation,
-        scaling=call.scaling,
-        causal=causal,
-        squares="squares" in call.rule.byproducts,
+    low = operands.low_scores(
+        sample, at, shown, call, causal=causal, squares="squares" in call.rule.byproducts
     )
-    if shift is not None:
-        scores += shift
+    scores, squares = low.sums, low.squares
+    if lacking is not None:
+        scores += lacking
     visible = seen.visible
     if visible is None:
         visible = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(1, *scores.shape[1:])
+    overflowed = 0 if low.overflowed is None else int((low.overflowed & visible).sum())
     hidden = None if seen.visible is None else ~visible
     bias = _bias(call.seen.bias, sample, rows, seen)
 
@@ -281,7 +294,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
 
     def exact() -> Tensor:
         sums, _ = products(exact_query, exact_keys, _FLOAT32, scaling=call.scaling, causal=causal)
-        return (sums if shift is None else sums + shift)[None]
+        return (sums if lacking is None else sums + lacking)[None]
 
     def error() -> Tensor:
         assert squares is not None
@@ -294,7 +307,12 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         given = (probabilities, outputs, seen.first, seen.last, sample, rows)
         return (distances.ahead if ahead else distances.output).of(*given)[None]
 
-    unit = call.accumulator.unit_roundoff_of_a_product
+    def bridge() -> Tensor:
+        # The walk that was rounded ends before a key's own sum is added in float32.
+        column, unit = operands.column_shift, call.accumulator.unit_roundoff_of_a_product
+        sums = scores if column is None else scores - column[sample, :, None, shown]
+        return bridge_error(query, keys, sums, call.scaling, unit)[None]
+
     tile = Tile(
         scores=scores[None],
         logits=logits[None],
@@ -302,7 +320,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         visible=visible.expand(scores.shape)[None],
         slope=None if slope is None else slope[None],
         error=None if squares is None else error,
-        bridge_error=lambda: bridge_error(query, keys, scores, call.scaling, unit)[None],
+        bridge_error=bridge,
         generator=call.generator,
         exact=exact,
         distance=None if call.ahead is None else lambda: distance(True),
@@ -315,11 +333,11 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     if bool(chosen.any()):
         del tile, logits, slope, probabilities, squares
         recompute(scores, exact_query, exact_keys, chosen, call.scaling)
-        if shift is not None:
-            scores = torch.where(chosen, scores + shift, scores)
+        if lacking is not None:
+            scores = torch.where(chosen, scores + lacking, scores)
         logits, _ = capped_logits(scores, call.softcap, bias)
         probabilities = visible_softmax(logits, hidden, call.sinks)
-    return Weighed(probabilities, visible, chosen)
+    return Weighed(probabilities, visible, chosen, overflowed=overflowed)
 
 
 def _bias(bias: Tensor | None, sample: int, rows: range, seen: Window) -> Tensor | None:

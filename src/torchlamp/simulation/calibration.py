@@ -8,9 +8,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchlamp.arithmetic.tender import Ranges
 from torchlamp.arithmetic.transforms.moments import Moments
 
 _PARTS = ("count", "total", "squares", "products")
+_ENDS = ("low", "high")
 
 
 @dataclass(eq=False)
@@ -18,10 +20,14 @@ class Calibration:
     """Moments of the operands of a policy's sites, layer by layer, made by `torchlamp.calibrate`.
 
     At `scores` the left operand are the queries and the right one the keys, (key heads, size) each; at linear sites
-    the left operand are the inputs, (1, inputs), and the weights need no text.
+    the left operand are the inputs, (1, inputs), and the weights need no text. For Tender's operand there are ranges of
+    the same operands, chunk by chunk.
     """
 
     _moments: dict[tuple[str, int], tuple[Moments, ...]] = field(default_factory=dict, repr=False)
+    _ranges: dict[tuple[str, int], tuple[Ranges, ...]] = field(default_factory=dict, repr=False)
+    #: The sites whose ranges are collected; empty once that is over.
+    ranged: frozenset[str] = frozenset()
 
     def add(self, site: str, layer: int, *moments: Moments) -> None:
         """Add the statistics of one call: of the left operand, and at `scores` of the right one."""
@@ -52,6 +58,41 @@ class Calibration:
             )
         return found
 
+    def add_ranges(self, site: str, layer: int, *operands: Tensor) -> None:
+        """Add the ranges of one call's operands, float32 (batch, groups, vectors, size) each."""
+        found = []
+        for x in operands:
+            own = Ranges.of(x.flatten(0, 1))
+            shape = (*x.shape[:2], *own.low.shape[1:])
+            found.append(Ranges(own.low.view(shape).amin(0), own.high.view(shape).amax(0)))
+        known = self._ranges.get((site, layer))
+        if known is not None:
+            found = [old.joined(new) for old, new in zip(known, found, strict=True)]
+        self._ranges[site, layer] = tuple(found)
+
+    def ranges(self, site: str, layer: int, *shapes: tuple[int, int]) -> tuple[Ranges, ...]:
+        """The ranges of a site's operands in a layer (-1: the LM head), (groups, chunks, size) for each (groups, size).
+
+        Raises
+        ------
+        ValueError
+            The calibration was made for other sites, layers or sizes.
+        """
+        found = self._ranges.get((site, layer))
+        if found is None:
+            sites = ", ".join(sorted({name for name, _ in self._ranges})) or "no site"
+            raise ValueError(
+                f"the calibration holds no ranges of Tender's operand at site {site}, layer {layer}: it has those of "
+                f"{sites}; make one for this model and policy with torchlamp.calibrate"
+            )
+        for own, shape in zip(found, shapes, strict=True):
+            if (own.low.shape[0], own.low.shape[2]) != shape:
+                raise ValueError(
+                    f"the calibration's ranges of site {site}, layer {layer} are of {tuple(own.low.shape[::2])} groups "
+                    f"and channels, the model's operands of {shape}: it was made for another model"
+                )
+        return found
+
     def sizes(self) -> Iterator[tuple[str, int, tuple[int, int]]]:
         """Each site and layer with the number of vectors that its statistics are made of, and of their channels."""
         for (site, layer), sides in sorted(self._moments.items()):
@@ -68,6 +109,10 @@ class Calibration:
                     tensor = getattr(moments, part)
                     if tensor is not None:
                         named[f"{site}.{layer}.{side}.{part}"] = tensor.cpu().contiguous()
+        for (site, layer), operands in sorted(self._ranges.items()):
+            for side, ranges in zip(("left", "right"), operands, strict=False):
+                for part in _ENDS:
+                    named[f"{site}.{layer}.{side}.{part}"] = getattr(ranges, part).cpu().contiguous()
         return named
 
     @property
@@ -92,15 +137,21 @@ class Calibration:
             A file that is no calibration.
         """
         found: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = {}
+        ends: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = {}
         try:
             for name, tensor in load_file(str(path)).items():
                 site, layer, side, part = name.split(".")
-                found.setdefault((site, int(layer)), {}).setdefault(side, {})[part] = tensor
+                kind = ends if part in _ENDS else found
+                kind.setdefault((site, int(layer)), {}).setdefault(side, {})[part] = tensor
             return cls(
                 {
                     at: tuple(Moments(**sides[side]) for side in ("left", "right") if side in sides)
                     for at, sides in found.items()
-                }
+                },
+                {
+                    at: tuple(Ranges(**sides[side]) for side in ("left", "right") if side in sides)
+                    for at, sides in ends.items()
+                },
             )
         except FileNotFoundError:
             raise

@@ -1,17 +1,20 @@
 """`compose`: look-ahead mixed precision for any composition f(g(x)), g linear and f differentiable."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from torchlamp.arithmetic.low_operands import overflow_warning
 from torchlamp.policy.policy import SitePolicy
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.simulation.convolution import Convolution, convolved, is_convolution
 from torchlamp.simulation.jacobian import ColumnNorms, Function, NormOrder, column_norms
 from torchlamp.simulation.known_functions import is_elementwise, known_columns
-from torchlamp.simulation.linear import TINY, LinearResult, LookAhead, LowPass, Weights, linears
+from torchlamp.simulation.linear import TINY, LinearResult, LookAhead, LowPass, linears
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.statistics import Statistics
 from torchlamp.simulation.stored_linear import changed_group, stored_linears
 
@@ -97,7 +100,14 @@ def compose(
         result = _linear(g, x, part, ahead, generator)
         rows = result.output.reshape(-1, result.output.shape[-1])
     if statistics is not None:
-        statistics.record(SITE, 0, int(result.selected.sum()), result.selected.numel() * result.eligible)
+        sums = result.selected.numel() * result.eligible
+        statistics.record(SITE, 0, int(result.selected.sum()), sums)
+        if part.accumulate.register is not None:
+            statistics.record_overflow(SITE, 0, result.overflowed, sums)
+    elif (
+        message := overflow_warning(result.overflowed, result.selected.numel() * result.eligible)
+    ) is not None:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     with torch.no_grad():
         out = f(rows)
     return out if is_convolution(g) else out.reshape(*x.shape[:-1], *out.shape[1:])

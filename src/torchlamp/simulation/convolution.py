@@ -13,18 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.policy.policy import SitePolicy
-from torchlamp.simulation.linear import (
-    Arrangement,
-    LinearResult,
-    LookAhead,
-    Side,
-    Sums,
-    Weights,
-    look_ahead,
-    side_of,
-)
+from torchlamp.simulation.linear import Arrangement, LinearResult, LookAhead, look_ahead
+from torchlamp.simulation.linear_sums import Side, Sums, Weights, side_of, with_chunks
 from torchlamp.simulation.stored import QuantisedMatrix
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -122,8 +115,9 @@ class _ByPosition(Arrangement):
         return [part.transpose(1, 2).flatten(0, 1) for part in by_channel]
 
 
-def _with_copy(side: Side, operand: Operand) -> Side:
-    return replace(side, copy=QuantisedMatrix.store(side.weights.matrix.detach().T, operand))
+def _with_copy(side: Side, operand: Operand, accumulator: Accumulator) -> Side:
+    matrix = side.weights.matrix.detach().T
+    return replace(side, copy=QuantisedMatrix.store(matrix, operand, accumulator))
 
 
 @torch.no_grad()
@@ -162,21 +156,27 @@ def convolved(
     outputs = x.new_empty(len(x), torch.Size(shape).numel())
     selected = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     numbers = outputs.shape[1] // shape[0] * convolution.maps[0].matrix.shape[0] * convolution.groups
-    alone = rule.needs_generator or bool(precision.transforms)
+    alone = rule.needs_generator or bool(precision.transforms) or precision.operand.is_tender
     together = 1 if alone else max(1, _CHUNK // max(1, numbers))
-    start = None if generator is None else generator.get_state()
+    start, overflowed = None if generator is None else generator.get_state(), 0
     for first in range(0, len(x), together):
         rows = slice(first, min(first + together, len(x)))
         if generator is not None and start is not None:
             generator.set_state(start)
         sides = [
-            side_of(patches, weights, precision.operand, precision.transforms, None, precision.sums.promote)
+            side_of(patches, weights, precision.operand, precision.transforms, None, precision.sums)
             for patches, weights in zip(convolution.patches(x[rows].detach()), convolution.maps, strict=True)
         ]
         if not precision.operand.is_float32:
-            sides = [side if side.copy is not None else _with_copy(side, precision.operand) for side in sides]
-        pieces = [Sums(side.x, side, precision.sums, rule, precision.operand) for side in sides]
+            sides = [
+                side if side.copy is not None else _with_copy(side, precision.operand, precision.sums)
+                for side in sides
+            ]
+        if precision.operand.is_tender:
+            sides = with_chunks(sides, precision.operand, precision.sums)
+        pieces = [Sums(side, slice(None), precision.sums, rule, precision.operand) for side in sides]
+        overflowed += sum(piece.overflowed for piece in pieces)
         arrangement = _ByPosition(rows.stop - rows.start)
         selected[rows] = look_ahead(pieces, rows, rule, next_function, generator, 0, arrangement)
         outputs[rows] = arrangement.join([piece.y for piece in pieces])
-    return LinearResult((outputs,), outputs.shape[1], selected)
+    return LinearResult((outputs,), outputs.shape[1], selected, overflowed)

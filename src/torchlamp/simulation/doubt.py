@@ -4,9 +4,11 @@ Every look-ahead starts from the probabilities of the low pass. Where these are 
 look as if they didn't (docs/method.md 4.12).
 """
 
+from collections.abc import Mapping
+
 import torch
 
-from torchlamp.kernels.products import products
+from torchlamp.arithmetic.low_operands import overflow_warning
 from torchlamp.simulation.attention_call import AttentionCall
 from torchlamp.simulation.score_operands import ScoreOperands
 from torchlamp.simulation.softmax import capped_logits, visible_softmax
@@ -39,16 +41,12 @@ def doubt(call: AttentionCall, operands: ScoreOperands) -> tuple[int, int] | Non
         if seen.last <= seen.first:
             continue
         at, shown = slice(rows.start, rows.stop), slice(seen.first, seen.last)
-        scores, squares = products(
-            operands.query[sample, :, at],
-            operands.key[sample, :, shown].transpose(1, 2),
-            call.accumulator.accumulation,
-            scaling=call.scaling,
-            squares=True,
-        )
+        low = operands.low_scores(sample, at, shown, call, squares=True)
+        scores, squares = low.sums, low.squares
         assert squares is not None
-        if operands.shift is not None:
-            scores = scores + operands.shift[sample, :, at, None]
+        lacking = operands.lacking(sample, at, shown)
+        if lacking is not None:
+            scores = scores + lacking
         hidden = None if seen.visible is None else ~seen.visible
         logits, slope = capped_logits(scores, call.softcap, None)
         probabilities = visible_softmax(logits, hidden, call.sinks)
@@ -63,6 +61,23 @@ def doubt(call: AttentionCall, operands: ScoreOperands) -> tuple[int, int] | Non
         looked_at += int(broken.sum())
         doubtful += int((broken | (sees & ~(rho <= LARGEST_ERROR))).sum())
     return (looked_at, doubtful) if looked_at else None
+
+
+def low_pass_warning(doubt: tuple[int, int], overflow: Mapping[str, tuple[int, int]]) -> str | None:
+    """One line about a low pass that isn't to be trusted; None for others.
+
+    Parameters
+    ----------
+    doubt : pair of int
+        Rows of scores that were looked at, and doubtful ones.
+    overflow : mapping
+        Of each site: sums that didn't fit an integer register, and all.
+    """
+    lines = [doubt_warning(*doubt)]
+    for site, (overflowed, sums) in overflow.items():
+        line = overflow_warning(overflowed, sums)
+        lines.append(None if line is None else f"at {site} {line}")
+    return "; ".join(line for line in lines if line is not None) or None
 
 
 def doubt_warning(rows: int, doubtful: int) -> str | None:

@@ -15,54 +15,28 @@ product.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.operands import Operand
-from torchlamp.arithmetic.quantise import quantise
+from torchlamp.arithmetic.tender import Ranges
 from torchlamp.arithmetic.transforms import Transform
-from torchlamp.arithmetic.transforms.chain import change_operands, fit, moments_of
 from torchlamp.arithmetic.transforms.moments import Moments
-from torchlamp.kernels.products import products
-from torchlamp.kernels.recompute import recompute
-from torchlamp.kernels.rounding import round_to_grid
-from torchlamp.kernels.specification import Accumulation, Grid
 from torchlamp.rules.answers import Answer
 from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Everything, Nothing
 from torchlamp.rules.rule import Rule
 from torchlamp.rules.tile import Tile
-from torchlamp.simulation.stored import QuantisedMatrix, expected_errors
+from torchlamp.simulation.linear_sums import Sums, Weights, side_of, with_chunks
+from torchlamp.simulation.stored import QuantisedMatrix
 
 #: Entries of a chunk of rows: a vocabulary of 262144 is worked on 64 rows at a time.
 CHUNK_ENTRIES = 2**24
-#: Share of recomputed entries from which a full float32 pass is faster than one inner product after the other.
-_DENSE = 0.05
-_FLOAT32 = Accumulation(Grid())
 _AS_THEY_ARE = Operand()
 #: Keeps a division by the norm of a zero row from giving NaN: 0 / tiny is 0.
 TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A linear map y = x `matrix` + `bias`."""
-
-    #: float32 (inputs, outputs), any strides: the transpose of a `torch.nn.Linear`'s weight.
-    matrix: Tensor
-    #: float32 (outputs,) or None.
-    bias: Tensor | None = None
-    #: Whether the sum with the bias is rounded to the accumulator's format; otherwise it stays float32.
-    narrow_bias: bool = True
-
-    @cached_property
-    def norms(self) -> Tensor:
-        """||w_j||_2 of every output, float32 (outputs,)."""
-        norms: Tensor = torch.linalg.vector_norm(self.matrix.detach(), dim=0)
-        return norms
 
 
 @dataclass(frozen=True)
@@ -144,11 +118,14 @@ class LinearResult:
         Entries of a row, of all maps together.
     selected : Tensor
         int64 (...): how many of them were recomputed.
+    overflowed : int
+        How many sums of all rows didn't fit an integer register.
     """
 
     outputs: tuple[Tensor, ...]
     eligible: int
     selected: Tensor
+    overflowed: int = 0
 
     @property
     def output(self) -> Tensor:
@@ -231,6 +208,7 @@ def linears(
     copies: Sequence[QuantisedMatrix] | None = None,
     transforms: Sequence[Transform] = (),
     moments: Moments | None = None,
+    ranges: Ranges | None = None,
 ) -> LinearResult:
     """Several linear maps of one input whose outputs one function combines (gate and up of a GLU), see `linear`.
 
@@ -245,11 +223,14 @@ def linears(
     With transforms, inputs and weights are changed before that, for each sample anew: fitted to the statistics of its
     inputs, or to calibrated ones (`moments`, (1, inputs)). The product of the inputs' mean that `center` takes off is
     added in float32 like a bias, and the result isn't rounded to the accumulator's format again.
+
+    Tender's operand biases and groups the channels of the inputs in chunks of each sample's rows, by their own ranges
+    or by calibrated ones (`ranges`, (1, chunks, inputs)); the product of its bias is added in the same way.
     """
     if transforms:
         copies = None
     elif copies is None and not operand.is_float32:
-        copies = [QuantisedMatrix.store(m.matrix.detach().T, operand) for m in maps]
+        copies = [QuantisedMatrix.store(m.matrix.detach().T, operand, accumulator) for m in maps]
     _check(x, maps)
     if rule.needs_generator and generator is None:
         raise ValueError(f"rule {str(rule)!r} draws random numbers: pass a generator")
@@ -258,26 +239,31 @@ def linears(
     selected = torch.zeros(flat.shape[0], dtype=torch.int64, device=x.device)
     width = sum(m.matrix.shape[1] for m in maps)
     # Every sample sees the same draws and its own statistics, so that its result doesn't depend on its neighbours.
-    samples = x.shape[0] if (rule.needs_generator or transforms) and x.ndim > 2 else 1
+    alone = rule.needs_generator or transforms or operand.is_tender
+    samples = x.shape[0] if alone and x.ndim > 2 else 1
     length = flat.shape[0] // max(1, samples)
     chunk = max(1, CHUNK_ENTRIES // max(1, width))
     start = generator.get_state() if generator is not None else None
+    overflowed = 0
     for sample in range(samples):
         if generator is not None and start is not None:
             generator.set_state(start)
         own = flat[sample * length : (sample + 1) * length]
-        sides = [side_of(own, m, operand, transforms, moments, accumulator.promote) for m in maps]
+        sides = [side_of(own, m, operand, transforms, moments, accumulator) for m in maps]
         if copies is not None:
             sides = [replace(side, copy=copy) for side, copy in zip(sides, copies, strict=True)]
+        if operand.is_tender:
+            sides = with_chunks(sides, operand, accumulator, ranges)
         for first in range(0, length, chunk):
             some = slice(first, min(first + chunk, length))
             rows = slice(sample * length + some.start, sample * length + some.stop)
-            pieces = [Sums(side.rows(some), side, accumulator, rule, operand) for side in sides]
+            pieces = [Sums(side, some, accumulator, rule, operand) for side in sides]
+            overflowed += sum(piece.overflowed for piece in pieces)
             selected[rows] = look_ahead(pieces, rows, rule, next_function, generator, layer)
             for output, piece in zip(outputs, pieces, strict=True):
                 output[rows] = piece.y
     shaped = tuple(o.reshape(*x.shape[:-1], o.shape[1]) for o in outputs)
-    return LinearResult(shaped, width, selected.reshape(x.shape[:-1]))
+    return LinearResult(shaped, width, selected.reshape(x.shape[:-1]), overflowed)
 
 
 class Arrangement:
@@ -329,120 +315,6 @@ def look_ahead(
         for piece, mask in zip(pieces, arrangement.split(chosen, sums), strict=True):
             piece.recompute(mask)
     return counts
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """One map and its input, both transformed; the copy of the weights if they are quantised."""
-
-    #: float32 (rows, inputs).
-    x: Tensor
-    weights: Weights
-    copy: QuantisedMatrix | None = None
-
-    def rows(self, some: slice) -> Tensor:
-        """Some rows of the input."""
-        return self.x[some]
-
-
-def side_of(
-    x: Tensor,
-    weights: Weights,
-    operand: Operand,
-    transforms: Sequence[Transform],
-    moments: Moments | None,
-    promote: int,
-) -> Side:
-    """A map and the input of one sample, changed by transforms; a new copy of changed weights."""
-    if not transforms or 0 in x.shape:
-        return Side(x, weights)
-    a, b = x[None], weights.matrix.detach()[None]
-    left, right = moments_of(a, b, transforms)
-    changed = change_operands(
-        fit(transforms, left if moments is None else moments, right, "left", promote), a, b
-    )
-    bias, narrow = weights.bias, weights.narrow_bias
-    if changed.column_shift is not None:
-        added = changed.column_shift[0, 0]
-        bias, narrow = added if bias is None else added + bias.detach(), False
-    moved = Weights(changed.right[0], bias, narrow)
-    copy = None if operand.is_float32 else QuantisedMatrix.store(moved.matrix.T, operand)
-    return Side(changed.left[0], moved, copy)
-
-
-class Sums:
-    """The sums of some rows with one map, and what is known about them."""
-
-    def __init__(self, x: Tensor, side: Side, accumulator: Accumulator, rule: Rule, operand: Operand) -> None:
-        self.x, self.weights, self._copy = x, side.weights, side.copy
-        self._low = None if side.copy is None else quantise(x, operand)
-        self._accumulator = accumulator
-        form, bias = accumulator.accumulation, self.weights.bias
-        squares = "squares" in rule.byproducts
-        entering = x if self._low is None else self._low
-        matrix = self.weights.matrix.detach() if side.copy is None else side.copy.values.T
-        sums, running = products(entering[None], matrix[None], form, squares=squares)
-        self.y, self._squares = sums[0], None if running is None else running[0]
-        if bias is not None:
-            self.y = self.y + bias.detach()
-        if bias is not None and self.weights.narrow_bias:
-            self.y = round_to_grid(self.y, form.result)
-            # The rounding after the bias is one more step; a promoted sum and a unit's take it in float32.
-            if self._squares is not None and form.result == form.grid:
-                self._squares = self._squares.addcmul_(self.y, self.y)
-
-    @property
-    def error(self) -> Tensor:
-        """Expected error: (u / 2) sqrt(sum of the squared partial sums), and that of quantised operands."""
-        assert self._squares is not None, "the low pass ran without the by-product 'squares'"
-        rounding = self._squares.sqrt().mul_(self._accumulator.unit_roundoff / 2)
-        if self._low is None or self._copy is None:
-            return rounding
-        of_weights = expected_errors(self.x, self._copy.errors)
-        left: Tensor = torch.linalg.vector_norm(self.x - self._low, dim=-1, keepdim=True)
-        of_input = self.weights.norms * (left / self.x.shape[-1] ** 0.5)
-        squares: Tensor = rounding.square() + of_weights.square() + of_input.square()
-        return squares.sqrt_()
-
-    @property
-    def bridge_error(self) -> Tensor:
-        """Expected rounding error, from the sums and the norms of their operands, see `Bridge`."""
-        spread = self.x.norm(dim=-1, keepdim=True).square() * self.weights.norms.square()
-        squares: Tensor = self.y.square() * (self.x.shape[-1] / 3) + spread / 6
-        return squares.sqrt() * (self._accumulator.unit_roundoff_of_a_product / 2)
-
-    @cached_property
-    def exact(self) -> Tensor:
-        """The sums in float32, with the bits of a recomputation."""
-        sums, _ = products(self.x[None], self.weights.matrix.detach()[None], _FLOAT32)
-        return sums[0] if self.weights.bias is None else sums[0] + self.weights.bias.detach()
-
-    @cached_property
-    def numerator(self) -> Tensor:
-        """|w_j|^T |x| + |b_j|."""
-        sums, _ = products(self.x.abs()[None], self.weights.matrix.detach().abs()[None], _FLOAT32)
-        return self._with_bias(sums[0])
-
-    @cached_property
-    def cheap_numerator(self) -> Tensor:
-        """||w_j|| ||x|| + |b_j|."""
-        lengths: Tensor = torch.linalg.vector_norm(self.x, dim=-1, keepdim=True)
-        bounds: Tensor = lengths * self.weights.norms
-        return self._with_bias(bounds)
-
-    def _with_bias(self, sums: Tensor) -> Tensor:
-        return sums if self.weights.bias is None else sums + self.weights.bias.detach().abs()
-
-    def recompute(self, mask: Tensor) -> None:
-        """Replace the marked entries of y by float32 sums."""
-        marked = int(mask.sum())
-        if "exact" in self.__dict__ or marked > _DENSE * mask.numel():
-            self.y = torch.where(mask, self.exact, self.y)
-        elif marked:
-            y, matrix = self.y[None].clone(), self.weights.matrix.detach()[None]
-            recompute(y, self.x[None], matrix, mask[None])
-            bias = self.weights.bias
-            self.y = y[0] if bias is None else torch.where(mask, y[0] + bias.detach(), y[0])
 
 
 def _check(x: Tensor, maps: Sequence[Weights]) -> None:

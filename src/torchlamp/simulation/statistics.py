@@ -9,7 +9,7 @@ from torch import Tensor
 from torchlamp.plain_table import PlainTable
 from torchlamp.policy.sites import SITES
 from torchlamp.simulation.blocks import count_blocks
-from torchlamp.simulation.doubt import doubt_warning
+from torchlamp.simulation.doubt import low_pass_warning
 from torchlamp.simulation.tile_counts import COUNTS, saturation_warning, tile_rates
 
 
@@ -81,6 +81,8 @@ class Statistics:
     _positions: dict[tuple[str, int], Counts] = field(default_factory=dict, repr=False)
     #: Layer -> rows of scores that were looked at, and doubtful ones (`torchlamp.simulation.doubt`).
     _doubt: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    #: (site, layer) -> sums that didn't fit an integer register, and all.
+    _overflow: dict[tuple[str, int], list[int]] = field(default_factory=dict, repr=False)
     _blocks: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.int64), repr=False)
     #: Layer -> counts of an online softmax's tiles (`torchlamp.simulation.tile_counts`).
     _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -164,6 +166,21 @@ class Statistics:
         sums[0] += rows
         sums[1] += doubtful
 
+    def record_overflow(self, site: str, layer: int, overflowed: int, sums: int) -> None:
+        """Add some sums of a site in an integer register, and how many of them didn't fit it."""
+        counts = self._overflow.setdefault((site, layer), [0, 0])
+        counts[0] += overflowed
+        counts[1] += sums
+
+    @property
+    def overflow_by_site(self) -> dict[str, tuple[int, int]]:
+        """Sums that didn't fit an integer register, and all, of each site that has one."""
+        found: dict[str, tuple[int, int]] = {}
+        for (site, _), (overflowed, sums) in self._overflow.items():
+            known = found.get(site, (0, 0))
+            found[site] = (known[0] + overflowed, known[1] + sums)
+        return {site: found[site] for site in SITES if site in found}
+
     @property
     def doubt(self) -> float:
         """Share of the rows of scores looked at in whose probabilities the low pass errs by more than a factor e.
@@ -188,8 +205,13 @@ class Statistics:
 
     @property
     def warning(self) -> str | None:
-        """One line that says that the low pass of the scores isn't to be trusted; None: it is, as far as is known."""
-        return saturation_warning(self.tile_counts) or doubt_warning(*self.doubt_counts)
+        """One line that says that the low pass isn't to be trusted: scores in doubt, or sums that overflowed.
+
+        None: it is, as far as is known.
+        """
+        return saturation_warning(self.tile_counts) or low_pass_warning(
+            self.doubt_counts, self.overflow_by_site
+        )
 
     def generator(self, layer: int, step: int, site: str = "scores") -> torch.Generator:
         """A CPU generator for one call of a site, set from the seed, the layer, the call's last position and the site's
@@ -208,6 +230,7 @@ class Statistics:
         self._sums.clear()
         self._positions.clear()
         self._doubt.clear()
+        self._overflow.clear()
         self._tiles.clear()
         self._blocks.zero_()
 

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.low_operands import LowOperand, right_operand
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
 from torchlamp.kernels.constants import GROUP
@@ -45,12 +47,24 @@ class QuantisedMatrix:
 
     values: Tensor
     errors: Tensor
+    #: The copy as it enters sums, (1, rows, columns); None: as its values.
+    low: LowOperand | None = None
 
     @classmethod
-    def store(cls, weight: Tensor, operand: Operand) -> "QuantisedMatrix":
-        """The copy of a float32 matrix (rows, columns)."""
-        values = stored_values(weight, operand)
-        return cls(values, residual_norms(weight, values))
+    def store(
+        cls, weight: Tensor, operand: Operand, accumulator: Accumulator | None = None
+    ) -> "QuantisedMatrix":
+        """The copy of a float32 matrix (rows, columns), on the right of products that an accumulator sums."""
+        if accumulator is None or accumulator.register is None:
+            values = stored_values(weight, operand.right)
+            return cls(values, residual_norms(weight, values))
+        low = right_operand(weight[None], operand, accumulator)
+        return cls(low.values[0], residual_norms(weight, low.values[0]), low)
+
+    @property
+    def entering(self) -> LowOperand:
+        """The copy as it enters sums, (1, rows, columns)."""
+        return LowOperand(self.values[None], self.values[None]) if self.low is None else self.low
 
     def products(self, x: Tensor) -> Tensor:
         """The copy times vectors float32 (vectors, columns), which become 16-bit integers: float32 (vectors, rows)."""

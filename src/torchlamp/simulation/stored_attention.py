@@ -38,20 +38,26 @@ class StoredKeys:
         float32 (key heads, keys): norms of what the copies leave out.
     changes : tuple of Change
         What the keys went through before they were stored, and queries go through.
+    column_shift : Tensor or None
+        float32 (key heads, 1, keys): what all scores of a key lack after the changes.
     """
 
     low: Tensor
     errors: Tensor
     changes: tuple[Change, ...] = ()
+    column_shift: Tensor | None = None
 
     @classmethod
     def store(cls, key: Tensor, operand: Operand, changes: Sequence[Change] = ()) -> "StoredKeys":
         """Store keys float32 (key heads, keys, size)."""
-        moved = key
+        moved, lacking = key, None
         for change in changes:
+            added = change.column_shift(moved.mT)
+            if added is not None:
+                lacking = added if lacking is None else lacking + added
             moved = change.right(moved.mT).mT
         low = stored_values(moved, operand)
-        return cls(low, residual_norms(moved, low), tuple(changes))
+        return cls(low, residual_norms(moved, low), tuple(changes), lacking)
 
     def scores(self, query: Tensor, first: int, last: int, scaling: float) -> tuple[Tensor, Tensor]:
         """Scores of the keys first to last from their copies, and the standard deviations of their errors.
@@ -79,6 +85,8 @@ class StoredKeys:
         scores, _ = products(rounded_vectors(moved), low, FLOAT32, scaling=scaling)
         if shift is not None:
             scores += shift * scaling  # what the mean takes from all scores of a row, given back
+        if self.column_shift is not None:
+            scores += (self.column_shift[..., first:last] * scaling).repeat_interleave(group, dim=0)
         lengths: Tensor = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
         errors = self.errors[:, None, first:last].repeat_interleave(group, dim=0)
         return scores, errors * (lengths * (abs(scaling) / size**0.5))
@@ -117,6 +125,7 @@ class Weighed(NamedTuple):
     `probabilities` are those after recomputation; `known` is the same over the sum of exponentials before it, the one
     that there is when values are chosen. `misled` (heads, rows, 1) are rows that are done again in full precision,
     because recomputation changed them by more than their low-bit scores could tell. None: no difference, no row.
+    `overflowed` visible scores didn't fit an integer register.
     `tiles` int64 are the counts of an online softmax (`tile_counts`).
     """
 
@@ -125,6 +134,7 @@ class Weighed(NamedTuple):
     chosen: Tensor
     known: Tensor | None = None
     misled: Tensor | None = None
+    overflowed: int = 0
     tiles: Tensor | None = None
 
 

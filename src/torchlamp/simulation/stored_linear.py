@@ -21,7 +21,8 @@ from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
-from torchlamp.simulation.linear import CHUNK_ENTRIES, LinearResult, LookAhead, LowPass, Weights
+from torchlamp.simulation.linear import CHUNK_ENTRIES, LinearResult, LookAhead, LowPass
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.softmax import visible_softmax
 from torchlamp.simulation.stored import FLOAT32, StoredMatrix, expected_errors, store_matrix
 from torchlamp.simulation.stored_tile import StoredTile

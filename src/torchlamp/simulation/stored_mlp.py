@@ -16,7 +16,8 @@ from torchlamp.rules.element_tile import ElementTile
 from torchlamp.rules.none_all import Nothing
 from torchlamp.rules.rule import Rule
 from torchlamp.simulation.activation import Activation, derivative
-from torchlamp.simulation.linear import LinearResult, Weights
+from torchlamp.simulation.linear import LinearResult
+from torchlamp.simulation.linear_sums import Weights
 from torchlamp.simulation.stored import FLOAT32
 from torchlamp.simulation.stored_linear import StoredWeights
 

@@ -7,6 +7,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.low_operands import (
+    LowOperand,
+    LowSums,
+    left_operand,
+    low_products,
+    right_operand,
+)
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
@@ -51,17 +58,22 @@ class Values:
     transforms: tuple[Transform, ...] = ()
     #: What `center` takes off, float32 (key heads, value size); None: the mean of each sample's values.
     mean: Tensor | None = None
+    #: The values as they enter the sums of an integer register, (key heads, value size, keys); None: not made yet.
+    low: LowOperand | None = None
 
     def has(self, transform: str) -> bool:
         """Whether the transform of this name is applied."""
         return TRANSFORMS[transform] in self.transforms
 
     def fitted(self, value: Tensor) -> "Values":
-        """The same with the mean of one sample's values (key heads, keys, value size), if it needs one."""
-        if not self.has("center") or self.mean is not None or not value.shape[1]:
-            return self
-        mean = value.mean(1)
-        return replace(self, mean=torch.where(mean.isfinite(), mean, 0.0))
+        """The same with the mean and the integers of one sample's values (key heads, keys, value size), if needed."""
+        how = self
+        if self.has("center") and self.mean is None and value.shape[1]:
+            mean = value.mean(1)
+            how = replace(self, mean=torch.where(mean.isfinite(), mean, 0.0))
+        if self.accumulator.register is None or self.low is not None:
+            return how
+        return replace(how, low=right_operand(how.centred(value).mT, self.operand, self.accumulator))
 
     def centred(self, value: Tensor) -> Tensor:
         """Values (key heads, keys, value size) less the mean."""
@@ -69,18 +81,24 @@ class Values:
 
     def stored(self, value: Tensor) -> Tensor:
         """The values float32 (key heads, keys, value size) of one sample as they enter the sums, less the mean."""
-        return quantise(self.centred(value), self.operand, dim=1)
+        if self.low is not None:
+            return self.low.values.mT
+        return quantise(self.centred(value), self.operand.right, dim=1)
 
 
 def weighted_sums(
     probabilities: Tensor, value: Tensor, how: Values, low: Tensor | None = None, first: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Probabilities times values for a tile of one sample.
 
     Sums run over the keys in their order, or with `sort` in ascending order of the row's probabilities (equal ones
     as they are); a hidden key has probability 0 and leaves the sum as it is. Probabilities below `SMALLEST_PROBABILITY`
     count as 0. Recomputed sums have full-precision operands, and the keys in their order. With `center` the product of
     the mean and the row's sum of probabilities is added to the finished sum, which isn't rounded again.
+
+    Tender's operand groups the keys by their largest probability among the rows given, which are a chunk of one head;
+    probabilities have no bias and no sign, and each channel of the values one scale. An integer register's sums have
+    no order that `sort` could change.
 
     Parameters
     ----------
@@ -97,25 +115,33 @@ def weighted_sums(
 
     Returns
     -------
-    The sums, float32 (heads, rows, value size), and how many of each row were recomputed, int64 (heads, rows).
+    The sums, float32 (heads, rows, value size), how many of each row were recomputed, int64 (heads, rows), and how many
+    didn't fit an integer register.
     """
     heads, rows, keys = probabilities.shape
     groups, _, size = value.shape
     # The queries of a group are stacked, so that values aren't repeated.
     kept = probabilities.masked_fill(probabilities < SMALLEST_PROBABILITY, 0.0)
     stacked = kept.reshape(groups, heads // groups * rows, keys)
-    rule, how = how.rule, how.fitted(value)
+    rule, how, given = how.rule, how.fitted(value), value
     value = how.centred(value)
     entering = (stacked, value)
+    left: LowOperand | None = None
     if not how.operand.is_float32:
-        low = quantise(value, how.operand, dim=1) if low is None else low
+        low = how.stored(given) if low is None else low
         # Groups start at the sample's first key, whatever the tile.
-        padded = pad(stacked, (first, 0))
-        entering = (quantise(padded, how.operand)[..., first:], low[:, first : first + keys])
+        padded = pad(kept, (first, 0)).reshape(-1, rows if how.operand.is_tender else 1, first + keys)
+        left = left_operand(padded, how.operand, how.accumulator, unsigned=True).stacked(groups)
+        entering = (left.values[..., first:], low[:, first : first + keys])
     # Blocks, runs and a unit's groups start there, too: zeros before the tile's first key add nothing to them.
     lead = 0 if how.has("sort") else first % how.accumulator.accumulation.period
     terms = (pad(entering[0], (lead, 0)), pad(entering[1], (0, 0, lead, 0))) if lead else entering
-    sums, squares = _products(terms, how, squares="squares" in rule.byproducts)
+    if left is not None and how.low is not None:
+        found = low_products(left, how.low.terms(first + keys), how.accumulator, squares=True)
+    else:
+        found = LowSums(*_products(terms, how, squares="squares" in rule.byproducts))
+    sums, squares = found.sums, found.squares
+    overflowed = 0 if found.overflowed is None else int(found.overflowed.sum())
     shift = None
     if how.mean is not None and how.has("center"):
         shift = stacked.sum(-1, keepdim=True) * how.mean[:, None]
@@ -128,7 +154,7 @@ def weighted_sums(
         if bool(counts.any()):
             recompute(sums, stacked, value, chosen.reshape(sums.shape))
             y = sums if shift is None else sums + shift
-    return y.view(shape), counts
+    return y.view(shape), counts, overflowed
 
 
 def _products(entering: tuple[Tensor, Tensor], how: Values, squares: bool) -> tuple[Tensor, Tensor | None]:

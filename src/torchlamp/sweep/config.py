@@ -147,7 +147,7 @@ def _model(node: Node) -> str:
 
 
 def _length(node: Node, models: list[str]) -> int:
-    """The length of a window, which must fit the contexts of all models whose configuration is at hand."""
+    """The length of a window, which must fit the contexts of all models that are here."""
     length = node.integer("window_length", 2)
     for model in models:
         context = context_length(model)

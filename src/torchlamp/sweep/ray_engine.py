@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,8 +18,12 @@ logger = logging.getLogger("torchlamp.ray")
 Task = TypeVar("Task")
 #: An actor that ends so often before it has computed anything will not do better the next time.
 _MAX_FALSE_STARTS = 3
-#: Seconds that a cluster has to answer.
-_PATIENCE = 10.0
+#: Seconds that a cluster has to answer, and to say that it is well.
+_PATIENCE, _CHECKUP = 10.0, 30.0
+#: How a client of HTTP/2, which Ray speaks, begins: the preface, and a frame of no settings.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+#: Type of a frame of settings, with which every server of HTTP/2 answers: byte 3 of its head of 9.
+_SETTINGS = 4
 
 
 class Computes(Protocol):
@@ -51,7 +57,7 @@ class _Held:
 
 
 def check_address(address: str) -> None:
-    """Find out that nobody answers at the address of a cluster, for which Ray itself takes minutes.
+    """Find out that no cluster answers at its address, for which Ray itself takes minutes and then ends the process.
 
     Parameters
     ----------
@@ -61,19 +67,40 @@ def check_address(address: str) -> None:
     Raises
     ------
     OSError
-        Nobody answers within `_PATIENCE` seconds.
+        Nobody answers within `_PATIENCE` seconds, or a server that isn't Ray does.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE) as connection:
+            connection.sendall(_HELLO)
+            head = connection.recv(9)
+    except TimeoutError as error:
+        raise _no_cluster(address, f"no answer within {_PATIENCE:.0f} s") from error
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OSError(
-            f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({reason}); start one, or unset the variable to "
-            "compute on this machine"
-        ) from error
+        raise _no_cluster(address, reason) from error
+    if len(head) < 4 or head[3] != _SETTINGS:
+        raise _no_cluster(address, "another server does")
+    if not address.startswith("ray://") and not _is_well(address):
+        raise _no_cluster(address, "another server does, or the cluster isn't well")
+
+
+def _is_well(address: str) -> bool:
+    """Whether Ray's own check, in a process that can be ended, finds a cluster."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=_CHECKUP).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def _no_cluster(address: str, reason: str) -> OSError:
+    return OSError(
+        f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({reason}); start one, or unset the variable to "
+        "compute on this machine"
+    )
 
 
 class ActorPool:

@@ -28,7 +28,9 @@ class Balance(Transform):
         """The map from the regularised second moments, in float64."""
         factor, below = _factor(_regular(right.second))
         energies, basis = torch.linalg.eigh(factor.mT @ _regular(left.second) @ factor)
-        roots = energies.clamp_min(torch.finfo(torch.float64).tiny).pow(0.25)
+        # Moments that are rounding errors have negative energies: M and its inverse stay finite.
+        least = REGULARISATION**2 * energies.abs().mean(-1, keepdim=True)
+        roots = energies.maximum(least.clamp_min(torch.finfo(torch.float64).tiny)).pow(0.25)
         inverse = (factor @ basis) / roots[:, None, :]
         return Mapped(inverse, roots[:, :, None] * (basis.mT @ below))
 

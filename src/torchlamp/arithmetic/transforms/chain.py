@@ -83,7 +83,7 @@ def change_operands(changes: Sequence[Change], a: Tensor, b: Tensor) -> Changed:
 def change_rows(changes: Sequence[Change], a: Tensor) -> tuple[Tensor, Tensor | None]:
     """The left operand and what its rows lack, as `change_operands` gives them where the right one is changed already.
 
-    Only for changes that take no mean from the left operand.
+    What columns lack, `Change.column_shift` of the right operand, is the caller's to add.
     """
     shift: Tensor | None = None
     for change in changes:

@@ -17,6 +17,7 @@ from torchlamp.policy.sites import SITES
 
 _ONE_BY_ONE = "the activation in front of it works on each number by itself"
 _DIAGONAL = "the norm in front of it scales each channel by itself"
+_A_SUM_A_KEY = "weights have no place for the float32 sum that each key adds to its scores"
 _PAIRS = "rotary positions turn pairs of numbers, and only a pair's own turn and factor commute with that"
 
 
@@ -75,6 +76,8 @@ class Anatomy:
 
     def reason(self, site: str, transform: str) -> str | None:
         """Why a transform of a site can't pass into the weights; None: it can."""
+        if transform == "bicenter":
+            return _A_SUM_A_KEY if site == "scores" else "here it is 'center', which may be folded: name that"
         if site == "scores":
             return self._scores(transform)
         if site == "attention_out":

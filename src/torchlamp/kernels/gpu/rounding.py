@@ -114,7 +114,9 @@ def _round_range(x, GRID: tl.constexpr):
         rounded = tl.where(rounded < SMALLEST, 0.0, rounded)
     negative = x.to(tl.int32, bitcast=True) < 0
     if GRID[6]:
-        rounded = tl.where(negative, -rounded, rounded)
+        # Its bit, not a minus: before Triton 3.9 that is 0 - x, and 0 - 0 has no sign.
+        sign = x.to(tl.int32, bitcast=True) & -0x80000000
+        rounded = (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     else:
         rounded = tl.where(negative, 0.0, rounded)
     if not GRID[7]:
