@@ -73,7 +73,7 @@ def test_formats_lists_what_a_policy_may_name():
 def test_formats_as_json_has_a_policy_for_each_name():
     found = json.loads(run("formats", "--json").stdout)
     assert {e["name"] for e in found["formats"]} >= set(NAMED)
-    assert {e["name"] for e in found["accumulators"]} == set(accumulators.NAMED)
+    assert {e["name"] for e in found["accumulators"]} == {*accumulators.NAMED, *accumulators.REGISTERS}
     assert {e["name"] for e in found["operands"]} >= set(BLOCKS)
     assert {e["name"] for e in found["transforms"]} == set(TRANSFORMS)
     for kind in found.values():

@@ -1,11 +1,12 @@
 """Contestants of `torchlamp bench decode`: ways to decode one token after the other, with one interface."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from torchlamp.huggingface.sharing_copy import sharing_copy
 
 
 class Decoder(Protocol):
@@ -68,12 +69,6 @@ class PreparedDecoder(TransformersDecoder):
         """Read int64 (length,) tokens; counts start anew."""
         super().prefill(tokens)
         self.prepared.statistics.reset()
-
-
-def sharing_copy(model: nn.Module) -> Any:
-    """A copy of a model whose parameters and buffers are the model's own."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
 
 
 def dynamic_int8(model: nn.Module) -> Any:

@@ -142,6 +142,13 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store.appended(count, flags)
         self.seen += count
 
+    def hold(self, keys: Tensor, values: Tensor, seen: int) -> None:
+        """Hold these (batch, key heads, count, size) and nothing else: the last `count` of `seen` tokens."""
+        self.reset()
+        self.lazy_initialization(keys, values)
+        self.store.append(keys.float(), values.float())
+        self.seen, self.dropped = seen, seen - keys.shape[-2]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return."""
         if self.sliding_window is None:
@@ -337,6 +344,16 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         """Bytes of the low-bit copies and of the full-precision ones."""
         low, full = zip(*(layer.store.bytes for layer in self.layers), strict=True)
         return sum(low), sum(full)
+
+    def take(self, cache: DynamicCache) -> None:
+        """Hold what the model's own cache holds, and nothing else. ValueError for one of another number of layers."""
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(f"a cache of {len(cache.layers)} layers: this one has {len(self.layers)}")
+        for mine, other in zip(self.layers, cache.layers, strict=True):
+            if other.is_initialized:
+                mine.hold(other.keys, other.values, other.get_seq_length())
+            else:
+                mine.reset()
 
     def save(self, path: str | Path) -> None:
         """Write the contents to a safetensors file. OSError where that can't be."""

@@ -13,6 +13,7 @@ from torchlamp.kernels.online import TILE_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.block_view import BlockView
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import SampleDistances, bridge_error
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult, Observation
@@ -326,6 +327,14 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         distance=None if call.ahead is None else lambda: distance(True),
         output_distance=lambda: distance(False),
         layer=call.layer,
+        blocks=BlockView(
+            exact_query,
+            operands.exact_key[sample, :, shown],
+            rows.start,
+            seen.first,
+            operands.query.shape[2],
+            operands.key.shape[2],
+        ),
     )
     chosen = call.rule.select(tile)[0]
     if call.observe is not None:
