@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 import torchlamp
 from torchlamp.report.data import GROUP, ReportData, read_report_data
-from torchlamp.report.figures import figures, save
+from torchlamp.report.figures import figures, file_names, save
 from torchlamp.report.figures_data import (
     AXES,
     METRICS,
@@ -29,11 +30,11 @@ from torchlamp.report.tables import BASE, equal_rate, summary
 from torchlamp.results.output import check_writable, write_text
 
 
-def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
+def report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> list[Path]:
     """Write report.html and the folder figures/ into `output`, by default the first folder or the first file's.
 
     Everything is computed before anything is written: an error leaves an older report as it is. Files of an older
-    report that this one doesn't have stay in figures/.
+    report that this one doesn't have stay in figures/. `title` is the page's heading.
 
     Returns
     -------
@@ -53,7 +54,7 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)
-    html = report_page(data, [str(folder) for folder in folders])
+    html = report_page(data, [str(folder) for folder in folders], title)
     temporary = Path(tempfile.mkdtemp(prefix=".figures.", dir=target))
     try:
         names: set[str] = set()
@@ -76,7 +77,7 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     return [page, *written]
 
 
-def report_page(data: ReportData, folders: Sequence[str]) -> str:
+def report_page(data: ReportData, folders: Sequence[str], title: str | None = None) -> str:
     """The page as HTML."""
     points = data.points
     whole = points[points["layers"] == "all"]
@@ -88,6 +89,7 @@ def report_page(data: ReportData, folders: Sequence[str]) -> str:
     return render(
         "report",
         page_data(data),
+        title=title,
         models=", ".join(points["model"].unique()),
         texts=", ".join(points["text"].unique()),
         count=len(points),
@@ -95,7 +97,7 @@ def report_page(data: ReportData, folders: Sequence[str]) -> str:
         seeds=bool((points["seeds"] > 1).any()),
         failed=data.failed,
         notes=data.notes,
-        environments=[_shared(data.environments)],
+        environments=[_shared(data.environments, data.computed_in)],
         folders=", ".join(folders),
         version=torchlamp.__version__,
     )
@@ -137,7 +139,7 @@ def _figure(found: FigureData) -> dict[str, Any]:
         own["styles"] = {name: style.to_dict() for name, style in styled.items()}
     group = dict(zip(GROUP, found.group, strict=True))
     rows = _records(table.to_dict("records"))
-    return {"kind": found.kind, **group, "site": found.site, **own, "rows": rows}
+    return {"kind": found.kind, **group, "site": found.site, **own, "files": file_names(found), "rows": rows}
 
 
 def pack_rates(by_head: list[list[float]]) -> dict[str, Any] | None:
@@ -151,15 +153,21 @@ def pack_rates(by_head: list[list[float]]) -> dict[str, Any] | None:
     return {"layers": len(by_head), "heads": heads, "rates": pack(table)}
 
 
-def _shared(environments: list[dict[str, Any]]) -> dict[str, str]:
-    """One environment: where the points' environments differ, the values side by side, dates as first and last."""
+def _shared(environments: list[dict[str, Any]], counts: Sequence[int]) -> dict[str, str]:
+    """One environment: where the points' differ, the values with their numbers of points, dates as first and last."""
     names = dict.fromkeys(name for environment in environments for name in environment)
     found = {}
     for name in names:
-        values = list(dict.fromkeys(_words(e[name]) for e in environments if name in e))
-        found[name] = (
-            f"{min(values)} to {max(values)}" if name == "date" and len(values) > 1 else "; ".join(values)
-        )
+        values: Counter[str] = Counter()
+        for environment, count in zip(environments, counts, strict=True):
+            if name in environment:
+                values[_words(environment[name])] += count
+        if len(values) == 1:
+            found[name] = next(iter(values))
+        elif name == "date":
+            found[name] = f"{min(values)} to {max(values)}"
+        else:
+            found[name] = "; ".join(f"{value} ({count} points)" for value, count in values.most_common())
     return found
 
 
