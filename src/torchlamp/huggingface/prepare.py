@@ -103,9 +103,8 @@ class Prepared:
             hadamard=self.settings["scores"].hadamard,
             statistics=self.statistics,
         )
-        weights = None if self._plan is None else self._plan.wide.weights
-        if weights is not None:
-            cache.after = weights.settle
+        if isinstance(self._plan, DecodePlan) and self._plan.wide.weights is not None:
+            cache.after = self._plan.wide.weights.settle
         return cache
 
     def undo(self) -> None:
