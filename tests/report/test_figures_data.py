@@ -47,14 +47,6 @@ def test_heads_and_positions_are_unrolled():
     assert list(positions_data(points)["position"]) == [8.0, 24.0] * 2
 
 
-def test_positions_compare_equal_rates():
-    rows = [point(rate=0.009), point("running", 0.013), point("budget", 0.05), point("mass", 0.004, "ps7")]
-    found = positions_data(pd.DataFrame(rows))
-    assert set(zip(found["rule"], found["whole_rate"], strict=True)) == {
-        ("strict", 0.009), ("running", 0.013), ("mass", 0.004),  # the only one of its accumulator
-    }  # fmt: skip
-
-
 def test_mu_takes_the_ends_and_the_equal_rates():
     points = pd.DataFrame(
         [point("none", 0.0, "ps7"), point("none", 0.0), point("all", 1.0, kl=1e-12), point()]

@@ -14,7 +14,7 @@ from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.report.data import read_report_data
 from torchlamp.report.figures import figures, save
 from torchlamp.report.figures_data import figures_data
-from torchlamp.report.report import page_data, report, report_page
+from torchlamp.report.report import page_data, report
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +40,6 @@ def test_every_figure_comes_as_svg_png_and_csv(written):
         assert written[f"{name}.svg"].read_text().lstrip().startswith("<?xml")
         assert written[f"{name}.png"].read_bytes().startswith(b"\x89PNG")
         assert len(pd.read_csv(written[f"{name}.csv"])) > 1
-
-
-def test_the_page_names_the_files_of_each_figure(sweep, written):
-    named = [
-        name
-        for figure in page_data(read_report_data([sweep]))["figures"]
-        for name in figure["files"].values()
-    ]
-    assert len(named) == len(set(named)) > 5
-    assert {f"{name}.{end}" for name in named for end in ("svg", "png", "csv")} <= written.keys()
-
-
-def test_title_and_states_of_the_code(sweep):
-    data = read_report_data([sweep])
-    assert sum(data.computed_in) == len(data.points)
-    data.environments = [{"git": "old", "date": "2026-01-02"}, {"git": "new", "date": "2026-01-03"}]
-    data.computed_in = [3, 12]
-    html = report_page(data, ["DIR"], "A <title>")
-    assert "<h1>A &lt;title&gt;</h1>" in html
-    assert "new (12 points); old (3 points)" in html
-    assert "2026-01-02 to 2026-01-03" in html
 
 
 def test_tables_hold_all_points_and_ratios(written):

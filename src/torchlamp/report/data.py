@@ -45,8 +45,6 @@ class ReportData:
     notes: list[str] = field(default_factory=list)
     #: The different environments that the points were computed in.
     environments: list[dict[str, Any]] = field(default_factory=list)
-    #: How many points were computed in each of them.
-    computed_in: list[int] = field(default_factory=list)
 
 
 def read_report_data(folders: Sequence[Path]) -> ReportData:
@@ -94,8 +92,6 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
             unsized.add(result.model)
         if result.environment not in data.environments:
             data.environments.append(result.environment)
-            data.computed_in.append(0)
-        data.computed_in[data.environments.index(result.environment)] += 1
     if not rows:
         where = ", ".join(str(folder) for folder in folders)
         what = f"all {len(data.failed)} points failed" if data.failed else "no finished point"

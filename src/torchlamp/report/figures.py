@@ -34,9 +34,6 @@ _TITLES = {
 #: Kind of figure -> the beginning of its file's name, where it isn't the kind.
 _FILES = {"mu": "kl-mu", "positions": "position"}
 
-#: Of the figures of curves: measures and axes (with the axis's column), as file names and titles call them.
-_METRICS = {"kl": "KL", "flip": "flip"}
-_AXES = {"rate": ("rate", "recompute rate"), "cost": ("cost_entry", "cost")}
 #: Characters of a name in a file name at most: four names, a kind and an ending share the 255 bytes that systems allow.
 _MAX_WORD = 48
 
@@ -55,27 +52,24 @@ def figures(tables: Iterator[FigureData]) -> Iterator[Figure]:
     """The files of these tables; the curves of a site give one for each measure and axis."""
     for found in tables:
         where = ", ".join([*found.group[:2], f"{found.group[2]} tokens", *filter(None, [found.site])])
+        suffix = _slug(*found.group) if found.site in ("", "scores") else _slug(*found.group, found.site)
+        if found.kind == "curves":
+            yield from _curve_figures(found.table, where, suffix)
+            continue
         table = unrolled_heads(found.table) if found.kind == "heads" else found.table
-        for part, name in file_names(found).items():
-            if not part:
-                yield Figure(name, f"{_TITLES[found.kind]}: {where}", table, _DRAW[found.kind])
-                continue
-            metric, axis = part.split("-")
-            title = f"{_METRICS[metric]} against {_AXES[axis][1]}: {where}"
-            yield Figure(name, title, table, _curves(_AXES[axis][0], metric))
+        if len(table):
+            name = f"{_FILES.get(found.kind, found.kind)}-{suffix}"
+            yield Figure(name, f"{_TITLES[found.kind]}: {where}", table, _DRAW[found.kind])
 
 
-def file_names(found: FigureData) -> dict[str, str]:
-    """The files of a table, without ending; of the curves of a site one for each measure and axis, `kl-rate` ..."""
-    suffix = _slug(*found.group) if found.site in ("", "scores") else _slug(*found.group, found.site)
-    table = found.table
-    if found.kind == "curves":
-        axes = [axis for axis, (column, _) in _AXES.items() if table[column].notna().any()]
-        some = bool((table["rate"] > 0).any())
-        parts = [f"{metric}-{axis}" for metric in _METRICS for axis in axes if some]
-        return {part: f"{part}-{suffix}" for part in parts}
-    empty = not len(unrolled_heads(table) if found.kind == "heads" else table)
-    return {} if empty else {"": f"{_FILES.get(found.kind, found.kind)}-{suffix}"}
+def _curve_figures(table: pd.DataFrame, where: str, suffix: str) -> Iterator[Figure]:
+    if not len(table[table["rate"] > 0]):
+        return
+    for metric, short in (("kl", "KL"), ("flip", "flip")):
+        for axis, words in (("rate", "recompute rate"), ("cost_entry", "cost")):
+            if table[axis].notna().any():
+                name = f"{metric}-{axis.split('_')[0]}-{suffix}"
+                yield Figure(name, f"{short} against {words}: {where}", table, _curves(axis, metric))
 
 
 def save(figure: Figure, folder: Path) -> list[Path]:

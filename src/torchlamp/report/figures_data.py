@@ -13,8 +13,6 @@ from torchlamp.results.result import POSITION_BIN
 
 #: Maps by head and position show the point of each rule whose recompute rate is nearest to this.
 TYPICAL_RATE = 0.01
-#: The factor within which rates count as equal where rules are compared by position.
-ONE_RATE = 1.35
 #: Column of a vertical axis -> its words.
 METRICS = {"kl": "KL(reference || tested) per token, nats", "flip": "flip rate"}
 #: Column of a horizontal axis of `curves` -> its words.
@@ -124,13 +122,6 @@ def typical_points(points: pd.DataFrame) -> pd.DataFrame:
     return typical.sort_values("rule", key=_orders, kind="stable")
 
 
-def at_one_rate(typical: pd.DataFrame) -> pd.DataFrame:
-    """Those of the typical points whose rates differ by no more than `ONE_RATE` from `TYPICAL_RATE`, or all if none."""
-    ratio = typical["rate"] / TYPICAL_RATE
-    alike = typical[(ratio <= ONE_RATE) & (ratio >= 1 / ONE_RATE)]
-    return alike if len(alike) else typical
-
-
 def heads_data(points: pd.DataFrame) -> pd.DataFrame:
     """One row a point with rates by head: `by_head`, layers x heads, and whether it is a typical one."""
     table = selecting(points)
@@ -155,10 +146,7 @@ def unrolled_heads(heads: pd.DataFrame) -> pd.DataFrame:
 
 
 def positions_data(points: pd.DataFrame, bin_width: int = POSITION_BIN) -> pd.DataFrame:
-    """One row a bin of positions of each typical point with several, at about one rate (`at_one_rate`).
-
-    `position` is the bin's middle, `rate` the bin's recompute rate and `whole_rate` that of all positions.
-    """
+    """One row a bin of positions of each typical point with several; `position` is the bin's middle."""
     rows = [
         {
             "accumulate": point.accumulate,
@@ -166,14 +154,12 @@ def positions_data(points: pd.DataFrame, bin_width: int = POSITION_BIN) -> pd.Da
             "rule": point.rule,
             "position": (i + 0.5) * bin_width,
             "rate": rate,
-            "whole_rate": point.rate,
         }
-        for _, alike in typical_points(points).groupby("accumulate", sort=False)
-        for point in at_one_rate(alike).itertuples()
+        for point in typical_points(points).itertuples()
         for i, rate in enumerate(point.by_position)
         if len(point.by_position) > 1
     ]
-    return pd.DataFrame(rows, columns=["accumulate", "policy", "rule", "position", "rate", "whole_rate"])
+    return pd.DataFrame(rows, columns=["accumulate", "policy", "rule", "position", "rate"])
 
 
 def layers_data(points: pd.DataFrame) -> pd.DataFrame:

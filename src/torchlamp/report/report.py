@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 import torchlamp
 from torchlamp.report.data import GROUP, ReportData, read_report_data
-from torchlamp.report.figures import figures, file_names, save
+from torchlamp.report.figures import figures, save
 from torchlamp.report.figures_data import (
     AXES,
     METRICS,
@@ -30,11 +29,11 @@ from torchlamp.report.tables import BASE, equal_rate, summary
 from torchlamp.results.output import check_writable, write_text
 
 
-def report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> list[Path]:
+def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     """Write report.html and the folder figures/ into `output`, by default the first folder or the first file's.
 
     Everything is computed before anything is written: an error leaves an older report as it is. Files of an older
-    report that this one doesn't have stay in figures/. `title` is the page's heading.
+    report that this one doesn't have stay in figures/.
 
     Returns
     -------
@@ -54,7 +53,7 @@ def report(folders: Sequence[Path], output: Path | None = None, title: str | Non
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)
-    html = report_page(data, [str(folder) for folder in folders], title)
+    html = report_page(data, [str(folder) for folder in folders])
     temporary = Path(tempfile.mkdtemp(prefix=".figures.", dir=target))
     try:
         names: set[str] = set()
@@ -77,7 +76,7 @@ def report(folders: Sequence[Path], output: Path | None = None, title: str | Non
     return [page, *written]
 
 
-def report_page(data: ReportData, folders: Sequence[str], title: str | None = None) -> str:
+def report_page(data: ReportData, folders: Sequence[str]) -> str:
     """The page as HTML."""
     points = data.points
     whole = points[points["layers"] == "all"]
@@ -89,7 +88,6 @@ def report_page(data: ReportData, folders: Sequence[str], title: str | None = No
     return render(
         "report",
         page_data(data),
-        title=title,
         models=", ".join(points["model"].unique()),
         texts=", ".join(points["text"].unique()),
         count=len(points),
@@ -97,7 +95,7 @@ def report_page(data: ReportData, folders: Sequence[str], title: str | None = No
         seeds=bool((points["seeds"] > 1).any()),
         failed=data.failed,
         notes=data.notes,
-        environments=[_shared(data.environments, data.computed_in)],
+        environments=[_shared(data.environments)],
         folders=", ".join(folders),
         version=torchlamp.__version__,
     )
@@ -139,7 +137,7 @@ def _figure(found: FigureData) -> dict[str, Any]:
         own["styles"] = {name: style.to_dict() for name, style in styled.items()}
     group = dict(zip(GROUP, found.group, strict=True))
     rows = _records(table.to_dict("records"))
-    return {"kind": found.kind, **group, "site": found.site, **own, "files": file_names(found), "rows": rows}
+    return {"kind": found.kind, **group, "site": found.site, **own, "rows": rows}
 
 
 def pack_rates(by_head: list[list[float]]) -> dict[str, Any] | None:
@@ -153,21 +151,15 @@ def pack_rates(by_head: list[list[float]]) -> dict[str, Any] | None:
     return {"layers": len(by_head), "heads": heads, "rates": pack(table)}
 
 
-def _shared(environments: list[dict[str, Any]], counts: Sequence[int]) -> dict[str, str]:
-    """One environment: where the points' differ, the values with their numbers of points, dates as first and last."""
+def _shared(environments: list[dict[str, Any]]) -> dict[str, str]:
+    """One environment: where the points' environments differ, the values side by side, dates as first and last."""
     names = dict.fromkeys(name for environment in environments for name in environment)
     found = {}
     for name in names:
-        values: Counter[str] = Counter()
-        for environment, count in zip(environments, counts, strict=True):
-            if name in environment:
-                values[_words(environment[name])] += count
-        if len(values) == 1:
-            found[name] = next(iter(values))
-        elif name == "date":
-            found[name] = f"{min(values)} to {max(values)}"
-        else:
-            found[name] = "; ".join(f"{value} ({count} points)" for value, count in values.most_common())
+        values = list(dict.fromkeys(_words(e[name]) for e in environments if name in e))
+        found[name] = (
+            f"{min(values)} to {max(values)}" if name == "date" and len(values) > 1 else "; ".join(values)
+        )
     return found
 
 

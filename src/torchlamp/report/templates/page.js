@@ -42,7 +42,7 @@ function layout(extra) {
   return Object.assign(
     { paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: ink, size: 13 },
-      margin: { l: 8, r: narrow() ? 12 : 24, t: narrow() ? 12 : 36, b: 8 }, showlegend: false, dragmode: narrow() ? false : "zoom",
+      margin: { l: 8, r: narrow() ? 12 : 24, t: 12, b: 8 }, showlegend: false, dragmode: narrow() ? false : "zoom",
       hoverlabel: { bgcolor: css("--raised"), bordercolor: line, font: { color: ink, size: 12 }, align: "left" },
       xaxis: axis(xaxis), yaxis: axis(yaxis) }, rest);
 }

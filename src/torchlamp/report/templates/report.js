@@ -6,12 +6,6 @@ const state = () => Object.fromEntries(["model", "text", "tokens", "site", "accu
 const ofGroup = (rows, s) => rows.filter((r) => r.model === s.model && r.text === s.text && r.tokens === s.tokens);
 const NONE = { rows: [] };
 const figure = (kind, s, site = "") => ofGroup(DATA.figures, s).find((f) => f.kind === kind && f.site === site) || NONE;
-// Links to the files of a figure, which lie beside the page.
-function files(id, found) {
-  const names = (found.files || {})[id === "pareto" ? `${el("metric").value}-${el("axis").value.split("_")[0]}` : ""];
-  el(id + "-files").replaceChildren(...(names ? ["As a file: ", ...["svg", "png", "csv"].flatMap((end, i) => [i ? ", " : "",
-    node("a", { href: `figures/${encodeURIComponent(names)}.${end}`, download: "" }, end.toUpperCase())])] : []));
-}
 const ofAccumulator = (rows, s) => rows.filter((r) => s.accumulate === "" || r.accumulate === s.accumulate);
 // The names of an ordered list that some row has.
 const present = (names, rows, column) => names.filter((name) => rows.some((r) => r[column] === name));
@@ -139,7 +133,7 @@ function drawPareto(s) {
   const words = cost ? "operations / operations in float32" : DATA.axes.rate;
   draw("pareto", traces, {
     height: narrow() ? 420 : 520, annotations, shapes, margin: { l: 8, r: cost ? 12 : 8 + 7 * Math.max(2,
-      ...plain.map((p) => p.accumulate.length)), t: narrow() ? 12 : 36, b: 8 },
+      ...plain.map((p) => p.accumulate.length)), t: 12, b: 8 },
     xaxis: { ...logTicks(xs, !cost), words, ...(xs.length ? { range: range(xs, narrow() ? 0.12 : 0.06) } : {}) },
     yaxis: { ...logTicks(ys, s.metric === "flip"), words: DATA.metrics[s.metric], ...(ys.length ? { range: range(ys,
       0.12) } : {}) },
@@ -206,8 +200,6 @@ function drawPosition(s) {
       mode: "lines", line: { color: own.color, dash: own.dash, width: 2 },
       hovertemplate: `${safe(policy)}<br>position %{x}: %{y:.2%}<extra></extra>` };
   });
-  const wholes = rows.map((r) => r.whole_rate), ends = [Math.min(...wholes), Math.max(...wholes)].map(percentText);
-  if (rows.length) el("position-rates").textContent = ends[0] === ends[1] ? ends[0] : `${ends[0]} to ${ends[1]}`;
   if (rows.length) draw("position", traces, { height: 360, xaxis: { words: "position of the token",
     rangemode: "tozero" }, yaxis: { ...logTicks(traces.flatMap((t) => t.y), true), words: DATA.axes.rate } });
 }
@@ -330,9 +322,6 @@ function redraw(remember = true) {
   const s = state();
   for (const step of [drawPareto, drawEqual, drawMu, drawPosition, drawHeads, drawLayers, drawSites,
     drawPoints]) step(s);
-  for (const [id, kind] of Object.entries({ pareto: "curves", mu: "mu", position: "positions", heads: "heads" }))
-    files(id, figure(kind, s, s.site));
-  for (const kind of ["layers", "sites"]) files(kind, figure(kind, s));
   if (remember) writeAddress();
 }
 for (const select of document.querySelectorAll("select")) select.addEventListener("change", () => redraw());
