@@ -82,7 +82,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 5000}))
     command = [sys.executable, "-m", "torchlamp", "chat", folder, "--tokens", "4000"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True) as process:
+    environment = {**os.environ, "TORCHLAMP_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
         process.stdin.write("the quick\n")
         process.stdin.flush()
         first = process.stdout.read(1)
