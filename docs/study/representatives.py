@@ -121,7 +121,7 @@ def losses(layer, elsewhere):
     yield "bicenter.balance in ps5", layer.error(both, accumulator="ps5")
     own_keys = layer.key.repeat_interleave(group, 0)
     each = Moments.of(layer.query, True), Moments.of(own_keys, True)
-    yield "... of each query head", layer.error(fitted("bicenter.balance", each), key=own_keys)
+    yield "headwise.bicenter.balance", layer.error(fitted("bicenter.balance", each), key=own_keys)
     for size in (64, 16):
         rest = layer.query - layer.query.unflatten(1, (-1, size)).mean(2).repeat_interleave(size, 1)
         yield (

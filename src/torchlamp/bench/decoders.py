@@ -1,5 +1,6 @@
 """Contestants of `torchlamp bench decode`: ways to decode one token after the other, with one interface."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -69,6 +70,37 @@ class PreparedDecoder(TransformersDecoder):
         """Read int64 (length,) tokens; counts start anew."""
         super().prefill(tokens)
         self.prepared.statistics.reset()
+
+
+class ExactDecoder(TransformersDecoder):
+    """A model under ``prepare(exact=True)``: its own calls are float32's, so its texts are what is timed."""
+
+    def __init__(self, model: Any) -> None:
+        from torchlamp.huggingface.prepare import prepare
+
+        self.prepared = prepare(model, exact=True)
+        super().__init__(model)
+        self._warm = False
+
+    def text_rate(self, prompt: Tensor, count: int) -> float:
+        """New tokens a second of greedy text behind int64 (length,) tokens, once the first one is there."""
+        if not self._warm:  # the first text measures how much checks differ
+            self._seconds(prompt, 16)
+            self._warm = True
+        first = self._seconds(prompt, 1)
+        return count / max(self._seconds(prompt, count + 1) - first, 1e-9)
+
+    @torch.inference_mode()
+    def _seconds(self, prompt: Tensor, count: int) -> float:
+        start = time.perf_counter()
+        self.model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return time.perf_counter() - start
 
 
 def dynamic_int8(model: nn.Module) -> Any:

@@ -1,7 +1,8 @@
 """A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -328,6 +329,15 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             for number, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
+        #: Called when the cache is gone and its memory free; None: nobody waits for it.
+        self.after: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        """Free the layers first, so that what comes after finds their memory free."""
+        after = vars(self).get("after")
+        if after is not None and not sys.is_finalizing():
+            self.layers: list[Any] = []
+            after()
 
     @property
     def memory(self) -> tuple[int, int]:

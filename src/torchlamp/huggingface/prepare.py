@@ -94,7 +94,7 @@ class Prepared:
             raise ValueError(
                 f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
             )
-        return LookaheadCache(
+        cache = LookaheadCache(
             self.model.config,
             scores=self.policy.sites["scores"],
             values=self.policy.sites["values"],
@@ -103,6 +103,9 @@ class Prepared:
             hadamard=self.settings["scores"].hadamard,
             statistics=self.statistics,
         )
+        if isinstance(self._plan, DecodePlan) and self._plan.wide.weights is not None:
+            cache.after = self._plan.wide.weights.settle
+        return cache
 
     def undo(self) -> None:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""

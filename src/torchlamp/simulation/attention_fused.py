@@ -29,7 +29,7 @@ _NOTHING = ThresholdForm("topz", math.inf)
 
 def fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult | None:
     """The whole call in the native kernel; None where the rule has no threshold form or the kernel can't serve."""
-    form = _form(call, operands)
+    form = _form(call, operands, value)
     if form is None:
         return None
     # Weights that look further, and draws, are the native kernel's; the others are the GPU's, too.
@@ -47,17 +47,17 @@ def fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Attent
 
 def fused_elsewhere(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> bool:
     """Whether a call on the CPU that no kernel serves here is one that the native kernel serves where it is."""
-    form = _form(call, operands)
+    form = _form(call, operands, value)
     if form is None or not value.is_cpu:
         return False
     return serves(call.accumulator.accumulation, form.weight, call.seen.mask, call.seen.causal, call.sinks)
 
 
-def _form(call: AttentionCall, operands: ScoreOperands) -> ThresholdForm | None:
+def _form(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> ThresholdForm | None:
     """The rule's threshold form; None where it has none, or the call wants what the kernel doesn't do."""
     plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
     plain = plain and not call.accumulator.online and operands.low_query is None
-    plain = plain and operands.column_shift is None
+    plain = plain and operands.column_shift is None and operands.key.shape[1] == value.shape[1]
     # The expected error of two coarser operands is no product of one number a row and one a key.
     if not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
         return None
