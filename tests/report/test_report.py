@@ -14,7 +14,7 @@ from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.report.data import read_report_data
 from torchlamp.report.figures import figures, save
 from torchlamp.report.figures_data import figures_data
-from torchlamp.report.report import page_data, report
+from torchlamp.report.report import code_states, page_data, report, report_page
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +180,31 @@ def test_a_file_in_the_place_of_the_folder(sweep, tmp_path):
         == f"torchlamp: error: can't write a report into {str(path)!r}: it is a file, give a folder\n"
     )
     assert path.read_text() == "root"
+
+
+def test_states_of_the_code_are_grouped():
+    states = {
+        "abc": ["2026-01-02", "2026-01-03"],
+        "abc+": ["2026-01-04"],
+        "def": ["2026-01-01"],
+        "unknown": [""],
+    }
+    rows = {row["commit"]: row for row in code_states(states)}
+    assert rows["abc"]["points"] == "3, 1 with uncommitted changes"
+    assert rows["abc"]["dates"] == "2026-01-02 to 2026-01-04"
+    assert rows["def"]["dates"] == "2026-01-01"
+    assert rows["unknown"]["dates"] == "unknown"
+
+
+def test_every_figure_of_the_page_links_to_files_that_are_there(sweep, written):
+    names = {
+        name for found in page_data(read_report_data([sweep]))["figures"] for name in found["files"].values()
+    }
+    own = {file.stem for file in written if file.suffix == ".png"}
+    assert own <= names
+    assert names - own == set()
+
+
+def test_a_title_of_ones_own(sweep):
+    page = report_page(read_report_data([sweep]), ["somewhere"], "Chips & <b>sums</b>")
+    assert "<h1>Chips &amp; &lt;b&gt;sums&lt;/b&gt;</h1>" in page
