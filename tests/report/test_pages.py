@@ -202,7 +202,8 @@ def test_tables_maps_and_failures_of_the_report(browser, pages):
             "recomputed",
         ]
         tab.select_option("#accumulate", "")
-        assert tab.locator("#points tbody tr").count() == 4 + 18 + 2
+        tab.select_option("#transform", "")
+        assert tab.locator("#points tbody tr").count() == 4 + 18 + 2 + 3
         assert "CUDA is away" in tab.inner_text("#failed")
         rates = shown(tab, "heads")[0][3]
         assert (len(rates), len(rates[0])) == (2, 4)

@@ -34,7 +34,18 @@ def written(sweep, tmp_path_factory):
 def test_every_figure_comes_as_svg_png_and_csv(written):
     names = {Path(name).stem for name in written}
     where = "tiny-prose-real"
-    kinds = ("kl-rate", "kl-cost", "flip-rate", "flip-cost", "kl-mu", "heads", "position", "layers", "sites")
+    kinds = (
+        "kl-rate",
+        "kl-cost",
+        "flip-rate",
+        "flip-cost",
+        "kl-mu",
+        "heads",
+        "position",
+        "layers",
+        "sites",
+        "transforms",
+    )
     assert {f"{kind}-{where}" for kind in kinds} <= names
     for name in names - {"report", "points", "equal-rate"}:
         assert written[f"{name}.svg"].read_text().lstrip().startswith("<?xml")
@@ -44,7 +55,7 @@ def test_every_figure_comes_as_svg_png_and_csv(written):
 
 def test_tables_hold_all_points_and_ratios(written):
     points = pd.read_csv(written["points.csv"])
-    assert len(points) == 4 + 18 + 2 + 2
+    assert len(points) == 4 + 18 + 2 + 2 + 3
     equal = pd.read_csv(written["equal-rate.csv"])
     strict, running = (equal[equal["rule"] == rule] for rule in ("strict", "running"))
     assert len(strict) > 2
@@ -62,6 +73,7 @@ def test_the_page_draws_the_data_of_the_files(sweep, written):
         "positions": "position",
         "layers": "layers",
         "sites": "sites",
+        "transforms": "transforms",
     }
     tables = {f["kind"]: f["rows"] for f in data["figures"] if f["site"] in ("", "scores")}
     tables |= {"points": data["points"], "equal-rate": data["rates"]}
