@@ -24,8 +24,8 @@ from torchlamp.report.figures_data import (
     usual_accumulator,
 )
 from torchlamp.report.page import pack, render
-from torchlamp.report.style import STYLES, accumulator_styles, legend_label, numbered, order, styles
-from torchlamp.report.tables import BASE, equal_rate, summary
+from torchlamp.report.style import BASE, STYLES, accumulator_styles, legend_label, numbered, order, styles
+from torchlamp.report.tables import equal_rate, summary
 from torchlamp.results.output import check_writable, write_text
 
 
