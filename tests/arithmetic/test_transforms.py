@@ -17,7 +17,7 @@ from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.arithmetic.transforms.transform import Diagonal, Side
 from torchlamp.kernels.products import products
 
-CHAINS = [[*names] for count in range(1, 7) for names in itertools.combinations(TRANSFORMS, count)]
+CHAINS = [[*names] for count in range(1, 8) for names in itertools.combinations(TRANSFORMS, count)]
 SIDES: list[Side] = ["left", "right"]
 
 
@@ -363,7 +363,7 @@ def test_names_round_trip(name):
 
 
 def test_they_are_applied_in_this_order():
-    assert [*TRANSFORMS] == ["center", "bicenter", "smooth", "balance", "hadamard", "sort"]
+    assert [*TRANSFORMS] == ["headwise", "center", "bicenter", "smooth", "balance", "hadamard", "sort"]
     given = [Reverse(), "sort", Transform.parse("hadamard"), "center"]
     assert [*map(str, in_order(given))] == ["center", "hadamard", "sort", "reverse"]
 
@@ -371,6 +371,8 @@ def test_they_are_applied_in_this_order():
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown transform 'centre': did you mean 'center'") as raised:
         Transform.parse("centre")
-    assert "the transforms are center, bicenter, smooth, balance, hadamard, sort" in str(raised.value)
+    assert "the transforms are headwise, center, bicenter, smooth, balance, hadamard, sort" in str(
+        raised.value
+    )
     with pytest.raises(TypeError, match="a transform is a name like 'center', got int 3"):
         Transform.parse(3)

@@ -33,10 +33,10 @@ def engine(label):
 def test_figures_of_the_engines_that_are_always_there(spec):
     rows = {}
     threads = torch.get_num_threads()
-    for label in (REFERENCE, "torch bfloat16", "torchlamp default", "torchlamp 8 bits"):
+    for label in (REFERENCE, "torch bfloat16", "torchlamp default", "torchlamp 8 bits", "torchlamp exact"):
         rows[label] = row(label, measured(engine(label), spec), CONTEXTS)
     assert torch.get_num_threads() == threads
-    assert rows[REFERENCE].kl == 0
+    assert rows[REFERENCE].kl == rows["torchlamp exact"].kl == 0
     assert rows[REFERENCE].figures["top1"] == 1
     assert 0 < rows["torchlamp default"].kl < rows["torchlamp 8 bits"].kl < rows["torch bfloat16"].kl
     for timing in rows.values():

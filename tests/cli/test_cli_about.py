@@ -26,6 +26,25 @@ def test_info():
     assert record["cache_folder"]
 
 
+def test_info_of_a_model_says_what_it_will_need(tiny_folder, monkeypatch):
+    said = run("info", tiny_folder, "--context", "100").stdout
+    for words in (
+        "in full precision, which stay in their file",
+        "low-bit copies ",
+        "cache of 100 tokens ",
+        "this machine ",
+    ):
+        assert words in said
+    record = json.loads(run("info", tiny_folder, "--policy", "none", "--context", "0", "--json").stdout)
+    assert (record["total"], record["copies"], record["cache"]) == (4 * record["weights"], 0, 0)
+    assert record["fits"]
+    monkeypatch.setattr("torchlamp.models.need.machine_memory", lambda: 10)
+    assert "the model does not fit" in run("info", tiny_folder).stdout
+    assert "needs 0 MB" in error_line(run("generate", tiny_folder, "the"))
+    assert "--context -1" in error_line(run("info", tiny_folder, "--context", "-1"))
+    assert "qvk" in error_line(run("info", tiny_folder, "--policy", "qvk=int8"))
+
+
 def test_models_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHLAMP_CACHE", str(tmp_path))
 
@@ -54,7 +73,7 @@ def test_formats_lists_what_a_policy_may_name():
 def test_formats_as_json_has_a_policy_for_each_name():
     found = json.loads(run("formats", "--json").stdout)
     assert {e["name"] for e in found["formats"]} >= set(NAMED)
-    assert {e["name"] for e in found["accumulators"]} == set(accumulators.NAMED)
+    assert {e["name"] for e in found["accumulators"]} == {*accumulators.NAMED, *accumulators.REGISTERS}
     assert {e["name"] for e in found["operands"]} >= set(BLOCKS)
     assert {e["name"] for e in found["transforms"]} == set(TRANSFORMS)
     for kind in found.values():

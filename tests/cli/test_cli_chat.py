@@ -28,6 +28,24 @@ def test_chat(tmp_path):
     assert nothing.stdout == ""
 
 
+def test_exact_answers_are_those_of_float32(tmp_path):
+    """The second one with what the first left in the cache."""
+    from torchlamp.evaluation.chat import Chat
+    from torchlamp.models.load import load
+    from torchlamp.policy.policy import Policy
+
+    folder = save_chat_folder(tmp_path)
+    result = CliRunner().invoke(
+        app, ["chat", str(folder), "--tokens", "6", "--exact"], input="the quick\nbrown fox\n"
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].startswith("exact: ")
+    model, tokenizer = load(str(folder))
+    with Chat(model, tokenizer, Policy.parse("ps23+all")) as talk:
+        plain = [talk.say(message, 6, lambda _: None) for message in ("the quick", "brown fox")]
+    assert result.stdout.startswith("\n".join(plain))
+
+
 def test_chat_refuses(tiny_folder, tmp_path):
     assert "has no chat template" in error_line(run("chat", tiny_folder))
     assert "'qvk'" in error_line(run("chat", tiny_folder, "--policy", "qvk=int8"))
@@ -64,7 +82,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 5000}))
     command = [sys.executable, "-m", "torchlamp", "chat", folder, "--tokens", "4000"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True) as process:
+    environment = {**os.environ, "TORCHLAMP_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
         process.stdin.write("the quick\n")
         process.stdin.flush()
         first = process.stdout.read(1)

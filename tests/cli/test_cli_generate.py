@@ -31,6 +31,30 @@ def test_generate_low_bit_and_compare(tiny_folder):
     assert "'qvk'" in error_line(run("generate", tiny_folder, "the", "--policy", "qvk=int8"))
 
 
+def test_exact_gives_the_text_of_float32(tiny_folder, tmp_path):
+    asked = (
+        "the quick brown",
+        "--tokens",
+        "40",
+        "--exact",
+        "--compare",
+        "--json",
+        str(tmp_path / "out.json"),
+    )
+    result = run("generate", tiny_folder, *asked)
+    assert result.exit_code == 0, result.output
+    assert "new tokens are the same" in result.stdout
+    assert "tokens exact, drafted under look-ahead: " in result.stdout
+    assert "drafted tokens accepted (" in result.stdout
+    found = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert found["exact"] is True
+    assert found["token_ids"] == found["float32"]["token_ids"]
+    assert 0 < found["acceptance"]["accepted"] <= found["acceptance"]["drafted"]
+    assert "acceptance" not in found["float32"]
+    simulated = run("generate", tiny_folder, "the", "--exact", "--policy", "ps4+strict:0.1")
+    assert "kernel" in error_line(simulated)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_generate_on_a_half_precision_folder(tiny_folder, tmp_path, dtype):
     """It keeps its weights, and answers as its widened copy does."""

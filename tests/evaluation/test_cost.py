@@ -175,3 +175,41 @@ def test_controls_count_no_look_ahead_and_nothing_is_free():
 def test_bad_input_is_quoted(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def operations(names, shape, calibrated=False):
+    """What transforms add, in operations."""
+    found = costs(shape, "ps4", "strict:0.1", 0.02, transforms=names, calibrated=calibrated)["tile_16x16"]
+    plain = costs(shape, "ps4", "strict:0.1", 0.02)["tile_16x16"]
+    assert plain.transforms == 0
+    assert found.total == pytest.approx(plain.total + found.transforms)
+    assert found.break_even == pytest.approx(
+        max(plain.break_even - found.transforms / (1 + 4 / 16), 0), abs=1e-9
+    )
+    return round(found.transforms * shape.entries * shape.depth, 6)
+
+
+@pytest.mark.parametrize(
+    ("names", "fitted", "calibrated"),
+    [
+        # 100 queries and keys of 16 numbers, 5050 scores.
+        ("center", 2 * 1600, 1600),
+        ("bicenter", 4 * 1600 + 1600 + 5050, 2 * 1600 + 1600 + 5050),
+        ("sort", 2 * 1600, 0),
+        ("smooth", 4 * 1600, 2 * 1600),
+        ("hadamard", 2 * 1600 * 4, 2 * 1600 * 4),
+        ("balance", 3 * 1600 * 16 + 10 * 16**3, 2 * 1600 * 16),
+        ("center.sort", 4 * 1600, 1600),
+    ],
+)
+def test_transforms_of_scores_are_counted(names, fitted, calibrated):
+    shape = Shape(100, 100, 16, causal=True)
+    assert operations(names.split("."), shape) == fitted
+    assert operations(names.split("."), shape, calibrated=True) == calibrated
+
+
+def test_weights_are_changed_once():
+    shape = Shape(100, 30, 16)
+    assert operations(["center"], shape) == operations(["bicenter"], shape) == 2 * 1600
+    assert operations(["sort"], shape, calibrated=True) == 0
+    assert operations(["balance"], shape, calibrated=True) == 1600 * 16

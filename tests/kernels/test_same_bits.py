@@ -1,15 +1,23 @@
-"""Every instruction set gives the same bits: sums in sixteen lanes whatever the vectors' width, one exponential."""
+"""Every instruction set and the reference of attention give the same bits: sums in sixteen lanes, one exponential."""
+
+import math
 
 import pytest
 import torch
 from test_fused_attention_kernel import OPTIONS, WEIGHTS, case
 
 from operands import NATIVE
+from torchlamp.arithmetic.accumulators import Accumulator
+from torchlamp.arithmetic.operands import Operand
+from torchlamp.arithmetic.transforms import Transform
 from torchlamp.decoding.key_value_store import KeyValueStore, StoreOptions
 from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.huggingface.prepare import prepare
 from torchlamp.kernels.attention import fused_attention
+from torchlamp.kernels.reference_softmax import exponential, lane_sum, tangent
 from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.rule import Rule
+from torchlamp.simulation.attention import attention
 
 pytestmark = pytest.mark.skipif(len(NATIVE) < 2, reason="one instruction set here")
 
@@ -72,6 +80,76 @@ def test_a_key_value_store(monkeypatch, options, softcap, length):
     assert_same(on_each(monkeypatch, run))
 
 
+RULES = (
+    "none",
+    "all",
+    "strict:0.1",
+    "running:0.01",
+    "relaxed:0.1",
+    "relaxed-length:0.1",
+    "topz:0.02",
+    "bridge:0.05",
+)
+
+
+@pytest.mark.parametrize("rule", [*RULES, "random-like:strict:0.1"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reference_has_the_same_bits(monkeypatch, rule, seed):
+    """The tile loop in torch, where a kernel would serve: softcap, sinks, masks, shifts, rows that see nothing."""
+    options = {
+        name for i, name in enumerate(("sinks", "softcap", "mask", "operand")) if (seed * 5 + i * 3) % 4 < 2
+    }
+    options -= {"sinks"} if rule.startswith("relaxed") else set()
+    queries, keys = ((40, 40), (70, 90), (3, 150))[seed]
+    q, k, v = draw(2, 4, queries, 24), draw(2, 2, keys, 24, seed=1), draw(2, 2, keys, 20, seed=2)
+    mask = draw(2, 1, queries, keys, seed=3) > -0.7
+    mask[1, :, 1] = False
+    quantised = "operand" in options and not rule.startswith("running")
+
+    def run():
+        found = attention(
+            q,
+            k,
+            v,
+            accumulator=Accumulator.parse("ps4"),
+            rule=Rule.parse(rule),
+            scaling=0.3,
+            mask=mask if "mask" in options else None,
+            causal="mask" not in options,
+            softcap=3.0 if "softcap" in options else None,
+            sinks=draw(4, seed=4) if "sinks" in options else None,
+            operand=Operand.parse("int8") if quantised else Operand(),
+            transforms=(Transform.parse("center"),),
+            blocks=True,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return found.output, found.selected, found.eligible, found.last_key, found.blocks
+
+    assert_same(on_each(monkeypatch, run, (NATIVE[0], "torch")))
+
+
+def test_exponentials_and_sums_of_the_reference():
+    x = torch.cat(
+        [-88.0 * torch.rand(10_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.0, -87.33])]
+    )
+    true = x.double().exp()
+    assert float(((exponential(x) - true).abs() / true)[x > -87.33].max()) < 2**-23
+    assert exponential(torch.tensor([-87.34, -math.inf])).tolist() == [0, 0]
+    assert bool(exponential(torch.tensor([math.nan])).isnan())
+    y = torch.cat([draw(10_000) * 2, torch.tensor([0.625, -0.625, 20.0])])
+    assert float(((tangent(y) - y.double().tanh()) / y.double().tanh()).abs().max()) < 2**-22
+    assert tangent(torch.tensor([math.inf, -math.inf, 0.0])).tolist() == [1, -1, 0]
+    # Lane by lane, in plain Python.
+    numbers, first = draw(1, 50), 5
+    lanes = [0.0] * 16
+    for place, number in enumerate(numbers[0].tolist(), start=first):
+        lanes[place % 16] = float(torch.tensor(lanes[place % 16]) + torch.tensor(number))
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [float(torch.tensor(lanes[i]) + torch.tensor(lanes[i + half])) for i in range(half)]
+    assert lane_sum(numbers, first).item() == lanes[0]
+
+
 @pytest.mark.parametrize("policy", ["ps4+strict:0.1", "ps4.center.sort+running:0.01", "int8+relaxed:0.1"])
 def test_an_evaluation(monkeypatch, tiny, policy):
     windows = torch.randint(3, 300, (2, 100), generator=torch.Generator().manual_seed(0))
@@ -82,7 +160,7 @@ def test_an_evaluation(monkeypatch, tiny, policy):
             [[r.kl_mean, r.recompute_rate, r.perplexity] for r in (result, *result.comparisons)]
         )
 
-    found = on_each(monkeypatch, run)
+    found = on_each(monkeypatch, run, [*NATIVE, "torch"])
     assert_same([[tensor] for tensor in found])
     assert found[0][0, 0] > 0
 

@@ -52,8 +52,17 @@ def test_every_rule_has_a_role():
         by_role.setdefault(Rule.parse(kind.examples[0]).role, set()).add(name)
     assert by_role["control"] == {"none", "all", "random", "random-like"}
     assert by_role["oracle"] == {"oracle", "oracle-residual"}
-    assert by_role["static"] == {"heads", "sink-recent"}
-    published = {"strict", "relaxed", "relaxed-length", "mass", "budget", "condition", "lamp-attention"}
+    assert by_role["static"] == {"heads", "sink-recent", "first-layers"}
+    published = {
+        "strict",
+        "relaxed",
+        "relaxed-length",
+        "mass",
+        "budget",
+        "condition",
+        "lamp-attention",
+        "thrift",
+    }
     assert by_role["published"] == published
     assert "running" in by_role["ours"]
     assert set(by_role) == {"published", "ours", "control", "oracle", "static"}

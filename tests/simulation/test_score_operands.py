@@ -8,6 +8,7 @@ import torch
 from torchlamp.arithmetic import Accumulator
 from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
+from torchlamp.arithmetic.tender import Ranges
 from torchlamp.arithmetic.transforms import TRANSFORMS, Transform
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.rules import Rule
@@ -47,7 +48,8 @@ def run(tensors, precision="ps4", rule="none", transforms=(), operand="float32",
 def test_every_chain_is_exact(chain):
     query, key, _ = draw()
     changed = score_operands(query, key, operand=Operand(), transforms=chain, scaling=0.25, wants_shift=True)
-    scores = changed.query.double() @ changed.key.double().repeat_interleave(2, 1).mT * 0.25
+    own = changed.key.double().repeat_interleave(4 // changed.key.shape[1], 1)
+    scores = changed.query.double() @ own.mT * 0.25
     if changed.shift is not None:
         scores += changed.shift[..., None]
     if changed.column_shift is not None:
@@ -133,3 +135,42 @@ def test_numbers_that_are_not_finite_stay_where_they_are(bad):
 def test_a_head_size_that_cannot_be_rotated():
     with pytest.raises(ValueError, match="sums of 12 terms; it needs a power of two"):
         run(draw(size=12), "ps4", "none", ["hadamard"])
+
+
+def test_headwise_scores_are_those_of_repeated_keys():
+    query, key, value = tensors = draw()
+    repeated = query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    names = ["headwise", "bicenter", "balance"]
+    for rule in ("none", "strict:0.05", "running:0.01"):
+        found, expected = run(tensors, "ps3", rule, names), run(repeated, "ps3", rule, names[1:])
+        assert torch.equal(found.selected, expected.selected)
+        torch.testing.assert_close(found.output, expected.output)
+    assert not torch.allclose(found.output, run(tensors, "ps3", "running:0.01", names[1:]).output)
+
+
+def test_headwise_gains_where_heads_that_share_keys_differ():
+    g = torch.Generator().manual_seed(3)
+    query, key, value = draw(heads=2, key_heads=1, queries=64, keys=64, size=64)
+    query, key = (torch.randn(x.shape, generator=g) for x in (query, key))
+    query *= torch.logspace(-2, 0, 64)
+    query[:, 0] = query[:, 0].flip(-1)
+    exact = run((query, key, value), "fp32").output
+    shared, own = (
+        float((run((query, key, value), "ps4", "none", names).output - exact).norm())
+        for names in (["center", "sort"], ["headwise", "center", "sort"])
+    )
+    assert own < shared / 1.1
+
+
+def test_headwise_refuses_ranges_of_shared_keys():
+    query, key, _ = draw()
+    with pytest.raises(ValueError, match="Tender's calibrated ranges are those of shared keys"):
+        score_operands(
+            query,
+            key,
+            operand=Operand.parse("tender4/8"),
+            transforms=[Transform.parse("headwise")],
+            scaling=0.25,
+            wants_shift=False,
+            ranges=(Ranges.of(query.flatten(0, 1)), Ranges.of(key.flatten(0, 1))),
+        )

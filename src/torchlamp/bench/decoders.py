@@ -1,11 +1,13 @@
 """Contestants of `torchlamp bench decode`: ways to decode one token after the other, with one interface."""
 
-import copy
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from torchlamp.huggingface.sharing_copy import sharing_copy
 
 
 class Decoder(Protocol):
@@ -70,10 +72,35 @@ class PreparedDecoder(TransformersDecoder):
         self.prepared.statistics.reset()
 
 
-def sharing_copy(model: nn.Module) -> Any:
-    """A copy of a model whose parameters and buffers are the model's own."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
+class ExactDecoder(TransformersDecoder):
+    """A model under ``prepare(exact=True)``: its own calls are float32's, so its texts are what is timed."""
+
+    def __init__(self, model: Any) -> None:
+        from torchlamp.huggingface.prepare import prepare
+
+        self.prepared = prepare(model, exact=True)
+        super().__init__(model)
+        self._warm = False
+
+    def text_rate(self, prompt: Tensor, count: int) -> float:
+        """New tokens a second of greedy text behind int64 (length,) tokens, once the first one is there."""
+        if not self._warm:  # the first text measures how much checks differ
+            self._seconds(prompt, 16)
+            self._warm = True
+        first = self._seconds(prompt, 1)
+        return count / max(self._seconds(prompt, count + 1) - first, 1e-9)
+
+    @torch.inference_mode()
+    def _seconds(self, prompt: Tensor, count: int) -> float:
+        start = time.perf_counter()
+        self.model.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return time.perf_counter() - start
 
 
 def dynamic_int8(model: nn.Module) -> Any:

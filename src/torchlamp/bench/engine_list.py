@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.bench import llama_cpp
-from torchlamp.bench.decoders import TransformersDecoder, dynamic_int8
+from torchlamp.bench.decoders import ExactDecoder, TransformersDecoder, dynamic_int8
 from torchlamp.bench.ik_llama import IkLlama
 from torchlamp.bench.llama_files import LlamaDecoder
 
@@ -156,6 +156,10 @@ def _ours(precision: str, spec: Spec) -> Reads:
     return TransformersDecoder(model, found.cache if "scores" in found.policy.sites else None)
 
 
+def _exact(spec: Spec) -> Reads:
+    return ExactDecoder(_load(spec, "float32"))
+
+
 _LLAMA = {"modules": ("llama_cpp",), "install": "pip install 'torchlamp[bench]'", "reads_gguf": True}
 _AO = {"modules": ("torchao",), "install": "pip install torchao"}
 _BENCH = "pip install 'torchlamp[bench]'"
@@ -187,6 +191,7 @@ ENGINES: tuple[Engine, ...] = (
     ),
     Engine("torchlamp default", partial(_ours, "default"), loads_twice=True),
     Engine("torchlamp 8 bits", partial(_ours, "fast"), loads_twice=True),
+    Engine("torchlamp exact", _exact),
 )
 
 #: Engines that can't run beside this package, and why.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchlamp.bench.decoders import ExactDecoder
 from torchlamp.bench.engine_list import ENGINES, REFERENCE, Engine, Reads, Spec
 from torchlamp.evaluation.metrics import Comparer
 
@@ -86,10 +87,12 @@ def _speed(reads: Reads, text: Tensor, context: int, spec: Spec) -> dict[str, fl
         start = time.perf_counter()
         reads.prefill(prompt)
         read.append(time.perf_counter() - start)
-    for token in following:
+    for token in () if isinstance(reads, ExactDecoder) else following:
         start = time.perf_counter()
         reads.step(token)
         steps.append(time.perf_counter() - start)
+    if isinstance(reads, ExactDecoder):  # takes no steps of given tokens, but writes its own
+        steps.append(1 / reads.text_rate(prompt, spec.steps))
     first = statistics.median(read[1:])
     return {
         f"first_token_ms_{context}": 1e3 * first,

@@ -21,8 +21,8 @@ def greedy(name: str, model: Any, tokenizer: Any, policy: Any = None, *, watch: 
 
     Both ways take turns prompt by prompt; their seconds are those of the whole `generate`.
     """
-    from torchlamp.bench.decoders import sharing_copy
     from torchlamp.huggingface.prepare import prepare
+    from torchlamp.huggingface.sharing_copy import sharing_copy
 
     watch = Watch() if watch is None else watch
     prompts, count = PROMPTS[watch.quick], NEW_TOKENS[watch.quick]

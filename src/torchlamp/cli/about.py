@@ -1,6 +1,7 @@
 """``torchlamp info`` and ``models``."""
 
 import json as json_module
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -10,8 +11,21 @@ from torchlamp.cli.common import app, one_line_errors
 
 @app.command()
 @one_line_errors
-def info(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """Show versions, threads, the processor, which kernels run and why others don't, and the cache."""
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Say what this model will need instead.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Of its low-bit copies: 'fast', a policy, or 'none' to load it as it is."),
+    ] = "default",
+    context: Annotated[int, typer.Option(help="Tokens whose keys and values are counted.")] = 4096,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show versions, processor, kernels, cache; or what a model will need in memory, before it is loaded."""
+    if model is not None:
+        _print_need(model, policy, context, json)
+        return
     from torchlamp.evaluation.environment import environment, kernels
     from torchlamp.models.cache import cache_folder
 
@@ -59,3 +73,22 @@ def models() -> None:
         "Also: any .gguf file, a transformers folder, or a hub name. "
         f"Converted copies, {len(found)} with {total}, are in {cache_folder()}: see torchlamp cache list"
     )
+
+
+def _print_need(model: str, policy: str | None, context: int, json: bool) -> None:
+    from torchlamp.cli.cache import size_words
+    from torchlamp.models.load import memory_need
+
+    if context < 0:
+        raise ValueError(f"--context {context}: give 0 or more")
+    found = memory_need(model, precision=None if policy == "none" else policy, context=context)
+    if json:
+        print(json_module.dumps({**asdict(found), "total": found.total, "fits": found.fits}, indent=2))
+        return
+    where = ", which stay in their file" if found.in_file else ""
+    print(f"{found.weights / 1e6:.0f} million weights, {size_words(found.full)} in full precision{where}")
+    if found.copies:
+        print(f"low-bit copies  {size_words(found.copies)}")
+    print(f"cache of {context} tokens  {size_words(found.cache)}")
+    print(f"in memory  {size_words(found.total)}, beside the tokenizer and the libraries (0.5 GB)")
+    print(f"this machine  {size_words(found.machine)}{'' if found.fits else ': the model does not fit'}")

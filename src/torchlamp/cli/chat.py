@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchlamp.cli.common import ModelName, Threads, app, one_line_errors, set_threads
-from torchlamp.cli.generate import GenerationPolicy, SamplingSeed, Temperature, TopP, print_rates
+from torchlamp.cli.generate import (
+    Exact,
+    GenerationPolicy,
+    SamplingSeed,
+    Temperature,
+    TopP,
+    print_acceptance,
+    print_rates,
+)
 from torchlamp.cli.signals import Terminated, asked_to_stop, exit_code, terminated
 
 if TYPE_CHECKING:
@@ -30,6 +38,7 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: SamplingSeed = 0,
+    exact: Exact = False,
     threads: Threads = None,
 ) -> None:
     """Talk to a model: a message a line; /clear, /stats, /help; an empty line or /exit ends."""
@@ -44,8 +53,9 @@ def chat(
     from torchlamp.evaluation.chat import Chat
 
     with shown_steps():
-        language_model, tokenizer = load_for_generation(model, chosen)
-    with Chat(language_model, tokenizer, chosen, system=system, sampling=sampling) as talk:
+        language_model, tokenizer = load_for_generation(model, chosen, exact=exact)
+    talking = Chat(language_model, tokenizer, chosen, system=system, sampling=sampling, exact=exact)
+    with talking as talk:
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 __import__("readline")  # lines can be edited and called back
@@ -124,3 +134,4 @@ def _print_figures(talk: "Chat") -> None:
         f"{talk.held} tokens in the cache"
     )
     print_rates(talk.rates)
+    print_acceptance(talk.acceptance)

@@ -24,6 +24,10 @@ TopP = Annotated[
     float, typer.Option("--top-p", help="Draw from the most probable tokens that reach this share.")
 ]
 SamplingSeed = Annotated[int, typer.Option(help="Of the draws.")]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Float32's own text: low bits draft (8 bits by default), float32 confirms."),
+]
 
 
 @app.command()
@@ -52,6 +56,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: SamplingSeed = 0,
+    exact: Exact = False,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Run float32 first, and show the first token that differs, if any."),
@@ -79,7 +84,7 @@ def generate(
     set_threads(threads)
 
     with shown_steps():
-        language_model, tokenizer = load_for_generation(model, chosen, full_precision=compare)
+        language_model, tokenizer = load_for_generation(model, chosen, full_precision=compare, exact=exact)
     out = sys.stderr if to_stdout else sys.stdout
 
     def write(piece: str) -> None:
@@ -98,8 +103,10 @@ def generate(
             chat=chat,
             system=system,
             sampling=sampling,
+            exact=exact,
         )
-        label = "float32" if full_precision else "under " + ("look-ahead" if chosen is None else str(chosen))
+        way = ("exact, drafted " if exact else "") + "under "
+        label = "float32" if full_precision else way + ("look-ahead" if chosen is None else str(chosen))
         stopped = ", interrupted" if done.finish == "interrupted" else ""
         plural = "s" if done.tokens > 1 else ""
         print(
@@ -108,6 +115,7 @@ def generate(
             file=out,
         )
         print_rates(done.rates, out)
+        print_acceptance(done.acceptance, out)
         if done.memory:
             print(f"memory: {done.memory}", file=out)
         return done
@@ -130,6 +138,7 @@ def generate(
             "temperature": temperature,
             "top_p": top_p,
             "seed": seed,
+            "exact": exact,
         }
         beside = {} if full is None or full is low else {"float32": full.to_dict()}
         text = json_module.dumps(asked | low.to_dict() | beside, indent=2, ensure_ascii=False) + "\n"
@@ -173,6 +182,12 @@ def print_rates(rates: dict[str, float], out: Any = None) -> None:
         print(
             "in full precision: " + ", ".join(f"{site} {rate:.2%}" for site, rate in rates.items()), file=out
         )
+
+
+def print_acceptance(acceptance: Any, out: Any = None) -> None:
+    """One line of what became of drafted tokens, if any were."""
+    if acceptance is not None:
+        print(f"exact: {acceptance}", file=out)
 
 
 def difference(tokenizer: Any, full: list[int], low: list[int]) -> str:

@@ -22,6 +22,8 @@ from torchlamp.kernels.reference_store import StoreReference
 __all__ = ["TENSORS", "Attended", "KeyValueStore", "StoreOptions"]
 #: The slots that a store begins with.
 _MIN_CAPACITY = 4 * ROWS
+#: Slots from which on a store grows by a half: memory that isn't used is a third of it at most.
+_LARGE = 512
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Attended:
 class KeyValueStore:
     """Keys and values of one layer; made empty, its sizes are those of the first append.
 
-    Keys and values lie in slots, in the order of their appends, counted from 0. Growing doubles the capacity, so that a
-    sequence of n is copied less than 2 n slots in all.
+    Keys and values lie in slots, in the order of their appends, counted from 0. Growing doubles the capacity, and from
+    512 slots on adds a half, so that a sequence of n is copied less than 3 n slots in all.
     """
 
     # TENSORS, there from the first append on.
@@ -99,7 +101,8 @@ class KeyValueStore:
     def reserve(self, count: int) -> None:
         """Have memory for so many keys and values more, in a store that isn't empty."""
         if self.length + count > self.capacity:
-            capacity = whole_blocks(max(self.length + count, 2 * self.capacity))
+            more = self.capacity if self.capacity < _LARGE else self.capacity // 2
+            capacity = whole_blocks(max(self.length + count, self.capacity + more))
             self._take(enlarged(self._tensors(), self.options, self.length, capacity))
             self.capacity = capacity
 

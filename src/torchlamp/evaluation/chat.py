@@ -11,6 +11,7 @@ from torchlamp.evaluation.generation import (
     GREEDY,
     AnyPolicy,
     Sampling,
+    acceptance_of,
     check_tokens,
     rates_of,
     running_under,
@@ -18,6 +19,7 @@ from torchlamp.evaluation.generation import (
     text_of,
 )
 from torchlamp.evaluation.prompts import Message, chat_tokens
+from torchlamp.huggingface.draft_length import Acceptance
 
 
 class Chat:
@@ -33,6 +35,8 @@ class Chat:
         The system message before the first one.
     sampling : Sampling
         How tokens are chosen, the most probable ones by default; the seed grows by 1 with every answer.
+    exact : bool
+        As for `generation.generate`.
 
     Raises
     ------
@@ -48,8 +52,10 @@ class Chat:
         *,
         system: str | None = None,
         sampling: Sampling = GREEDY,
+        exact: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.policy, self.sampling = model, tokenizer, policy, sampling
+        self.exact = exact
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         chat_tokens(tokenizer, [*self._opening, {"role": "user", "content": "?"}])
         #: The conversation so far, as chat templates take it.
@@ -64,7 +70,7 @@ class Chat:
         self._cache: Any = None
 
     def __enter__(self) -> "Chat":
-        self._block = running_under(self.model, self.policy)
+        self._block = running_under(self.model, self.policy, exact=self.exact)
         self._running = self._block.__enter__()
         return self
 
@@ -155,6 +161,11 @@ class Chat:
     def tokens_per_second(self) -> float:
         """New tokens a second, once a message is read."""
         return self._timed / self._seconds if self._seconds > 0 else 0.0
+
+    @property
+    def acceptance(self) -> Acceptance | None:
+        """What became of drafted tokens over all turns, under `exact`."""
+        return acceptance_of(self._running)
 
     @property
     def rates(self) -> dict[str, float]:

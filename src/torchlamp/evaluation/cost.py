@@ -12,9 +12,11 @@ look-ahead, which only repeats it for what is recomputed. Relative to full preci
                                   in the place of f's, and a' products v_j.o, for entries that the bound on the
                                   distance doesn't settle (docs/method.md 4.9)
                 + (M + N) / E     if it estimates errors from norms (`bridge`): one norm a row and a column
+    transforms  Transform.operations / (E K) + Transform.operations_a_sum / K, in float32, if any are named: each head
+                is charged its own keys, so that heads which share keys pay too much
     recompute   p (1 + a / K), p the share of the units (entries, 1 x 16 row blocks, 16 x 16 tiles) that are touched:
                 a touched unit is recomputed as a whole, a operations of f again for each of its entries
-    total       the sum of the three; p* = (1 - low pass - look-ahead) / (1 + a / K) breaks even
+    total       the sum of the four; p* = (1 - low pass - look-ahead - transforms) / (1 + a / K) breaks even
 
     bytes       full (M + N) K b;  low pass (M + N) K b_low;  scores and masks stay on the chip
                 recompute min(units touched * (R + C), M + N) K b: R rows and C columns of operands for each R x C
@@ -30,11 +32,12 @@ Derived; docs/report.md, "Cost".
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.arithmetic.formats import Format
+from torchlamp.arithmetic.transforms import Transform
 from torchlamp.rules.rule import Rule
 
 #: Granularity -> rows and columns of the unit that is recomputed as a whole. The keys are those of block rates.
@@ -156,11 +159,13 @@ class Cost:
     break_even: float
     #: False for an oracle: it needs the full-precision result, which isn't counted.
     realisable: bool
+    #: Operations of the transforms of the operands, relative.
+    transforms: float = 0.0
 
     @property
     def total(self) -> float:
         """Operations relative to full precision."""
-        return self.low_pass + self.look_ahead + self.recompute
+        return self.low_pass + self.look_ahead + self.transforms + self.recompute
 
     @property
     def total_bytes(self) -> float:
@@ -208,6 +213,9 @@ def costs(
     rate: float,
     block_rates: Mapping[str, float] | None = None,
     model: CostModel | None = None,
+    *,
+    transforms: Iterable[str | Transform] = (),
+    calibrated: bool = False,
 ) -> dict[str, Cost]:
     """The cost of a site's policy at every granularity, by the formulas at the head of this module.
 
@@ -224,6 +232,10 @@ def costs(
         Measured shares of touched units, keys of `GRANULARITIES` (`Result.block_rates`).
     model : CostModel, optional
         The unit costs; by default those of `CostModel()`.
+    transforms : sequence of str or Transform
+        Of the operands: of both in a causal shape, which are scores; of the left one, the inputs, elsewhere.
+    calibrated : bool
+        Whether the transforms' statistics come from another text, and cost nothing here.
 
     Raises
     ------
@@ -235,6 +247,11 @@ def costs(
     k = shape.depth
     low = model.multiply_add(accumulator)
     look = model.look_ahead(rule, shape, accumulator, rate)
+    changed = 0.0
+    right = shape.columns if shape.causal else 0
+    for transform in map(Transform.parse, transforms):
+        changed += transform.operations(shape.rows, right, k, fitted=not calibrated) / (shape.entries * k)
+        changed += transform.operations_a_sum() / k if shape.causal else 0.0
     again = 1 + model.apply / k
     result = {}
     for name, (touched, estimated) in touched_rates(rate, block_rates).items():
@@ -250,7 +267,8 @@ def costs(
             recompute=touched * again,
             low_pass_bytes=model.low_bytes / model.full_bytes,
             recompute_bytes=min(vectors, operands) / operands,
-            break_even=min(max((1 - low - look) / again, 0.0), 1.0),
+            break_even=min(max((1 - low - look - changed) / again, 0.0), 1.0),
             realisable=rule.role != "oracle",
+            transforms=changed,
         )
     return result

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchlamp.evaluation.prompts import end_tokens, has_chat_template, prompt_tokens
 from torchlamp.evaluation.text_stream import TextStream
+from torchlamp.huggingface.draft_length import Acceptance
 from torchlamp.models.quiet import quiet_transformers
 from torchlamp.policy.decodable import settings
 from torchlamp.policy.policy import Policy
@@ -73,6 +74,8 @@ class Generated:
     rates: dict[str, float]
     #: In words; empty where nothing was copied.
     memory: str = ""
+    #: What became of drafted tokens, under `exact`.
+    acceptance: Acceptance | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,6 +100,7 @@ class Generated:
             "tokens_per_second": self.tokens_per_second,
             "recompute_rate_by_site": self.rates,
             "memory": self.memory or None,
+            **({} if self.acceptance is None else {"acceptance": self.acceptance.to_dict()}),
         }
 
 
@@ -128,6 +132,7 @@ def generate(
     chat: bool | None = None,
     system: str | None = None,
     sampling: Sampling = GREEDY,
+    exact: bool = False,
 ) -> Generated:
     """Answer a message or continue a text, handing each finished piece to `write`.
 
@@ -151,6 +156,8 @@ def generate(
         What the model is told before the message.
     sampling : Sampling
         How tokens are chosen; the most probable ones by default.
+    exact : bool
+        The policy only drafts, and float32 confirms: ``prepare(exact=True)``.
 
     Returns
     -------
@@ -173,7 +180,7 @@ def generate(
     with (
         quiet_transformers(),
         torch.inference_mode(),
-        running_under(model, chosen, full_precision) as running,
+        running_under(model, chosen, full_precision, exact) as running,
     ):
         done = stream(model, tokenizer, ids, tokens, write, echo=not chatting, sampling=sampling)
     return Generated(
@@ -186,22 +193,23 @@ def generate(
         done.seconds,
         rates_of(running),
         _memory(running),
+        acceptance_of(running),
     )
 
 
 def load_for_generation(
-    name: str, policy: AnyPolicy = None, *, full_precision: bool = False
+    name: str, policy: AnyPolicy = None, *, full_precision: bool = False, exact: bool = False
 ) -> tuple[Any, Any]:
     """A model and its tokenizer as `torchlamp.load` gives them, for `generate` under the same policy.
 
     A policy of the decoding kernels prepares the model as it is loaded (`precision`). Under another one, or where
-    float32 runs, too (`full_precision`), it isn't prepared, and in half precision where the checkpoint is; a model with
-    half-precision matrices of modules that can't be run in float32 as they are is widened.
+    float32 runs, too (`full_precision`, `exact`), it isn't prepared, and in half precision where the checkpoint is; a
+    model with half-precision matrices of modules that can't be run in float32 as they are is widened.
     """
     from torchlamp.huggingface.wide_forwards import narrow_modules
     from torchlamp.models.load import load
 
-    if not full_precision and (policy is None or policy.has_stored):
+    if not full_precision and not exact and (policy is None or policy.has_stored):
         return load(name, precision="default" if policy is None else policy)
     model, tokenizer = load(name, dtype="auto")
     try:
@@ -291,8 +299,12 @@ def text_of(tokenizer: Any, ids: list[int]) -> str:
     return text
 
 
-def running_under(model: Any, policy: AnyPolicy, full_precision: bool = False) -> AbstractContextManager[Any]:
+def running_under(
+    model: Any, policy: AnyPolicy, full_precision: bool = False, exact: bool = False
+) -> AbstractContextManager[Any]:
     """A block in which the model runs under a policy: prepared, simulated, or as it is in float32.
+
+    `exact` has the policy draft what float32 confirms; None is then the 8-bit one.
 
     A model that is prepared already, under this policy, stays so, and its statistics go on counting.
     """
@@ -304,6 +316,8 @@ def running_under(model: Any, policy: AnyPolicy, full_precision: bool = False) -
 
         check_not_prepared(model)
         return widened(model)
+    if exact:
+        return prepare(model, policy, exact=True)
     found = prepared_or_none(model)
     if found is not None and policy in (None, found.policy, found.asked):
         return nullcontext(found)
@@ -319,6 +333,11 @@ def rates_of(running: Any) -> dict[str, float]:
     if running is None:
         return {}
     return dict(getattr(running, "statistics", running).rates)
+
+
+def acceptance_of(running: Any) -> Acceptance | None:
+    """What became of drafted tokens under `exact`; None elsewhere."""
+    return getattr(running, "acceptance", None)
 
 
 def _memory(running: Any) -> str:

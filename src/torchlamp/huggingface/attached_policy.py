@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlamp.arithmetic.tender import Ranges
+from torchlamp.arithmetic.transforms.headwise import Headwise, own_keys
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.huggingface.widening import Widening
 from torchlamp.policy.policy import SitePolicy
@@ -95,6 +96,8 @@ class AttachedPolicy:
         policy = self.policy("scores", layer)
         if policy is None or not policy.precision.transforms:
             return None
+        if Headwise() in policy.precision.transforms:
+            key = own_keys(query, key)
         if self.collect is not None:
             # Heads are small, and `fold` wants to know how their channels hang together.
             self.collect.add("scores", layer, *score_moments(query, key, products=True))

@@ -147,7 +147,7 @@ class MlpDecode(DecodeForward):
     def decode(self, x: Tensor) -> Tensor:
         """float32 (vectors, columns) to (vectors, outputs)."""
         y, recomputed, read = self.mlp.run(x, *self.thresholds)
-        self.note_rows(2 * recomputed)
+        self.note_rows(2 * recomputed + read)
         eligible = len(x) * self.mlp.gate.rows
         self.statistics.record("mlp_up", self.number, recomputed, eligible)
         self.statistics.record("mlp_down", self.number, read, eligible)

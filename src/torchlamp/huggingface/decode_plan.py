@@ -154,6 +154,9 @@ class DecodePlan:
             if not SITES[name].place.in_layers:
                 with work(f"packing {name}"):
                     self._decode(SITES[name], Layer(-1, model))
+        if wide.weights is not None:
+            mlps = [f.mlp.down_full for f in self.forwards.values() if isinstance(f, MlpDecode)]
+            wide.weights.add(columns for columns in mlps if columns is not None)
         del self.copies  # the forwards hold what they need of them
         self._undo: list[Callable[[], object]] = []
 

@@ -135,8 +135,11 @@ class StepDecode(Forward):
         if _is_step(cache, count):
             if any(layer.store.length == 0 for layer in cache.layers):
                 return False
+            before = cache.layers[0].store.capacity
             for layer in cache.layers:
                 layer.make_room(count)
+            if self.weights is not None and cache.layers[0].store.capacity != before:
+                self.weights.settle()  # of the memory that the stores had before
         return True
 
     def _kinds(self) -> Sequence[str]:
@@ -238,7 +241,7 @@ class StepDecode(Forward):
         return self._normed(native, result, y)
 
     def _record_mlp(self, layer: NativeLayer, tokens: int, neurons: int, columns: int) -> None:
-        layer.mlp.note_rows(2 * neurons)
+        layer.mlp.note_rows(2 * neurons + columns)
         eligible = tokens * layer.mlp.mlp.gate.rows
         self.statistics.record("mlp_up", layer.number, neurons, eligible)
         self.statistics.record("mlp_down", layer.number, columns, eligible)

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,13 @@ class FileWeights:
         self._ranges = _joined([(t.data_ptr(), t.data_ptr() + t.nbytes) for t in self._kept])
         self._budget = max(self.bytes // _SHARE, _LEAST)
         self._read = 0
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Let go of these, too, as far as they lie in mapped files: full-precision copies that are read by rows."""
+        mappings = file_mappings()
+        found = [t for t in tensors if (m := _mapping_of(t, mappings)) is not None and not m.changed]
+        self._kept += found
+        self._ranges = _joined([*self._ranges, *((t.data_ptr(), t.data_ptr() + t.nbytes) for t in found)])
 
     @property
     def bytes(self) -> int:

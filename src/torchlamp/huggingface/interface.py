@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchlamp.huggingface.attached_policy import SIMULATION, context_of
+from torchlamp.huggingface.exact import exact_generate
 from torchlamp.huggingface.lookahead_cache import NAME as DECODING
 from torchlamp.huggingface.site_forwards import Forward, SimulatedForward
 
@@ -51,7 +52,10 @@ def check_not_prepared(model: PreTrainedModel) -> None:
     ValueError
         `prepare` has the model, or another one that was built from the same config object.
     """
-    if any(isinstance(own, Forward) and not isinstance(own, SimulatedForward) for own in _forwards(model)):
+    decodes = any(
+        isinstance(own, Forward) and not isinstance(own, SimulatedForward) for own in _forwards(model)
+    )
+    if decodes or exact_generate(model) is not None:
         raise ValueError(
             "the model is prepared for low-bit decoding already: call undo() of what torchlamp.prepare returned first, "
             "or torchlamp.prepared(model).undo()"

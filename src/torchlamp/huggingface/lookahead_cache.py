@@ -1,7 +1,8 @@
 """A transformers cache whose keys and values are low-bit, with full-precision copies beside them."""
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict
@@ -140,6 +141,13 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         """Count tokens that a layer's kernel has stored; `flags` are its `AppendFlags`."""
         self.store.appended(count, flags)
         self.seen += count
+
+    def hold(self, keys: Tensor, values: Tensor, seen: int) -> None:
+        """Hold these (batch, key heads, count, size) and nothing else: the last `count` of `seen` tokens."""
+        self.reset()
+        self.lazy_initialization(keys, values)
+        self.store.append(keys.float(), values.float())
+        self.seen, self.dropped = seen, seen - keys.shape[-2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` will return."""
@@ -321,12 +329,31 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             for number, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
+        #: Called when the cache is gone and its memory free; None: nobody waits for it.
+        self.after: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        """Free the layers first, so that what comes after finds their memory free."""
+        after = vars(self).get("after")
+        if after is not None and not sys.is_finalizing():
+            self.layers: list[Any] = []
+            after()
 
     @property
     def memory(self) -> tuple[int, int]:
         """Bytes of the low-bit copies and of the full-precision ones."""
         low, full = zip(*(layer.store.bytes for layer in self.layers), strict=True)
         return sum(low), sum(full)
+
+    def take(self, cache: DynamicCache) -> None:
+        """Hold what the model's own cache holds, and nothing else. ValueError for one of another number of layers."""
+        if len(cache.layers) != len(self.layers):
+            raise ValueError(f"a cache of {len(cache.layers)} layers: this one has {len(self.layers)}")
+        for mine, other in zip(self.layers, cache.layers, strict=True):
+            if other.is_initialized:
+                mine.hold(other.keys, other.values, other.get_seq_length())
+            else:
+                mine.reset()
 
     def save(self, path: str | Path) -> None:
         """Write the contents to a safetensors file. OSError where that can't be."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,9 @@ from torchlamp.arithmetic.transforms import Transform
 from torchlamp.huggingface.copies import Copies
 from torchlamp.huggingface.decode_forwards import check_attention, check_head, check_mlp, check_rows
 from torchlamp.huggingface.decode_plan import DecodePlan, Memory, mlp_name
+from torchlamp.huggingface.draft_length import Acceptance
+from torchlamp.huggingface.exact import exact_generate
+from torchlamp.huggingface.exact_plan import ExactPlan
 from torchlamp.huggingface.file_weights import FileWeights
 from torchlamp.huggingface.interface import check_interface, check_no_policy, check_not_prepared
 from torchlamp.huggingface.lookahead_cache import LookaheadCache, can_rotate, check_cache
@@ -62,12 +65,15 @@ class Prepared:
     asked: Policy
     #: Dtype of the cache's copies in full.
     full: str = "float16"
-    _plan: DecodePlan | None = None
+    #: Under ``exact=True``: how many of the drafted tokens float32 confirmed.
+    acceptance: Acceptance | None = None
+    _plan: DecodePlan | ExactPlan | None = None
     _weights: WeightVersions | None = None
 
     def __repr__(self) -> str:
         kind = type(self.model).__name__
-        return f"<Prepared {kind} under {str(self.policy)!r}: {self.memory}; {self.statistics}>"
+        exact = "" if self.acceptance is None else f"; exact: {self.acceptance}"
+        return f"<Prepared {kind} under {str(self.policy)!r}: {self.memory}; {self.statistics}{exact}>"
 
     def cache(self) -> LookaheadCache:
         """An empty look-ahead cache with the policy's formats and thresholds, for calls of the model itself.
@@ -75,15 +81,20 @@ class Prepared:
         Raises
         ------
         ValueError
-            The policy leaves the attention in full precision, or weights were changed since the model was prepared.
+            The policy leaves the attention in full precision, weights were changed since the model was prepared, or
+            the model is exact: its own calls are float32's.
         """
+        if self.acceptance is not None:
+            raise ValueError(
+                "exact: calls of the model itself run in float32: use transformers' DynamicCache"
+            )
         if self._weights is not None:
             self._weights.check(self.model)
         if "scores" not in self.settings:
             raise ValueError(
                 f"policy '{self.policy}' leaves out scores and values: use transformers' DynamicCache"
             )
-        return LookaheadCache(
+        cache = LookaheadCache(
             self.model.config,
             scores=self.policy.sites["scores"],
             values=self.policy.sites["values"],
@@ -92,6 +103,9 @@ class Prepared:
             hadamard=self.settings["scores"].hadamard,
             statistics=self.statistics,
         )
+        if isinstance(self._plan, DecodePlan) and self._plan.wide.weights is not None:
+            cache.after = self._plan.wide.weights.settle
+        return cache
 
     def undo(self) -> None:
         """Give the model its own attention, forwards and cache back; a second call does nothing."""
@@ -128,6 +142,9 @@ def prepared(model: nn.Module) -> Prepared:
 
 def prepared_or_none(model: nn.Module) -> Prepared | None:
     """`prepared`, or None for a model that isn't."""
+    exact = exact_generate(model)
+    if exact is not None and isinstance(exact.prepared, Prepared):
+        return exact.prepared
     for module in model.modules():
         forward = vars(module).get("forward")
         if isinstance(forward, Forward) and isinstance(forward.prepared, Prepared):
@@ -152,6 +169,7 @@ def prepare(
     center: bool | None = None,
     hadamard: bool | None = None,
     resident: bool = True,
+    exact: bool = False,
 ) -> Prepared:
     """Prepare a model for low-bit decoding.
 
@@ -181,11 +199,16 @@ def prepare(
     resident : bool
         False leaves the full-precision weights in the file that they were read from (Linux): they take memory while
         they are read, row by row where the look-ahead asks and module by module in prompts, and are let go again.
+    exact : bool
+        True has ``model.generate`` give float32's own text, token for token: low bits draft, under the policy (`FAST`
+        without one), and a float32 pass over several tokens confirms; samples have float32's distribution. Calls of
+        the model itself are float32's. A half-precision model is widened for as long as it is prepared.
 
     Returns
     -------
     Prepared
-        With ``statistics``, ``memory``, ``cache()`` and ``undo()``; also a context manager.
+        With ``statistics``, ``memory``, ``cache()`` and ``undo()``, and ``acceptance`` where it is exact; also a
+        context manager.
 
     Raises
     ------
@@ -194,7 +217,7 @@ def prepare(
         known.
     ValueError
         A policy that can't be read or that no kernel runs, an architecture that a site doesn't know, a model that is
-        prepared already, or, not to be resident, weights that lie in no file or were changed.
+        prepared already, or, not to be resident, weights that lie in no file or were changed, or that are to be exact.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -212,7 +235,34 @@ def prepare(
             f"{other[0]} is {model.get_parameter(other[0]).dtype}: low-bit copies are made of float32, bfloat16 and "
             "float16 weights; load the model with dtype=torch.float32"
         )
-    return prepare_from(Copies(), model, policy, top, full, center, hadamard, resident)
+    if not exact:
+        return prepare_from(Copies(), model, policy, top, full, center, hadamard, resident)
+    if not resident:
+        raise ValueError("exact=True reads all weights at every check: leave out resident=False")
+    return _prepare_exact(model, FAST if policy is None else policy, top, full, center, hadamard)
+
+
+def _prepare_exact(
+    model: PreTrainedModel,
+    policy: str | Policy,
+    top: int,
+    full: str,
+    center: bool | None,
+    hadamard: bool | None,
+) -> Prepared:
+    """The model with a `generate` that drafts by a prepared copy on the same weights."""
+    check_not_prepared(model)
+    check_no_policy(model)
+    plan = ExactPlan(model)
+    try:
+        draft = prepare_from(Copies(), plan.copy, policy, top, full, center, hadamard)
+        both = plan.put(draft)
+    except BaseException:
+        plan.undo()
+        raise
+    prepared = replace(draft, model=model, acceptance=both.acceptance, _plan=plan)
+    plan.generate.prepared = prepared
+    return prepared
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Attention under a threshold rule in one native call.
 
 The native kernel does for the threshold rules what the torch loop of `torchlamp.simulation.attention_tiles` does for
-every rule; that loop is its reference. Scores, and therefore what a rule is shown, agree bit for bit; exponentials
-agree to about one unit in the last place (and are 0 below e^-87, where torch still has subnormal numbers), so an entry
-whose weight lies that close to the threshold may be decided otherwise.
+every rule; that loop is its reference. On the CPU both agree bit for bit: where the kernel would serve, the loop takes
+its exponential, order of sums and order of values (`reference_softmax`). Only the weights `relaxed` and those that look
+to the residual stream are formed by torch's own functions there: an entry whose weight lies within an ulp of the
+threshold may be decided otherwise.
 """
 
 from typing import NamedTuple
@@ -50,6 +51,18 @@ class ResidualPath(NamedTuple):
     mapped: Tensor
     squares: Tensor
     scale: Tensor
+
+
+def serves(
+    accumulation: Accumulation, weight: str, mask: Tensor | None, causal: bool, sinks: Tensor | None
+) -> bool:
+    """Whether the native kernel knows such a call of `fused_attention`, whether or not it is here."""
+    grouped = accumulation.fuse is not None and accumulation.fuse.group > 1
+    return (
+        (mask is None or (mask.shape[1] == 1 and not causal))
+        and not (weight == "relaxed" and sinks is not None)
+        and not grouped
+    )
 
 
 def fused_attention(
@@ -138,12 +151,7 @@ def fused_attention(
         Shapes that don't fit together, one of `row_error` and `key_error` without the other, or a weight without the
         `bridge` or `residual` that it needs.
     """
-    grouped = accumulation.fuse is not None and accumulation.fuse.group > 1
-    served = (
-        (mask is None or (mask.shape[1] == 1 and not causal))
-        and not (weight == "relaxed" and sinks is not None)
-        and not grouped
-    )
+    served = serves(accumulation, weight, mask, causal, sinks)
     ahead = (draws, *(bridge or ())[:2], *(residual or ()))
     optional = (exact_query, exact_key, shift, row_error, key_error, *ahead)
     on_gpu = row_error is None and all(tensor is None for tensor in ahead)

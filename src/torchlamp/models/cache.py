@@ -24,6 +24,7 @@ from torchlamp.models.memory import is_out_of_memory
 
 MANIFEST = "manifest.json"
 _PIECE = 1 << 24
+_BUFFER = 1 << 18
 #: Names of entries, and of the folders in which they are written.
 _ENTRY = re.compile(r"[^.].*-[0-9a-f]{16}")
 _COPIES = re.compile(r"-copies-[0-9a-f]{16}(\.tmp-.*)?$")
@@ -205,9 +206,14 @@ def _pieces(path: Path) -> list[str]:
     size = path.stat().st_size
 
     def hash_piece(start: int) -> str:
+        # Through a small buffer: what a thread allocates its C library may keep.
+        digest, left, buffer = hashlib.sha256(), min(_PIECE, size - start), memoryview(bytearray(_BUFFER))
         with path.open("rb", buffering=0) as file:
             file.seek(start)
-            return hashlib.sha256(file.read(_PIECE)).hexdigest()
+            while left > 0 and (count := file.readinto(buffer[: min(left, _BUFFER)])):
+                digest.update(buffer[:count])
+                left -= count
+        return digest.hexdigest()
 
     # Hashing and reading release the interpreter's lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

@@ -25,6 +25,8 @@ class GgufHeader:
     settings: dict[str, Any]
     #: Bytes that the file has if it is whole; None where a tensor's type isn't known.
     size: int | None
+    #: Of all tensors together.
+    numbers: int = 0
 
     @property
     def context_length(self) -> int | None:
@@ -77,7 +79,7 @@ class _Reader:
     """Reads one field after the other; struct.error or IndexError where the file ends first."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 4
+        self._data, self._at, self._numbers = data, 4, 0
 
     def header(self) -> GgufHeader | None:
         if self._scalar("I") not in _VERSIONS:
@@ -93,7 +95,8 @@ class _Reader:
         alignment = settings.get("general.alignment", _ALIGNMENT)
         start = -(-self._at // alignment) * alignment
         known = [end for end in ends if end is not None]
-        return GgufHeader(settings, start + max(known, default=0) if len(known) == len(ends) else None)
+        end = start + max(known, default=0) if len(known) == len(ends) else None
+        return GgufHeader(settings, end, self._numbers)
 
     def _tensor(self) -> int | None:
         """Where a tensor ends, behind the start of the data; None: its type isn't known."""
@@ -103,6 +106,7 @@ class _Reader:
         numbers = 1
         for _ in range(self._scalar("I")):
             numbers *= self._scalar("Q")
+        self._numbers += numbers
         kind, offset = self._scalar("I"), self._scalar("Q")
         block = next((sizes for known, sizes in GGML_QUANT_SIZES.items() if known == kind), None)
         return None if block is None else offset + numbers // block[0] * block[1]

@@ -20,6 +20,7 @@ from torchlamp.models.fingerprint import fingerprint
 from torchlamp.models.gguf_header import check_not_cut, read_header
 from torchlamp.models.hub import hub_resolves
 from torchlamp.models.memory import is_out_of_memory
+from torchlamp.models.need import Need, need, weights_in
 from torchlamp.models.packaged import PACKAGED
 from torchlamp.models.quiet import quiet_gguf_loader, quiet_transformers
 from torchlamp.policy.policy import Policy
@@ -70,7 +71,8 @@ def load(name: str, *, dtype: str = "float32", precision: str | Policy | None = 
     TypeError
         `name` is no string.
     MemoryError
-        The model doesn't fit into the memory that is free.
+        The model doesn't fit into the memory that is free; or, told from the headers of its files before anything is
+        loaded, into the memory that the machine has.
     """
     if isinstance(name, Path):
         name = str(name)
@@ -78,6 +80,7 @@ def load(name: str, *, dtype: str = "float32", precision: str | Policy | None = 
         raise TypeError(f"a model is named by a string, got {type(name).__name__}: {name!r}")
     if dtype not in ("float32", "auto"):
         raise ValueError(f"dtype={dtype!r}: allowed are 'float32' and 'auto', which keeps the checkpoint's")
+    _check_fits(name, dtype, precision)
     try:
         with _collector_paused():
             if precision is None:
@@ -110,6 +113,66 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def memory_need(
+    name: str, *, dtype: str = "float32", precision: str | Policy | None = None, context: int = 0
+) -> Need:
+    """What a model will need in memory, from the headers of its files; nothing is loaded.
+
+    Parameters
+    ----------
+    name, dtype, precision
+        As for `load`. The first load of a GGUF file needs it in float32, whatever the precision.
+    context : int
+        Tokens whose keys and values are counted.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for `load`; a model of the hub that isn't on this machine, and one without safetensors files.
+    """
+    folder = _weights_folder(name)
+    if folder is None and (name in PACKAGED or name.endswith(".gguf")):
+        source = PACKAGED[name].gguf() if name in PACKAGED else nullcontext(Path(name).expanduser())
+        with source as path:
+            header = read_header(path)
+            if header is None:
+                raise ValueError(f"{str(path)!r} is no GGUF file")
+            config = partial(_config_of, str(path.parent), gguf_file=path.name)
+            return need(name, config, (header.numbers, 4 * header.numbers), precision, context)
+    found = None if folder is None else weights_in(folder)
+    if folder is None or found is None:
+        raise OSError(
+            f"model {name!r}: no safetensors files on this machine whose headers would say what it needs"
+        )
+    numbers, size = found
+    if precision is None and dtype == "float32":
+        size = 4 * numbers
+    return need(
+        name, partial(_config_of, str(folder)), (numbers, size), precision, context, precision is not None
+    )
+
+
+def _check_fits(name: str, dtype: str, precision: str | Policy | None) -> None:
+    """MemoryError for a model that is larger than the machine's memory; whoever loads it finds all other errors."""
+    if name in PACKAGED:
+        return
+    try:
+        # The exact sizes of copies take a moment, and matter only where those of float32 wouldn't fit.
+        found = memory_need(name)
+        if not found.fits:
+            found = memory_need(name, dtype=dtype, precision=precision)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return
+    found.check()
+
+
+def _config_of(source: str, **options: str) -> Any:
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        return AutoConfig.from_pretrained(source, local_files_only=True, **options)
 
 
 def _load(name: str, dtype: str, trusted: Collection[str] = ()) -> tuple[Any, Any]:

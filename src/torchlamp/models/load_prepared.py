@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchlamp.huggingface.copies import Copies
 from torchlamp.huggingface.file_weights import FileWeights
-from torchlamp.huggingface.prepare import decoding_policy, prepare_from
+from torchlamp.huggingface.prepare import Prepared, decoding_policy, prepare_from
 from torchlamp.huggingface.wide_forwards import narrow_modules
 from torchlamp.models.kept_copies import KeptCopies, folder_fingerprint
 from torchlamp.models.memory import is_out_of_memory
@@ -56,7 +56,8 @@ def load_prepared(
             tensors = _verified(kept, check.result())
         if tensors is not None:
             try:
-                return _prepared(model, parsed, Copies(tensors)), tokenizer
+                _prepare(model, parsed, Copies(tensors))
+                return model, tokenizer
             except ValueError as reason:
                 logger.warning(
                     "the low-bit copies in %s don't fit (%s); making them again", kept.entry, reason
@@ -64,20 +65,26 @@ def load_prepared(
     # Copies are made of weights that were verified.
     model, tokenizer = read(())
     copies = Copies()
-    prepared = _prepared(model, parsed, copies)
+    first = _prepare(model, parsed, copies)
     after = folder()
     if after is not None:
-        _keep(KeptCopies.of(name, str(after.absolute()), str(parsed)), folder_fingerprint(after), copies)
-    return prepared, tokenizer
+        kept = KeptCopies.of(name, str(after.absolute()), str(parsed))
+        whole = _keep(kept, folder_fingerprint(after), copies)
+        if whole and (tensors := _verified(kept, None)) is not None:
+            # Taken from there at once: the process takes no more memory than those that come after it.
+            first.undo()
+            again = prepare_from(Copies(tensors), model, first.policy, resident=first.memory.resident)
+            again.asked = first.asked
+    return model, tokenizer
 
 
-def _prepared(model: Any, policy: Policy, copies: Copies) -> Any:
-    """The model, prepared; its weights are left in their file where they lie in one."""
+def _prepare(model: Any, policy: Policy, copies: Copies) -> Prepared:
+    """Prepare the model; its weights are left in their file where they lie in one."""
     try:
         narrow_modules(model)
     except TypeError as reason:
         logger.warning("weights are widened to float32 in memory: %s", reason)
-        model = model.float()
+        model.float()
     try:
         FileWeights(model)
         resident = False
@@ -86,8 +93,7 @@ def _prepared(model: Any, policy: Policy, copies: Copies) -> Any:
             "full-precision weights stay in memory: %s", str(reason).removeprefix("resident=False: ")
         )
         resident = True
-    prepare_from(copies, model, policy, resident=resident)
-    return model
+    return prepare_from(copies, model, policy, resident=resident)
 
 
 def _verified(kept: KeptCopies, problem: str | None) -> dict[str, Tensor] | None:
@@ -103,9 +109,11 @@ def _verified(kept: KeptCopies, problem: str | None) -> dict[str, Tensor] | None
     return None
 
 
-def _keep(kept: KeptCopies, weights: str, copies: Copies) -> None:
+def _keep(kept: KeptCopies, weights: str, copies: Copies) -> bool:
+    """Write copies; False, and a warning, if the disk doesn't take them."""
     try:
         kept.write(weights, copies.tensors)
+        return True
     except OSError as error:
         if is_out_of_memory(error):
             raise
@@ -115,3 +123,4 @@ def _keep(kept: KeptCopies, weights: str, copies: Copies) -> None:
             kept.entry.parent,
             error,
         )
+        return False

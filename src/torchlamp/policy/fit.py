@@ -9,6 +9,7 @@ from torchlamp.rules.rule import Rule
 _NEEDS = {
     "softmax": "a softmax",
     "attention": "a softmax over keys with values and places",
+    "blocks": "the blocks of an attention with narrow sums",
     "elementwise": "a function of single sums with condition numbers",
     "online": "an online softmax in tiles of keys",
 }
@@ -31,8 +32,14 @@ def shows(site: str, is_stored: bool, online: bool = False) -> tuple[str, ...]:
 def check_rule(site: str, precision: Precision, rule: Rule) -> None:
     """ValueError for a rule that needs what its site doesn't show."""
     needed, is_stored = rule.looks_through, precision.is_stored
-    if needed in shows(site, is_stored, bool(precision.sums.online)):
+    online = bool(precision.sums.online)
+    if needed in shows(site, is_stored, online) and not (needed == "blocks" and online):
         return
+    if needed == "blocks" and online:
+        raise ValueError(
+            f"rule '{rule}' can't run at the site {site} with '{precision}', which chooses within its own tiles: name "
+            "another accumulator"
+        )
     if needed == "online":
         raise ValueError(
             f"rule '{rule}' can't run at the site {site} with '{precision}': it looks through {_NEEDS[needed]}; write "

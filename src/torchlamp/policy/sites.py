@@ -23,7 +23,7 @@ _RECORDS = (
         "scores",
         "query-key products into the softmax",
         Place("attention"),
-        sums=Look("attention", ("softmax", "attention")),
+        sums=Look("attention", ("softmax", "attention", "blocks")),
         stored=Look("attention", ("softmax", "attention")),
         length="head",
         kernel=Kernel("attention", (4, 8), Running(0.001), ("center", "hadamard")),

@@ -219,7 +219,16 @@ def _costs(result: Result, policy: Policy) -> dict[str, Any]:
     depth = ({"window": length} | sizes).get(SITES[site].length, sizes["hidden"])
     shape = Shape(length, length, depth, causal=site == "scores")
     for end, model in (("", CostModel()), ("_narrow", CostModel(error=None, distance=None))):
-        by_name = costs(shape, part.accumulate, part.rule, result.recompute_rate, result.block_rates, model)
+        by_name = costs(
+            shape,
+            part.accumulate,
+            part.rule,
+            result.recompute_rate,
+            result.block_rates,
+            model,
+            transforms=part.precision.transforms,
+            calibrated=result.calibration is not None,
+        )
         for name, cost in by_name.items():
             found[f"cost_{name}{end}"] = cost.total
             found["cost_estimated"] = cost.estimated

@@ -27,6 +27,7 @@ from torchlamp.report.page import pack, render
 from torchlamp.report.style import BASE, STYLES, accumulator_styles, legend_label, numbered, order, styles
 from torchlamp.report.tables import equal_rate, summary
 from torchlamp.results.output import check_writable, write_text
+from torchlamp.steps import each, work
 
 
 def report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> list[Path]:
@@ -53,11 +54,13 @@ def report(folders: Sequence[Path], output: Path | None = None, title: str | Non
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)
-    html = report_page(data, [str(folder) for folder in folders], title)
+    with work("making the page"):
+        html = report_page(data, [str(folder) for folder in folders], title)
     temporary = Path(tempfile.mkdtemp(prefix=".figures.", dir=target))
     try:
         names: set[str] = set()
-        for figure in figures(figures_data(data)):
+        # They are drawn as they are saved.
+        for figure in each("drawing figures", figures(figures_data(data))):
             if figure.name in names:
                 raise ValueError(f"two figures would be {figure.name!r}: rename one of the texts or models")
             names.add(figure.name)

@@ -1,9 +1,12 @@
 """Look-ahead: which entries of a tile to recompute. Pure functions of tiles, one idea a file."""
 
+from torchlamp.rules.block_running import BlockRunning
+from torchlamp.rules.block_view import BlockView
 from torchlamp.rules.bridge import Bridge
 from torchlamp.rules.budget import Budget, RunningBudget
 from torchlamp.rules.condition import Condition, ConditionCheap, Output, OutputCheap
 from torchlamp.rules.element_tile import ElementTile
+from torchlamp.rules.first_layers import FirstLayers
 from torchlamp.rules.heads import Heads
 from torchlamp.rules.lamp_attention import LampAttention
 from torchlamp.rules.mass import Mass
@@ -19,6 +22,7 @@ from torchlamp.rules.running import Running
 from torchlamp.rules.sink_recent import SinkRecent
 from torchlamp.rules.strict import Strict
 from torchlamp.rules.threshold import ThresholdForm, exceeds
+from torchlamp.rules.thrift import Thrift
 from torchlamp.rules.tile import Tile
 from torchlamp.rules.topz import TopZ
 from torchlamp.rules.upper_running import UpperRunning
@@ -48,6 +52,9 @@ RULES.update(
         LampAttention,
         SinkRecent,
         Heads,
+        FirstLayers,
+        Thrift,
+        BlockRunning,
         Random,
         RandomLike,
         Condition,
@@ -62,6 +69,8 @@ RULES.update(
 __all__ = [
     "REFERENCE_LENGTH",
     "RULES",
+    "BlockRunning",
+    "BlockView",
     "Bridge",
     "BridgeResidual",
     "Budget",
@@ -69,6 +78,7 @@ __all__ = [
     "ConditionCheap",
     "ElementTile",
     "Everything",
+    "FirstLayers",
     "Heads",
     "LampAttention",
     "Mass",
@@ -93,6 +103,7 @@ __all__ = [
     "SinkRecent",
     "Strict",
     "ThresholdForm",
+    "Thrift",
     "Tile",
     "TopZ",
     "UpperRunning",

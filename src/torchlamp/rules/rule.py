@@ -32,8 +32,9 @@ class Rule(ABC):
     #: Spellings of typical uses, at least one: the tests that hold for every rule run on these.
     examples: ClassVar[tuple[str, ...]]
     #: What the rule must see: any tile (its `gain`, scores, error), a softmax, an attention (a softmax over keys that
-    #: have values and places), an elementwise function, or an online softmax (`OnlineTile`).
-    looks_through: Literal["any", "softmax", "attention", "elementwise", "online"] = "softmax"
+    #: have values and places), the blocks of one (`Tile.blocks`), an elementwise function, or an online softmax
+    #: (`OnlineTile`).
+    looks_through: Literal["any", "softmax", "attention", "blocks", "elementwise", "online"] = "softmax"
     #: Elementary operations per eligible entry that the look-ahead adds to the low pass and to f itself.
     operations: ClassVar[float] = 0.0
     #: Work of the look-ahead that isn't counted by entries, for the cost model: weighted sums of the values and their

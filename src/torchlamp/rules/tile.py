@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlamp.rules.answers import Answer, Asked, checked
+from torchlamp.rules.block_view import BlockView
 
 
 class Tile:
@@ -53,6 +54,8 @@ class Tile:
         r from norms, without by-products of the accumulation, see `Bridge`.
     output_distance
         ||v_j - o|| / ||o||, see `RunningOutput`.
+    blocks
+        The tile's place and operands, for rules that choose blocks.
 
     Raises
     ------
@@ -72,6 +75,8 @@ class Tile:
     numerator = Asked("the numerator |w|^T |x| of the condition number (an ElementTile has it)")
     cheap_numerator = Asked("the numerator ||w|| ||x|| of the condition number (an ElementTile has it)")
 
+    _blocks: BlockView | None = None
+
     def __init__(
         self,
         scores: Tensor,
@@ -87,7 +92,9 @@ class Tile:
         *,
         bridge_error: Answer = None,
         output_distance: Answer = None,
+        blocks: BlockView | None = None,
     ) -> None:
+        self._blocks = blocks
         answers: dict[str, Answer] = {
             "logits": logits,
             "probabilities": probabilities,
@@ -157,6 +164,15 @@ class Tile:
 
         tensors = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return self.replace(**tensors, **{name: moved(answer) for name, answer in self.answers.items()})
+
+    @property
+    def blocks(self) -> BlockView:
+        """The tile's place and operands; ValueError for a tile that was given none."""
+        if self._blocks is None:
+            raise ValueError(
+                "the tile has no `blocks`, its place among all rows and keys: give it a BlockView"
+            )
+        return self._blocks
 
     @property
     def gain(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchlamp.arithmetic.accumulators import Accumulator
 from torchlamp.rules.rule import Rule
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult
-from torchlamp.simulation.attention_fused import fused
+from torchlamp.simulation.attention_fused import fused, fused_elsewhere
 from torchlamp.simulation.attention_tiles import tiled_attention
 from torchlamp.simulation.doubt import doubt
 from torchlamp.simulation.score_operands import ScoreOperands, score_operands
@@ -99,7 +99,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> At
         # The factor acts before anything is summed, so that narrow sums have the range of logits.
         query, call = query * call.scaling, replace(call, scaling=1.0)
     operands = _operands(call, query, key)
-    result = fused(call, operands, value) or tiled_attention(call, operands, value)
+    result = fused(call, operands, value)
+    if result is None:
+        result = tiled_attention(call, operands, value, fused_elsewhere(call, operands, value))
     return replace(result, doubt=doubt(call, operands))
 
 

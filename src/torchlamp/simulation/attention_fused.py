@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlamp.kernels.attention import BridgeNorms, ResidualPath, fused_attention
+from torchlamp.kernels.attention import BridgeNorms, ResidualPath, fused_attention, serves
 from torchlamp.kernels.constants import BLOCK_KEYS
 from torchlamp.kernels.dispatch import native_for
 from torchlamp.rules.threshold import ThresholdForm
@@ -29,12 +29,8 @@ _NOTHING = ThresholdForm("topz", math.inf)
 
 def fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult | None:
     """The whole call in the native kernel; None where the rule has no threshold form or the kernel can't serve."""
-    form = call.rule.threshold_form()
-    plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
-    plain = plain and not call.accumulator.online and operands.low_query is None
-    plain = plain and operands.column_shift is None
-    # The expected error of two coarser operands is no product of one number a row and one a key.
-    if form is None or not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
+    form = _form(call, operands, value)
+    if form is None:
         return None
     # Weights that look further, and draws, are the native kernel's; the others are the GPU's, too.
     further = form.drawn or "bridge" in form.weight or "residual" in form.weight
@@ -47,6 +43,25 @@ def fused(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> Attent
     eligible = visible[:, None, :, 0].to(torch.int64).expand(selected.shape)
     last_key = visible[:, :, 1].to(torch.int64)
     return AttentionResult(output, eligible, selected.to(torch.int64), last_key, blocks=marks)
+
+
+def fused_elsewhere(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> bool:
+    """Whether a call on the CPU that no kernel serves here is one that the native kernel serves where it is."""
+    form = _form(call, operands, value)
+    if form is None or not value.is_cpu:
+        return False
+    return serves(call.accumulator.accumulation, form.weight, call.seen.mask, call.seen.causal, call.sinks)
+
+
+def _form(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> ThresholdForm | None:
+    """The rule's threshold form; None where it has none, or the call wants what the kernel doesn't do."""
+    plain = call.seen.bias is None and call.observe is None and call.values is None and call.keys is None
+    plain = plain and not call.accumulator.online and operands.low_query is None
+    plain = plain and operands.column_shift is None and operands.key.shape[1] == value.shape[1]
+    # The expected error of two coarser operands is no product of one number a row and one a key.
+    if not plain or (operands.is_quantised and "squares" in call.rule.byproducts):
+        return None
+    return call.rule.threshold_form()
 
 
 def _call(call: AttentionCall, form: ThresholdForm, inputs: "_Inputs") -> _Returned | None:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from torchlamp.arithmetic.tender import CHUNK
+from torchlamp.kernels import reference_softmax
 from torchlamp.kernels.constants import BLOCK_KEYS
 from torchlamp.kernels.online import TILE_KEYS
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
 from torchlamp.kernels.specification import Accumulation, Grid
+from torchlamp.rules.block_view import BlockView
 from torchlamp.rules.tile import Tile
 from torchlamp.simulation.ahead import SampleDistances, bridge_error
 from torchlamp.simulation.attention_call import AttentionCall, AttentionResult, Observation
@@ -45,8 +47,13 @@ _FLOAT32 = Accumulation(Grid())
 TILE_ROWS = 64
 
 
-def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor) -> AttentionResult:
-    """The readable form, for every rule, mask and device: a loop over tiles of query rows."""
+def tiled_attention(
+    call: AttentionCall, operands: ScoreOperands, value: Tensor, as_kernel: bool = False
+) -> AttentionResult:
+    """The readable form, for every rule, mask and device: a loop over tiles of query rows.
+
+    `as_kernel` takes the exponential and the sums of the native kernel, bit for bit, in twice the time.
+    """
     query, key = operands.query, operands.key
     batch, heads, queries, _ = query.shape
     generator, sinks = call.generator, call.sinks
@@ -83,6 +90,7 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             summed,
             None if summed is None else summed.stored(value[sample]),
             origin(call.seen, sample) if call.accumulator.online else (0, 0),
+            as_kernel,
         )
         for rows in _row_tiles(sources.origin[0], queries, height):
             at = slice(rows.start, rows.stop)
@@ -106,7 +114,7 @@ def tiled_attention(call: AttentionCall, operands: ScoreOperands, value: Tensor)
             else:
                 out = query.new_zeros(heads, len(rows), value.shape[-1])
             if seen.visible is not None or seen.last == seen.first:
-                _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks)
+                _fill_blind_rows(out, eligible[sample, :, at] == 0, value[sample], sinks, as_kernel)
             output[sample, at] = out.transpose(0, 1)
     return AttentionResult(
         output,
@@ -141,6 +149,8 @@ class _Sources:
     low_value: Tensor | None
     #: First row that sees a key and first key that is seen, where the tiles of an online softmax begin; else 0, 0.
     origin: tuple[int, int]
+    #: Softmax and sums of values are those of the native kernel.
+    as_kernel: bool
 
 
 def _values(
@@ -148,6 +158,8 @@ def _values(
 ) -> tuple[Tensor, Tensor | None, int]:
     """Sums of the values of a tile, what of them was recomputed or read in full, and how many didn't fit a register."""
     shown = sources.value[:, seen.first : seen.last]
+    if sources.as_kernel:
+        return reference_softmax.weighted(weighed.probabilities, shown), None, 0
     if how is None or sources.low_value is None:
         return apply(weighed.probabilities, shown), None, 0
     if isinstance(how, StoredValues):
@@ -289,8 +301,14 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
     hidden = None if seen.visible is None else ~visible
     bias = _bias(call.seen.bias, sample, rows, seen)
 
-    logits, slope = capped_logits(scores, call.softcap, bias)
-    probabilities = visible_softmax(logits, hidden, call.sinks)
+    def softmax() -> tuple[Tensor, Tensor | None, Tensor]:
+        if sources.as_kernel:
+            logits, slope = reference_softmax.capped(scores, call.softcap)
+            return logits, slope, reference_softmax.softmax(logits, hidden, call.sinks, seen.first)
+        logits, slope = capped_logits(scores, call.softcap, bias)
+        return logits, slope, visible_softmax(logits, hidden, call.sinks)
+
+    logits, slope, probabilities = softmax()
 
     def exact() -> Tensor:
         sums, _ = products(exact_query, exact_keys, _FLOAT32, scaling=call.scaling, causal=causal)
@@ -326,6 +344,14 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         distance=None if call.ahead is None else lambda: distance(True),
         output_distance=lambda: distance(False),
         layer=call.layer,
+        blocks=BlockView(
+            exact_query,
+            operands.exact_key[sample, :, shown],
+            rows.start,
+            seen.first,
+            operands.query.shape[2],
+            operands.key.shape[2],
+        ),
     )
     chosen = call.rule.select(tile)[0]
     if call.observe is not None:
@@ -335,8 +361,7 @@ def _tile(call: AttentionCall, sources: _Sources, sample: int, rows: range, seen
         recompute(scores, exact_query, exact_keys, chosen, call.scaling)
         if lacking is not None:
             scores = torch.where(chosen, scores + lacking, scores)
-        logits, _ = capped_logits(scores, call.softcap, bias)
-        probabilities = visible_softmax(logits, hidden, call.sinks)
+        _, _, probabilities = softmax()
     return Weighed(probabilities, visible, chosen, overflowed=overflowed)
 
 
@@ -354,9 +379,12 @@ def _last_visible(visible: Tensor, first: int) -> Tensor:
     return torch.where(last > 0, last + (first - 1), -1)
 
 
-def _fill_blind_rows(out: Tensor, blind: Tensor, value: Tensor, sinks: Tensor | None) -> None:
+def _fill_blind_rows(
+    out: Tensor, blind: Tensor, value: Tensor, sinks: Tensor | None, as_kernel: bool
+) -> None:
     """Give rows without any visible key the mean of all values; a sink, if any, takes all their weight."""
     if sinks is not None or not bool(blind.any()):
         return
-    mean = value.mean(dim=1).repeat_interleave(out.shape[0] // value.shape[0], dim=0)
+    own = reference_softmax.mean_of_all(value) if as_kernel else value.mean(dim=1)
+    mean = own.repeat_interleave(out.shape[0] // value.shape[0], dim=0)
     out[blind] = mean[:, None, :].expand_as(out)[blind]

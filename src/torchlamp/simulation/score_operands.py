@@ -13,6 +13,7 @@ from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.quantise import quantise
 from torchlamp.arithmetic.transforms import Transform
 from torchlamp.arithmetic.transforms.chain import change_operands, fit, moments_of
+from torchlamp.arithmetic.transforms.headwise import Headwise, own_keys
 from torchlamp.arithmetic.transforms.moments import Moments
 from torchlamp.simulation.score_biases import ScoreBiases, ScoreRanges, biased
 
@@ -28,7 +29,8 @@ class ScoreOperands:
     Attributes
     ----------
     query, key : Tensor
-        float32 (batch, heads, queries, size) and (batch, key heads, keys, size): the operands of the low pass.
+        float32 (batch, heads, queries, size) and (batch, key heads, keys, size): the operands of the low pass. With
+        `headwise` there are as many key heads as heads.
     exact_query, exact_key : Tensor
         The same representative in full, which recomputed scores are formed of; the same tensors where nothing is
         quantised.
@@ -163,9 +165,15 @@ def score_operands(
     Raises
     ------
     ValueError
-        A head size that a transform can't change.
+        A head size that a transform can't change, `headwise` with calibrated ranges.
     """
     shift = column_shift = None
+    if Headwise() in transforms:
+        if ranges is not None:
+            raise ValueError(
+                "transform 'headwise': Tender's calibrated ranges are those of shared keys; leave it out"
+            )
+        key = own_keys(query, key)
     exact_query, exact_key = query, key
     if transforms and 0 not in (*query.shape, *key.shape):
         left, right = query.flatten(0, 1), key.flatten(0, 1).mT

@@ -15,6 +15,7 @@ from torchlamp.arithmetic.operands import Operand
 from torchlamp.arithmetic.transforms import Change, Transform
 from torchlamp.arithmetic.transforms.center import Center, Centred
 from torchlamp.arithmetic.transforms.chain import change_rows, fit, moments_of
+from torchlamp.arithmetic.transforms.headwise import Headwise, own_keys
 from torchlamp.kernels.constants import SKIP, SURPRISE, VANISHED
 from torchlamp.kernels.products import products
 from torchlamp.kernels.recompute import recompute
@@ -106,12 +107,15 @@ class KeyStorage:
 
     def store(self, query: Tensor, key: Tensor, sample: int) -> StoredKeys:
         """The stored keys of one sample, from float32 (heads, queries, size) and (key heads, keys, size)."""
+        if Headwise() in self.transforms:
+            key = own_keys(query[None], key[None])[0]
         columns = key.mT
         left, right = moments_of(query, columns, self.transforms)
         changes: list[Change] = []
         for transform in self.transforms:
             if isinstance(transform, Center) and self.mean is not None:
-                change: Change = Centred(self.mean[sample], "right")
+                mean = self.mean[sample]
+                change: Change = Centred(mean.repeat_interleave(len(key) // len(mean), 0), "right")
             else:
                 (change,) = fit([transform], left, right)
             left, right = change.moments(left, right)

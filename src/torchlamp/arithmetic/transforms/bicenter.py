@@ -27,6 +27,14 @@ class Bicenter(Transform):
         means = [torch.where(m.isfinite(), m, 0.0) for m in (left.mean.float(), right.mean.float())]
         return Centred(means[0], "left") if side == "left" else BothCentred(*means)
 
+    def operations(self, left: int, right: int, depth: int, *, fitted: bool) -> float:
+        """Subtractions and means of both, and a sum for each vector of the right one; as `center` of inputs."""
+        return float((left + right) * depth * (1 + fitted) + right * depth)
+
+    def operations_a_sum(self) -> float:
+        """An addition."""
+        return 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class BothCentred(Change):

@@ -26,6 +26,10 @@ class Center(Transform):
         mean = (left if side == "left" else right).mean.float()
         return Centred(torch.where(mean.isfinite(), mean, 0.0), side)
 
+    def operations(self, left: int, right: int, depth: int, *, fitted: bool) -> float:
+        """A subtraction for each number of the side, which is the right one where it is no weight, and the mean."""
+        return float((right or left) * depth * (1 + fitted))
+
 
 @dataclass(frozen=True, eq=False)
 class Centred(Change):

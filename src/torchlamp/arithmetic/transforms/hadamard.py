@@ -32,6 +32,10 @@ class Hadamard(Transform):
         self.check_size(left.total.shape[1])
         return Rotated()
 
+    def operations(self, left: int, right: int, depth: int, *, fitted: bool) -> float:
+        """log2 K additions for each number."""
+        return float((left + right) * depth * (depth.bit_length() - 1))
+
 
 class Rotated(Change):
     """Both operands times the Hadamard matrix over the root of its size."""

@@ -30,3 +30,7 @@ class Smooth(Transform):
             -LARGEST_EXPONENT, LARGEST_EXPONENT
         )
         return Diagonal(None, torch.exp2(exponents.round()).float())
+
+    def operations(self, left: int, right: int, depth: int, *, fitted: bool) -> float:
+        """A scaling of each number, and the energies."""
+        return float((left + right) * depth * (1 + fitted))

@@ -42,3 +42,7 @@ class Sort(Transform):
         """The order of one permutation for each right operand; equal energies stay in their order."""
         energies = left.energy * right.energy
         return Diagonal(torch.where(energies.isfinite(), energies, torch.inf).argsort(dim=1, stable=True))
+
+    def operations(self, left: int, right: int, depth: int, *, fitted: bool) -> float:
+        """The energies."""
+        return float((left + right) * depth * fitted)

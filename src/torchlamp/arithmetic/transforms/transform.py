@@ -67,6 +67,24 @@ class Transform(ABC):
             The operand that `center` takes its mean from.
         """
 
+    def operations(self, left: int, right: int, depth: int, *, fitted: bool) -> float:
+        """Float32 operations of the change: multiply-adds, additions, scalings; a new order costs none.
+
+        Parameters
+        ----------
+        left, right : int
+            How many vectors of each operand are changed; 0 for weights, which are changed once.
+        depth : int
+            Terms of a sum.
+        fitted : bool
+            Whether its statistics are formed for the product, too; False: they were calibrated.
+        """
+        return 0.0
+
+    def operations_a_sum(self) -> float:
+        """Float32 operations for every finished sum."""
+        return 0.0
+
     @staticmethod
     def parse(spelling: "str | Transform") -> "Transform":
         """The transform of that name; a `Transform` is returned as it is.

@@ -76,6 +76,12 @@ class Anatomy:
 
     def reason(self, site: str, transform: str) -> str | None:
         """Why a transform of a site can't pass into the weights; None: it can."""
+        if transform == "headwise":
+            return (
+                "query heads share the weights of their keys"
+                if site == "scores"
+                else "it changes nothing here"
+            )
         if transform == "bicenter":
             return _A_SUM_A_KEY if site == "scores" else "here it is 'center', which may be folded: name that"
         if site == "scores":
