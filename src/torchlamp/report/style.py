@@ -86,9 +86,15 @@ def styles(labels: list[str]) -> dict[str, Style]:
 
 
 def _more(number: int) -> Style:
-    """The style of the unknown rule with this number: after the last of `_MORE` the next line."""
-    own, (line, dash) = _MORE[number % len(_MORE)], _OTHER_LINES[number // len(_MORE) % len(_OTHER_LINES)]
-    return replace(own, line=line, dash=dash)
+    """The style of the unknown rule with this number: after the last of `_MORE` the next line, then other markers."""
+    turn, own = divmod(number, len(_MORE))
+    turn, line_number = divmod(turn, len(_OTHER_LINES))
+    line, dash = _OTHER_LINES[line_number]
+    found = replace(_MORE[own], line=line, dash=dash)
+    if turn:
+        marker, symbol = _MARKERS[(turn - 1) % len(_MARKERS)]
+        found = replace(found, marker=marker, symbol=symbol)
+    return found
 
 
 def _name(label: str) -> str:
