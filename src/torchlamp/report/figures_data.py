@@ -222,7 +222,7 @@ def transforms_data(points: pd.DataFrame) -> pd.DataFrame:
         "flip_se",
     ]
     own = points[points["realisable"] & (points["rate"] < 1)]
-    own = own[own["rule"].map(rule_role) != "control"]
+    own = own[(own["rule"] == "none") | (own["rule"].map(rule_role) != "control")]
     counts = own.drop_duplicates(["untransformed", "transform"])["untransformed"].value_counts()
     own = own[own["untransformed"].isin(counts[counts > 1].index)]
     if not len(own):

@@ -92,7 +92,8 @@ def _more(number: int) -> Style:
     line, dash = _OTHER_LINES[line_number]
     found = replace(_MORE[own], line=line, dash=dash)
     if turn:
-        marker, symbol = _MARKERS[(turn - 1) % len(_MARKERS)]
+        others = [pair for pair in _MARKERS if pair[0] not in {style.marker for style in _MORE}]
+        marker, symbol = others[(turn - 1) % len(others)]
         found = replace(found, marker=marker, symbol=symbol)
     return found
 
