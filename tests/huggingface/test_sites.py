@@ -187,7 +187,7 @@ def test_every_rule_at_every_site_that_shows_what_it_needs(families, name, site,
             assert stats.sites == [site]
             assert 0 <= stats.recompute_rate <= 1
         else:
-            with pytest.raises(ValueError, match=f"can't run at the site {site}: it looks through"):
+            with pytest.raises(ValueError, match=f"can't run at the site {site}.*: it looks through"):
                 lookahead(model, spelling).__enter__()
 
 
