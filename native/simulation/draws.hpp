@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "simd/vector.hpp"
@@ -23,17 +24,19 @@ class Drawn {
     // (the mean and six deviations of a Poisson count, and a little for the smallest). Where it has not, all are.
     const double mean = static_cast<double>(count);
     candidates(draws, visible, width, static_cast<float>((mean + 6.0 * std::sqrt(mean) + 8.0) / static_cast<double>(seen)));
-    if (found_.size() < static_cast<std::size_t>(count)) candidates(draws, visible, width, 2.0f);
+    if (found_.size() < static_cast<std::size_t>(count))
+      candidates(draws, visible, width, std::numeric_limits<float>::quiet_NaN());
     std::nth_element(found_.begin(), found_.begin() + (count - 1), found_.end());
     for (std::ptrdiff_t c = 0; c < count; ++c)
       chosen[c] = static_cast<std::ptrdiff_t>(found_[static_cast<std::size_t>(c)] & 0xffffffffu);
   }
 
  private:
+  // Visible keys whose draw is not at or above the level; a level that is NaN leaves none out.
   void candidates(const float* draws, const std::uint8_t* visible, std::ptrdiff_t width, float level) {
     found_.clear();
     for (std::ptrdiff_t j = 0; j < width; ++j)
-      if (visible[j] && draws[j] < level)  // numbers that aren't negative are in the order of their bits
+      if (visible[j] && !(draws[j] >= level))  // numbers that aren't negative are in the order of their bits
         found_.push_back(std::uint64_t{std::bit_cast<std::uint32_t>(draws[j])} << 32 | static_cast<std::uint64_t>(j));
   }
 

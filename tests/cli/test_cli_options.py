@@ -71,3 +71,15 @@ def test_a_shell_completes_commands_and_models(tmp_path):
     assert "evaluate" in completed("torchlamp ev")
     assert completed("torchlamp evaluate smo") == ["smollm2-135m"]
     assert completed("torchlamp evaluate sma") == ["small.gguf"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of Unix")
+def test_a_reader_that_has_gone_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "torchlamp", "formats", "--json"]
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=60)
+    finally:
+        os.close(writing)
+    assert done.stderr == b""

@@ -149,3 +149,17 @@ def test_singular_second_moments_are_said_and_stay_exact(llama, tokens, caplog):
     caplog.clear()
     torchlamp.calibrate(llama, tokens(2, 30), policy)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("names", ["bicenter.balance", "headwise.bicenter.balance"])
+def test_heads_of_their_own_are_calibrated(build, tokens, names):
+    """Statistics of the evaluated tokens themselves give what the call's own give."""
+    model, policy = build("llama"), f"ps4.{names}+strict:0.01"
+    windows = tokens(1, 40)
+    calibration = torchlamp.calibrate(model, windows, policy)
+    heads = model.config.num_attention_heads if "headwise" in names else model.config.num_key_value_heads
+    assert calibration.of("scores", 0, (heads, model.config.head_dim))[0].count.shape == (heads,)
+    with torchlamp.lookahead(model, policy, layers=[0], calibration=calibration), torch.no_grad():
+        found = model(windows).logits
+    with torchlamp.lookahead(model, policy, layers=[0]), torch.no_grad():
+        torch.testing.assert_close(found, model(windows).logits, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -87,6 +88,20 @@ def test_a_copy_of_the_model_has_memory_of_its_own(saved, tokens):
             decoded(other, x, DynamicCache(config=other.config)).isnan().any(), torch.tensor(False)
         )
         assert torch.equal(decoded(other, x, prepared.cache()), want)
+
+
+def test_memory_is_given_back_once_a_cache_is_gone(saved, tokens, monkeypatch):
+    (read, model), x, freed = saved("llama", torch.float32), tokens(1, 12), []
+    with prepare(read, GUARDED, resident=False) as prepared:
+        cache = prepared.cache()
+        decoded(read, x, cache)
+        stores = [weakref.ref(layer.store) for layer in cache.layers]
+        monkeypatch.setattr(file_weights, "_trim", lambda: freed.append([store() for store in stores]))
+        del cache
+        assert freed == [[None] * len(stores)]
+    with prepare(model, GUARDED) as prepared:
+        prepared.cache()
+    assert len(freed) == 1
 
 
 def test_weights_that_lie_in_no_file_are_refused(build, saved):

@@ -208,3 +208,15 @@ def test_other_dtypes_are_not_served(instruction_set):
     q, k, v, arguments = case(7, {"shift"}, 8, 40, weight="strict", threshold=0.1)
     arguments["shift"] = arguments["shift"].double()
     assert fused_attention(q, k, v, Accumulation(Grid()), **arguments) is None
+
+
+def test_draws_of_any_numbers_choose_as_many(instruction_set):
+    """Those that are no numbers in [0, 1) come in some order, but none twice and none that is hidden."""
+    q, k, v, arguments = case(10, {"draws", "mask"}, 30, 90, weight="topz", threshold=0.01)
+    how = Accumulation(Grid(mantissa_bits=4))
+    want = fused_attention(q, k, v, how, **arguments)[1]
+    for odd in (torch.nan, torch.inf, 5.0):
+        draws = torch.full_like(arguments["draws"], odd)
+        _, selected, visible, _ = fused_attention(q, k, v, how, **{**arguments, "draws": draws})
+        assert torch.equal(selected, want)
+        assert (selected <= visible[:, None, :, 0]).all()

@@ -18,6 +18,7 @@ def policies() -> list[tuple[str, list[int] | None]]:
     found: list[tuple[str, list[int] | None]] = [(f"ps{mu}+none", None) for mu in (2, 3, 4, 7)]
     found += [(f"ps{mu}+{rule}:{t}", None) for mu in (2, 3) for rule in RULES for t in THRESHOLDS[rule]]
     found += [(f"mlp_up=ps{mu}+none", None) for mu in (3, 7)]
+    found += [(f"ps3.center{rule}", None) for rule in ("+none", "+strict:4", "+strict:1")]
     return found + [("ps3+none", [layer]) for layer in (0, 1)]
 
 

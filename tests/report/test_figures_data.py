@@ -11,10 +11,11 @@ from torchlamp.report.figures_data import (
     mu_data,
     positions_data,
     sites_data,
+    transforms_data,
     typical_points,
     unrolled_heads,
 )
-from torchlamp.report.style import STYLES, order, styles
+from torchlamp.report.style import STYLES, numbered, order, rule_role, styles
 from torchlamp.rules import RULES
 
 
@@ -86,6 +87,58 @@ def test_a_rule_has_one_look_and_controls_come_last():
     assert styles(labels)["strict"] == STYLES["strict"] == styles(["strict"])["strict"]
     assert styles(labels)["random-like strict"] == STYLES["random-like"]
     assert sorted(labels, key=order) == ["strict", "my-rule", "random-like strict", "oracle"]
+
+
+def test_no_two_rules_look_alike_and_controls_are_dashed():
+    # A control that follows a rule is never named without it.
+    labels = [
+        *(name for name in RULES if name != "random-like"),
+        "random-like strict",
+        "random-like running",
+        "strict / none",
+        "strict / running",
+    ]
+    labels += [f"someone's-{number}" for number in range(12)]
+    found = styles(labels)
+    assert len({(s.light, s.symbol, s.dash) for s in found.values()}) == len(labels)
+    assert len({(s.light, s.marker, str(s.line)) for s in found.values()}) == len(labels)
+    for label in found.keys() - {"none", "all"}:
+        style, role = found[label], rule_role(label)
+        assert (style.dash == "dash") == (role == "control"), label
+        assert (style.dash == "dot") == (role == "oracle"), label
+    assert len({(s.symbol, s.dash) for s in (numbered(STYLES["strict"], i) for i in range(20))}) == 20
+
+
+def test_positions_are_compared_at_one_rate():
+    """Two rules of other rates, both proportional to position: interpolated to one rate, they are equal."""
+    rows = [
+        point(rule, rate, by_position=[rate * 1.5, rate * 0.5])
+        for rule, rates in (("strict", (0.004, 0.012)), ("running", (0.006, 0.018)), ("mass", (0.3,)))
+        for rate in rates
+    ]
+    table = positions_data(pd.DataFrame(rows))
+    assert set(table["rule"]) == {"strict", "running"}
+    assert set(table["at"]) == {0.01}
+    assert list(table["rate"]) == pytest.approx([0.015, 0.005] * 2)
+    alone = positions_data(pd.DataFrame(rows[:1] + rows[-1:]))
+    assert list(alone.drop_duplicates("rule")["at"]) == [0.004, 0.3]
+    assert list(alone["policy"].unique()) == ["ps4+strict:0.004", "ps4+mass:0.3"]
+
+
+def test_transforms_are_compared_at_one_accumulator():
+    def of(transform, rule, rate, kl):
+        spelling = "ps4" if transform == "none" else f"ps4.{transform}"
+        own = point(rule, rate, kl=kl) | {"accumulate": spelling, "policy": f"{spelling}+{rule}"}
+        return own | {"untransformed": "ps4", "transform": transform}
+
+    rows = [of("none", "none", 0, 0.4), of("center", "none", 0, 0.04), of("center", "strict", 0.02, 0.001)]
+    rows += [of("center", "strict", 0.3, 1e-5), of("center", "random", 0.03, 0.03)]
+    rows += [of("none", "strict", 0.03, 0.1) | {"accumulate": "ps7", "untransformed": "ps7"}]
+    table = transforms_data(pd.DataFrame(rows))
+    assert list(table["transform"]) == ["none", "center", "center"]
+    assert list(table["rate"]) == [0, 0, 0.02]
+    assert list(table["times"]) == pytest.approx([1, 10, 400])
+    assert len(transforms_data(pd.DataFrame(rows[:1]))) == 0
 
 
 def _luminance(colour):

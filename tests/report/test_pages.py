@@ -1,5 +1,7 @@
 """Both pages in headless Chromium: no error, no request, controls that do something, nothing wider than the screen."""
 
+import csv
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +81,10 @@ def test_pages_fit_the_screen_and_follow_the_system(browser, pages, name, size, 
         plots = tab.locator(".plot:visible")
         assert plots.count() >= 2
         for i in range(plots.count()):
+            scrolls = "p => p.parentElement.scrollWidth > p.parentElement.clientWidth + 1"
+            framed = plots.nth(i).locator("xpath=..").get_attribute("class") == "wide"
+            if framed and tab.evaluate(scrolls, plots.nth(i).element_handle()):
+                continue  # The map of a long text scrolls in its own frame on a phone.
             box = plots.nth(i).locator(".main-svg").first.bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= size["width"] + 1
@@ -202,7 +208,8 @@ def test_tables_maps_and_failures_of_the_report(browser, pages):
             "recomputed",
         ]
         tab.select_option("#accumulate", "")
-        assert tab.locator("#points tbody tr").count() == 4 + 18 + 2
+        tab.select_option("#transform", "")
+        assert tab.locator("#points tbody tr").count() == 4 + 18 + 2 + 3
         assert "CUDA is away" in tab.inner_text("#failed")
         rates = shown(tab, "heads")[0][3]
         assert (len(rates), len(rates[0])) == (2, 4)
@@ -296,3 +303,81 @@ def test_what_is_chosen_stands_in_the_address(browser, pages):
         assert tab.inner_text("#pareto-title") == title == "Flips against recompute rate"
         assert tab.get_attribute("#legend button >> nth=0", "aria-pressed") == "false"
         assert tab.get_attribute("#points th:last-child", "aria-sort") == "ascending"
+
+
+def test_lines_across_layers_are_the_recomputed_scores(browser, pages):
+    with opened(browser, pages["inspect"]) as tab:
+        pairs = tab.evaluate(
+            "[...Array(ENTRIES).keys()].filter(k => layers.some(l => [...Array(l.heads).keys()].some("
+            "h => bit(l.chosen, h * ENTRIES + k)))).length"
+        )
+        assert tab.locator("#across line").count() == min(pairs, 2000) > 0
+        tab.locator("#words button").nth(4).click()
+        ends = tab.evaluate("lines(0).map(x => [x.i, x.j])")
+        assert 0 < len(ends) == tab.locator("#across line").count() < pairs
+        assert all(4 in pair for pair in ends)
+        assert len(shown(tab, "depth")[0][3]) == 2
+        tab.select_option("#lines", "layer")
+        tab.select_option("#layer", "1")
+        words = tab.evaluate("lines(1).map(x => x.words)")
+        assert all(word.startswith("head ") for word in words)
+        assert "layer 1" in tab.inner_text("#across-note")
+        address = tab.evaluate("location.hash")
+        tab.goto("about:blank")
+        tab.goto(pages["inspect"].as_uri() + address)
+        tab.wait_for_selector(".plot .main-svg")
+        assert (tab.input_value("#lines"), tab.input_value("#layer")) == ("layer", "1")
+        assert tab.locator("#words button").nth(4).get_attribute("aria-pressed") == "true"
+
+
+def table(download: Any) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(Path(download.path()).read_bytes().decode(), newline="")))
+
+
+def test_the_kl_of_the_next_token_has_a_scale_and_is_exported(browser, pages):
+    with opened(browser, pages["inspect"], PHONE) as tab:
+        tab.select_option("#shade", "kl")
+        kl = tab.evaluate("DATA.kl")
+        assert float(tab.inner_text("#scale-high").split(" nats")[0]) == pytest.approx(max(kl), rel=1e-2)
+        count = tab.locator("#words button").count()
+        assert tab.locator("#map .xtick").count() == count == tab.locator("#map .ytick").count()
+        with tab.expect_download() as download:
+            tab.click("#save-tokens")
+        rows = table(download.value)
+        assert [float(row["kl"]) for row in rows] == kl
+        with tab.expect_download() as download:
+            tab.click("#save-map")
+        rows = table(download.value)
+        assert len(rows) == count * (count + 1) // 2
+        assert {row["recomputed"] for row in rows} == {"0", "1"}
+
+
+def test_zoomed_axes_have_ticks_and_every_axis_two(browser, pages):
+    with opened(browser, pages["report"]) as tab:
+        labels = """[...document.querySelectorAll(".plot")].filter(p => p.offsetParent && p._fullLayout).map(
+            p => [p.id, ["x", "y"].map(a =>
+                new Set([...p.querySelectorAll(`.${a}tick`)].map(t => t.textContent)).size)])"""
+        assert all(min(counts) >= 2 for _, counts in tab.evaluate(labels))
+        tab.evaluate("Plotly.relayout('pareto', { 'yaxis.range[0]': -2.02, 'yaxis.range[1]': -1.98 })")
+        assert tab.locator("#pareto .ytick").count() >= 2
+        tab.evaluate("Plotly.relayout('pareto', { 'yaxis.autorange': true })")
+        assert tab.locator("#pareto .ytick").count() >= 2
+
+
+def test_transforms_and_all_points_are_shown(browser, pages):
+    with opened(browser, pages["report"]) as tab:
+        tab.select_option("#accumulate", "ps3")
+        assert {"ps3", "ps3.center"} <= set(shown(tab, "transforms")[0][1])
+        tab.select_option("#transform", "")
+        looks = tab.evaluate(
+            "document.getElementById('pareto').data.map(t => [t.line.color, t.line.dash, t.marker.symbol].join())"
+        )
+        assert len(set(looks)) == len(looks) > 3
+        tab.select_option("#transform", "center")
+        assert {trace[0] for trace in shown(tab, "pareto")} == {"strict"}
+        tab.select_option("#points-of", "all")
+        total = tab.evaluate("DATA.points.length")
+        assert tab.locator("#points tbody tr").count() == total
+        assert f"{total} of {total} points" in tab.inner_text("#points-count")
+        links = tab.locator("#pareto-files a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+        assert links == [f"figures/kl-rate-tiny-prose-real.{end}" for end in ("svg", "png", "csv")]

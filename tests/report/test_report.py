@@ -14,7 +14,7 @@ from torchlamp.evaluation.evaluate import evaluate
 from torchlamp.report.data import read_report_data
 from torchlamp.report.figures import figures, save
 from torchlamp.report.figures_data import figures_data
-from torchlamp.report.report import page_data, report
+from torchlamp.report.report import code_states, page_data, report, report_page
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,18 @@ def written(sweep, tmp_path_factory):
 def test_every_figure_comes_as_svg_png_and_csv(written):
     names = {Path(name).stem for name in written}
     where = "tiny-prose-real"
-    kinds = ("kl-rate", "kl-cost", "flip-rate", "flip-cost", "kl-mu", "heads", "position", "layers", "sites")
+    kinds = (
+        "kl-rate",
+        "kl-cost",
+        "flip-rate",
+        "flip-cost",
+        "kl-mu",
+        "heads",
+        "position",
+        "layers",
+        "sites",
+        "transforms",
+    )
     assert {f"{kind}-{where}" for kind in kinds} <= names
     for name in names - {"report", "points", "equal-rate"}:
         assert written[f"{name}.svg"].read_text().lstrip().startswith("<?xml")
@@ -44,7 +55,7 @@ def test_every_figure_comes_as_svg_png_and_csv(written):
 
 def test_tables_hold_all_points_and_ratios(written):
     points = pd.read_csv(written["points.csv"])
-    assert len(points) == 4 + 18 + 2 + 2
+    assert len(points) == 4 + 18 + 2 + 2 + 3
     equal = pd.read_csv(written["equal-rate.csv"])
     strict, running = (equal[equal["rule"] == rule] for rule in ("strict", "running"))
     assert len(strict) > 2
@@ -62,6 +73,7 @@ def test_the_page_draws_the_data_of_the_files(sweep, written):
         "positions": "position",
         "layers": "layers",
         "sites": "sites",
+        "transforms": "transforms",
     }
     tables = {f["kind"]: f["rows"] for f in data["figures"] if f["site"] in ("", "scores")}
     tables |= {"points": data["points"], "equal-rate": data["rates"]}
@@ -180,3 +192,31 @@ def test_a_file_in_the_place_of_the_folder(sweep, tmp_path):
         == f"torchlamp: error: can't write a report into {str(path)!r}: it is a file, give a folder\n"
     )
     assert path.read_text() == "root"
+
+
+def test_states_of_the_code_are_grouped():
+    states = {
+        "abc": ["2026-01-02", "2026-01-03"],
+        "abc+": ["2026-01-04"],
+        "def": ["2026-01-01"],
+        "unknown": [""],
+    }
+    rows = {row["commit"]: row for row in code_states(states)}
+    assert rows["abc"]["points"] == "3, 1 with uncommitted changes"
+    assert rows["abc"]["dates"] == "2026-01-02 to 2026-01-04"
+    assert rows["def"]["dates"] == "2026-01-01"
+    assert rows["unknown"]["dates"] == "unknown"
+
+
+def test_every_figure_of_the_page_links_to_files_that_are_there(sweep, written):
+    names = {
+        name for found in page_data(read_report_data([sweep]))["figures"] for name in found["files"].values()
+    }
+    own = {file.stem for file in written if file.suffix == ".png"}
+    assert own <= names
+    assert names - own == set()
+
+
+def test_a_title_of_ones_own(sweep):
+    page = report_page(read_report_data([sweep]), ["somewhere"], "Chips & <b>sums</b>")
+    assert "<h1>Chips &amp; &lt;b&gt;sums&lt;/b&gt;</h1>" in page

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from torchlamp.report.tables import RATES, at_rates, equal_rate, summary
+from torchlamp.report.tables import RATES, at_rates, equal_rate, rates_of, summary
 
 BASE = {
     "model": "m", "text": "t", "tokens": "real", "site": "scores", "layers": "all", "accumulate": "ps4", "mu": 4,
@@ -82,6 +82,13 @@ def test_strict_is_one_without_error_and_what_is_missing_is_missing():
     assert (strict["kl_ratio"] == 1).all()
     assert strict["kl_ratio_se"].isna().all()  # one window has no jackknife
     assert list(table[table["rule"] == "short"]["rate"]) == [0.01]
+
+
+def test_rates_are_those_of_the_data():
+    points = pd.DataFrame(curve("strict", [[2.0], [1.0], [0.5]], rates=[0.09, 0.18, 0.35]))
+    assert rates_of(points) == (0.1, 0.15, 0.2, 0.3)
+    assert list(equal_rate(points)["rate"]) == [0.1, 0.15, 0.2, 0.3]
+    assert rates_of(points[:0]) == ()
 
 
 def test_without_the_published_rule_there_is_no_ratio():

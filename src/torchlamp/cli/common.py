@@ -83,6 +83,8 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 set_verbosity(quiet, verbose)
                 command(*args, **kwargs)
+            except BrokenPipeError:
+                raise  # whoever read standard output wants no more, as `head` does: click ends without a word
             except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
                 if is_verbose():
                     traceback.print_exc()

@@ -21,12 +21,17 @@ def report(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write; the first (file's) folder by default.")
     ] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The page's heading.", show_default=False)
+    ] = None,
 ) -> None:
     """Turn results of sweeps or evaluations into report.html, one page for offline use, and figures with their data."""
     need_extra(["pandas", "plotly", "matplotlib", "jinja2"], "study", "torchlamp report")
+    from torchlamp.cli.steps import shown_steps
     from torchlamp.report.report import report as write_report
 
-    page, *rest = write_report(folders, output)
+    with shown_steps():
+        page, *rest = write_report(folders, output, title)
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB) and {len(rest)} files in {page.parent / 'figures'}")
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from torchlamp.evaluation.cost import GRANULARITIES, CostModel, Shape, costs
 from torchlamp.policy.policy import Policy
+from torchlamp.policy.precision import Precision
 from torchlamp.policy.sites import SITES
 from torchlamp.results.journal import read_lines
 from torchlamp.results.read import read_result
@@ -45,6 +46,8 @@ class ReportData:
     notes: list[str] = field(default_factory=list)
     #: The different environments that the points were computed in.
     environments: list[dict[str, Any]] = field(default_factory=list)
+    #: State of the code ("git" of an environment) -> the dates of the points that it computed.
+    states: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_report_data(folders: Sequence[Path]) -> ReportData:
@@ -90,6 +93,8 @@ def read_report_data(folders: Sequence[Path]) -> ReportData:
         rows += [own | _row(other) for other in result.comparisons if other.role != "reference"]
         if not ASSUMED_SIZES.keys() <= _known_sizes(result).keys():
             unsized.add(result.model)
+        state = str(result.environment.get("git") or "unknown")
+        data.states.setdefault(state, []).append(str(result.environment.get("date", "")))
         if result.environment not in data.environments:
             data.environments.append(result.environment)
     if not rows:
@@ -153,6 +158,8 @@ def _row(result: Result) -> dict[str, Any]:
     return {
         "site": " + ".join(policy.sites),
         "accumulate": " / ".join(precisions),
+        "transform": " / ".join(dict.fromkeys(transform_label(part.precision) for part in parts)),
+        "untransformed": " / ".join(dict.fromkeys(str(part.precision.with_transforms(())) for part in parts)),
         "mu": math.nan if one is None or one.is_stored else one.sums.format.grid.mantissa_bits,
         "policy": result.policy,
         "rule": " / ".join(dict.fromkeys(rule_label(part.rule) for part in parts)),
@@ -187,6 +194,11 @@ def rule_label(rule: Rule) -> str:
     """The rule's name, which is that of its curve; a control that copies a rule's counts carries its name."""
     followed = getattr(rule, "rule", None)
     return f"{rule.name} {followed.name}" if isinstance(followed, Rule) else rule.name
+
+
+def transform_label(precision: Precision) -> str:
+    """The transforms of a precision as they are spelt after it ("center.sort"), or "none"."""
+    return ".".join(map(str, precision.transforms)) or "none"
 
 
 def _known_sizes(result: Result) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from torchlamp.report.figures_data import (
     METRICS,
@@ -21,16 +21,20 @@ from torchlamp.report.figures_data import (
     unrolled_heads,
     usual_accumulator,
 )
+from torchlamp.report.log_axis import log_axis
 from torchlamp.report.style import Style, accumulator_styles, legend_label, numbered, order, styles
 
 #: Kind of figure -> the words of its title.
 _TITLES = {
+    "transforms": "KL by transform",
     "mu": "KL against mantissa bits",
     "heads": "Recompute rate by layer and head",
     "positions": "Recompute rate against position",
     "layers": "KL when only one layer is narrow",
     "sites": "KL when only one site is narrow",
 }
+#: Part of a curves file's name -> the column of its horizontal axis and its words.
+_AXES = {"rate": ("rate", "recompute rate"), "cost": ("cost_entry", "cost")}
 #: Kind of figure -> the beginning of its file's name, where it isn't the kind.
 _FILES = {"mu": "kl-mu", "positions": "position"}
 
@@ -48,28 +52,31 @@ class Figure:
     draw: Callable[[Any, pd.DataFrame], None]
 
 
+def file_names(found: FigureData) -> dict[str, str]:
+    """What a figure's table gives as files: "kl-rate" and so on of curves, else its kind -> the name without ending."""
+    suffix = _slug(*found.group) if found.site in ("", "scores") else _slug(*found.group, found.site)
+    if found.kind != "curves":
+        return {found.kind: f"{_FILES.get(found.kind, found.kind)}-{suffix}"} if len(found.table) else {}
+    if not len(found.table[found.table["rate"] > 0]):
+        return {}
+    axes = [axis for axis in ("rate", "cost_entry") if found.table[axis].notna().any()]
+    kinds = [f"{metric}-{axis.split('_')[0]}" for metric in ("kl", "flip") for axis in axes]
+    return {kind: f"{kind}-{suffix}" for kind in kinds}
+
+
 def figures(tables: Iterator[FigureData]) -> Iterator[Figure]:
     """The files of these tables; the curves of a site give one for each measure and axis."""
     for found in tables:
         where = ", ".join([*found.group[:2], f"{found.group[2]} tokens", *filter(None, [found.site])])
-        suffix = _slug(*found.group) if found.site in ("", "scores") else _slug(*found.group, found.site)
-        if found.kind == "curves":
-            yield from _curve_figures(found.table, where, suffix)
-            continue
-        table = unrolled_heads(found.table) if found.kind == "heads" else found.table
-        if len(table):
-            name = f"{_FILES.get(found.kind, found.kind)}-{suffix}"
-            yield Figure(name, f"{_TITLES[found.kind]}: {where}", table, _DRAW[found.kind])
-
-
-def _curve_figures(table: pd.DataFrame, where: str, suffix: str) -> Iterator[Figure]:
-    if not len(table[table["rate"] > 0]):
-        return
-    for metric, short in (("kl", "KL"), ("flip", "flip")):
-        for axis, words in (("rate", "recompute rate"), ("cost_entry", "cost")):
-            if table[axis].notna().any():
-                name = f"{metric}-{axis.split('_')[0]}-{suffix}"
-                yield Figure(name, f"{short} against {words}: {where}", table, _curves(axis, metric))
+        for kind, name in file_names(found).items():
+            if found.kind == "curves":
+                metric, axis = kind.split("-")
+                words = f"{'KL' if metric == 'kl' else metric} against {_AXES[axis][1]}: {where}"
+                yield Figure(name, words, found.table, _curves(_AXES[axis][0], metric))
+                continue
+            table = unrolled_heads(found.table) if found.kind == "heads" else found.table
+            if len(table):
+                yield Figure(name, f"{_TITLES[kind]}: {where}", table, _DRAW[kind])
 
 
 def save(figure: Figure, folder: Path) -> list[Path]:
@@ -101,7 +108,7 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
         names = accumulators(with_curves) or ["?"]
         columns = min(3, len(names))
         lines = math.ceil(len(names) / columns)
-        canvas.set_size_inches(3.6 * columns + 1.6, 3.1 * lines + 0.5)
+        canvas.set_size_inches(3.6 * columns + 2.2, max(3.1 * lines + 0.5, 0.5 + 0.19 * len(rules)))
         panels = canvas.subplots(lines, columns, squeeze=False, sharey=True, sharex=True).flatten()
         for panel, name in zip(panels, names, strict=False):
             for rule in rules:
@@ -110,8 +117,12 @@ def _curves(axis: str, metric: str) -> Callable[[Any, pd.DataFrame], None]:
                     _line(panel, curve.sort_values(axis), axis, metric, rule_styles[rule], legend_label(rule))
             _uniform(panel, data[data["rule"] == "none"], axis, metric)
             panel.set_title(name)
-        _log_ticks(panels[0].xaxis, with_curves[axis], percent=axis == "rate")
-        _log_ticks(panels[0].yaxis, data[metric])
+        plain = data.loc[data["rule"] == "none", axis] if axis != "rate" else []
+        log_axis(panels[0].xaxis, [*with_curves[axis], *plain], percent=axis == "rate")
+        log_axis(panels[0].yaxis, data[metric])
+        for slot, panel in enumerate(panels):
+            # The lowest panel of each column has the labels, also where the one below it is missing.
+            panel.tick_params(labelbottom=slot + columns >= len(names))
         for panel in panels[len(names) :]:
             panel.remove()
         words = "recompute rate" if axis == "rate" else "operations / operations in float32"
@@ -153,7 +164,7 @@ def _uniform(panel: Any, plain: pd.DataFrame, axis: str, metric: str) -> None:
 def _draw_mu(canvas: Any, data: pd.DataFrame) -> None:
     rates = sorted(rate for rate in data["rate"].unique() if 0 < rate < 1) or [0.01]
     rates = [rate for rate in rates if rate in (0.01, 0.04)] or rates[:1]
-    canvas.set_size_inches(4 * len(rates) + 1.6, 3.8)
+    canvas.set_size_inches(4 * len(rates) + 2.2, max(3.8, 0.5 + 0.19 * data["rule"].nunique()))
     panels = canvas.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     rules = sorted(data["rule"].unique(), key=order)
     rule_styles = styles(rules)
@@ -163,7 +174,8 @@ def _draw_mu(canvas: Any, data: pd.DataFrame) -> None:
             if len(curve):
                 _line(panel, curve, "mu", "kl", rule_styles[rule], legend_label(rule))
         panel.set(title=f"{100 * rate:g} % recomputed", xlabel="mantissa bits")
-    _log_ticks(panels[0].yaxis, data["kl"])
+        _whole_numbers(panel.xaxis)
+    log_axis(panels[0].yaxis, data["kl"])
     panels[0].set_ylabel(METRICS["kl"])
     _legend(canvas, panels)
 
@@ -181,6 +193,8 @@ def _draw_heads(canvas: Any, data: pd.DataFrame) -> None:
         picture = panel.imshow(table.to_numpy(), cmap="cividis", vmin=0, vmax=top, aspect="auto")
         panel.set_title(policy)
         panel.grid(False)
+        for axis in (panel.xaxis, panel.yaxis):
+            _whole_numbers(axis)
     for panel in panels[len(policies) :]:
         panel.remove()
     canvas.supxlabel("head", fontsize=9)
@@ -192,10 +206,14 @@ def _draw_positions(canvas: Any, data: pd.DataFrame) -> None:
     panel = canvas.subplots()
     data = data[data["accumulate"] == usual_accumulator(data)]
     rule_styles = styles(list(data["rule"].unique()))
-    for (rule, policy), curve in data.groupby(["rule", "policy"], sort=False):
-        _line(panel, curve, "position", "rate", rule_styles[rule], policy)
-    _log_ticks(panel.yaxis, data["rate"], percent=True)
+    for (rule, policy, at), curve in data.groupby(["rule", "policy", "at"], sort=False):
+        _line(panel, curve, "position", "rate", rule_styles[rule], f"{policy} ({100 * at:.3g} %)")
+    log_axis(panel.yaxis, data["rate"], percent=True)
+    equal = data["at"].nunique() == 1
     panel.set(xlabel="position of the query", ylabel="recompute rate")
+    panel.set_title(
+        f"at {100 * data['at'].iloc[0]:.3g} % over all positions" if equal else "each at its own rate"
+    )
     _legend(canvas, [panel])
 
 
@@ -204,7 +222,8 @@ def _draw_layers(canvas: Any, data: pd.DataFrame) -> None:
     rule_styles = styles(list(data["rule"].unique()))
     for (rule, line, label), curve in data.groupby(["rule", "line", "label"], sort=False):
         _line(panel, curve, "layer", "kl", numbered(rule_styles[rule], line), label)
-    _log_ticks(panel.yaxis, data["kl"])
+    log_axis(panel.yaxis, data["kl"])
+    _whole_numbers(panel.xaxis)
     panel.set(xlabel="the only narrow layer", ylabel=METRICS["kl"])
     _legend(canvas, [panel])
 
@@ -219,46 +238,53 @@ def _draw_sites(canvas: Any, data: pd.DataFrame) -> None:
             slots, part["kl"], yerr=part["kl_se"].fillna(0), fmt=style.marker, label=accumulate,
             color=style.light, capsize=1.5,
         )  # fmt: skip
-    _log_ticks(panel.yaxis, data["kl"])
+    log_axis(panel.yaxis, data["kl"])
     panel.set(ylabel=METRICS["kl"], xlabel="the only narrow site")
     panel.set_xticks(range(len(names)), names)
     _legend(canvas, [panel])
 
 
+def _draw_transforms(canvas: Any, data: pd.DataFrame) -> None:
+    names = list(data["untransformed"].unique())
+    canvas.set_size_inches(3.2 * len(names) + 2.6, 4.2)
+    panels = canvas.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    rules = sorted(data["rule"].unique(), key=order)
+    rule_styles = styles(rules)
+    for panel, name in zip(panels, names, strict=True):
+        part = data[data["untransformed"] == name]
+        transforms = list(part["transform"].unique())
+        for rule in rules:
+            own = part[part["rule"] == rule]
+            style = rule_styles[rule]
+            panel.errorbar(
+                own["transform"].map(transforms.index), own["kl"], yerr=own["kl_se"].fillna(0), fmt=style.marker,
+                color=style.light, capsize=1.5, label=legend_label(rule),
+            )  # fmt: skip
+        panel.set_title(name)
+        panel.set_xticks(range(len(transforms)), transforms, rotation=35, ha="right")
+    log_axis(panels[0].yaxis, data["kl"])
+    panels[0].set_ylabel(METRICS["kl"])
+    canvas.supxlabel("transform; rules at their point nearest to 3 % recomputed", fontsize=9)
+    _legend(canvas, panels)
+
+
+def _whole_numbers(axis: Any) -> None:
+    """Ticks at whole numbers, and room for two of them where the data has one."""
+    low, high = axis.get_data_interval()
+    if high - low < 1 and getattr(axis.axes, "images", None) == []:
+        axis.axes.set(**{f"{axis.axis_name}lim": (low - 1.2, high + 1.2)})
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=2))
+
+
 #: Kind of figure -> the function that draws its table.
 _DRAW = {
+    "transforms": _draw_transforms,
     "mu": _draw_mu,
     "heads": _draw_heads,
     "positions": _draw_positions,
     "layers": _draw_layers,
     "sites": _draw_sites,
 }
-
-
-def _log_ticks(axis: Any, values: pd.Series, percent: bool = False) -> None:
-    """A log axis with few ticks in plain numbers; ticks of shared axes are shared."""
-    good = values[(values > 0) & values.map(math.isfinite)]
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    if not len(good):
-        return
-    low, high = math.log10(good.min()), math.log10(good.max())
-    digits = (1, 1.5, 2, 3, 4, 5, 7) if high - low < 0.7 else (1, 2, 5) if high - low < 2.5 else (1,)
-    decades = range(math.floor(low), math.ceil(high) + 1)
-    ticks = [d * 10.0**e for e in decades for d in digits]
-    ticks = [t for t in ticks if low - 0.3 <= math.log10(t) <= high + 0.3]
-
-    def words(value: float, _: int | None = None) -> str:
-        if percent:
-            return f"{100 * value:.3g} %"
-        if 9e-4 <= value < 1e4:
-            return f"{value:g}"
-        digit, power = f"{value:.1e}".split("e")
-        times = "" if digit == "1.0" else f"{float(digit):g}\\cdot "
-        return f"${times}10^{{{int(power)}}}$"
-
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FuncFormatter(words))
-    axis.set_minor_locator(NullLocator())
 
 
 def _legend(canvas: Any, panels: Any) -> None:

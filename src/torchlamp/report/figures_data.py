@@ -8,11 +8,13 @@ import pandas as pd
 
 from torchlamp.report.data import GROUP, ReportData
 from torchlamp.report.style import order, rule_role
-from torchlamp.report.tables import equal_rate
+from torchlamp.report.tables import at_rates, equal_rate, rates_of
 from torchlamp.results.result import POSITION_BIN
 
 #: Maps by head and position show the point of each rule whose recompute rate is nearest to this.
 TYPICAL_RATE = 0.01
+#: Transforms are compared at the point of each rule whose recompute rate is nearest to this.
+TRANSFORM_RATE = 0.03
 #: Column of a vertical axis -> its words.
 METRICS = {"kl": "KL(reference || tested) per token, nats", "flip": "flip rate"}
 #: Column of a horizontal axis of `curves` -> its words.
@@ -31,7 +33,8 @@ class FigureData:
     Attributes
     ----------
     kind : str
-        "curves", "mu", "heads", "positions", "layers" or "sites": the function ``<kind>_data`` names the columns.
+        "curves", "transforms", "mu", "heads", "positions", "layers" or "sites": the function ``<kind>_data`` names
+        the columns.
     group : tuple of str
         Model, text and kind of tokens.
     site : str
@@ -54,6 +57,8 @@ def figures_data(data: ReportData) -> Iterator[FigureData]:
         own_rates = rates[(rates[GROUP] == list(group)).all(axis=1) & (rates["layers"] == "all")]
         for site, part in whole.groupby("site", sort=False):
             yield FigureData("curves", group, str(site), curves_data(part))
+            if len(transforms := transforms_data(part)):
+                yield FigureData("transforms", group, str(site), transforms)
             by_mu = mu_data(part, own_rates[own_rates["site"] == site])
             if by_mu["mu"].nunique() > 1:
                 yield FigureData("mu", group, str(site), by_mu)
@@ -146,20 +151,93 @@ def unrolled_heads(heads: pd.DataFrame) -> pd.DataFrame:
 
 
 def positions_data(points: pd.DataFrame, bin_width: int = POSITION_BIN) -> pd.DataFrame:
-    """One row a bin of positions of each typical point with several; `position` is the bin's middle."""
-    rows = [
-        {
-            "accumulate": point.accumulate,
-            "policy": point.policy,
-            "rule": point.rule,
-            "position": (i + 0.5) * bin_width,
-            "rate": rate,
-        }
+    """One row a bin of positions of each rule at the accumulator's equal rate; `position` is the bin's middle.
+
+    Bins are interpolated as `at_rates` does, between points of the rule on both sides of the rate, and `policy` names
+    the rule and accumulator. `at` is the recompute rate over all positions, which all curves of an accumulator share.
+    Where no two rules share a rate, each rule's typical point is taken, with its own policy and rate.
+    """
+    rows = []
+    chosen = selecting(points)
+    chosen = chosen[~chosen["rule"].map(rule_role).isin(["control", "oracle"])]
+    chosen = chosen[chosen["by_position"].map(len) > 1]
+    for accumulate in accumulators(chosen):
+        part = chosen[chosen["accumulate"] == accumulate]
+        for rule, policy, at, rates in _rates_by_position(part):
+            rows += [
+                {
+                    "accumulate": accumulate,
+                    "policy": policy,
+                    "rule": rule,
+                    "at": at,
+                    "position": (i + 0.5) * bin_width,
+                    "rate": rate,
+                }
+                for i, rate in enumerate(rates)
+            ]
+    return pd.DataFrame(rows, columns=["accumulate", "policy", "rule", "at", "position", "rate"])
+
+
+def _rates_by_position(points: pd.DataFrame) -> list[tuple[str, str, float, list[float]]]:
+    """Rule, policy, overall rate and rates by position of one accumulator's rules, in the order of `style.order`."""
+    curves = {str(rule): curve for rule, curve in points.groupby("rule")}
+    candidates = rates_of(points, [])
+    found: dict[float, list[tuple[str, str, float, list[float]]]] = {rate: [] for rate in candidates}
+    for rule in sorted(curves, key=order):
+        curve = curves[rule]
+        name = f"{curve['accumulate'].iloc[0]}+{rule}"
+        for rate, inside in zip(
+            candidates, at_rates(curve["rate"].tolist(), curve["rate"], candidates), strict=True
+        ):
+            if math.isfinite(inside):
+                bins = zip(*curve["by_position"], strict=False)
+                values = [float(at_rates(curve["rate"].tolist(), list(own), [rate])[0]) for own in bins]
+                found[rate].append((rule, name, rate, values))
+    shared = [rate for rate in candidates if len(found[rate]) > 1]
+    if shared:
+        best = max(shared, key=lambda rate: (len(found[rate]), -abs(math.log(rate / TYPICAL_RATE))))
+        return found[best]
+    return [
+        (str(point.rule), str(point.policy), float(point.rate), list(point.by_position))
         for point in typical_points(points).itertuples()
-        for i, rate in enumerate(point.by_position)
-        if len(point.by_position) > 1
     ]
-    return pd.DataFrame(rows, columns=["accumulate", "policy", "rule", "position", "rate"])
+
+
+def transforms_data(points: pd.DataFrame) -> pd.DataFrame:
+    """Each transform of an accumulator: nothing recomputed, and each realisable rule at its point nearest to 3 %.
+
+    `times` is the KL of the accumulator without a transform, nothing recomputed, over the row's KL. Accumulators
+    that were measured under one transform alone are left out.
+    """
+    columns = [
+        "untransformed",
+        "transform",
+        "accumulate",
+        "rule",
+        "policy",
+        "rate",
+        "kl",
+        "kl_se",
+        "flip",
+        "flip_se",
+    ]
+    own = points[points["realisable"] & (points["rate"] < 1)]
+    own = own[(own["rule"] == "none") | (own["rule"].map(rule_role) != "control")]
+    counts = own.drop_duplicates(["untransformed", "transform"])["untransformed"].value_counts()
+    own = own[own["untransformed"].isin(counts[counts > 1].index)]
+    if not len(own):
+        return pd.DataFrame(columns=[*columns, "times"])
+    distance = own["rate"].map(lambda rate: abs(math.log(max(rate, 1e-12) / TRANSFORM_RATE)))
+    table = own.loc[distance.groupby([own["accumulate"], own["rule"]]).idxmin().sort_values(), columns]
+    plain = table[(table["transform"] == "none") & (table["rule"] == "none")].set_index("untransformed")["kl"]
+    levels = [plain.get(name, math.nan) for name in table["untransformed"]]
+    table = table.assign(times=levels / table["kl"])
+    level = table["kl"].where(table["rule"] == "none").groupby([table["untransformed"], table["transform"]])
+    table = table.assign(first=table["transform"] != "none", level=level.transform("max").fillna(math.inf))
+    table = table.sort_values(
+        ["untransformed", "first", "level", "transform"], ascending=[True, True, False, True]
+    )
+    return table[[*columns, "times"]].reset_index(drop=True)
 
 
 def layers_data(points: pd.DataFrame) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import numpy as np
 
 import torchlamp
 from torchlamp.report.data import GROUP, ReportData, read_report_data
-from torchlamp.report.figures import figures, save
+from torchlamp.report.figures import figures, file_names, save
 from torchlamp.report.figures_data import (
     AXES,
     METRICS,
@@ -24,16 +24,17 @@ from torchlamp.report.figures_data import (
     usual_accumulator,
 )
 from torchlamp.report.page import pack, render
-from torchlamp.report.style import STYLES, accumulator_styles, legend_label, numbered, order, styles
-from torchlamp.report.tables import BASE, equal_rate, summary
+from torchlamp.report.style import BASE, STYLES, accumulator_styles, legend_label, numbered, order, styles
+from torchlamp.report.tables import equal_rate, summary
 from torchlamp.results.output import check_writable, write_text
+from torchlamp.steps import each, work
 
 
-def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
+def report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> list[Path]:
     """Write report.html and the folder figures/ into `output`, by default the first folder or the first file's.
 
     Everything is computed before anything is written: an error leaves an older report as it is. Files of an older
-    report that this one doesn't have stay in figures/.
+    report that this one doesn't have stay in figures/. `title` is the page's heading.
 
     Returns
     -------
@@ -53,11 +54,13 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     page = target / "report.html"
     check_writable(page)
-    html = report_page(data, [str(folder) for folder in folders])
+    with work("making the page"):
+        html = report_page(data, [str(folder) for folder in folders], title)
     temporary = Path(tempfile.mkdtemp(prefix=".figures.", dir=target))
     try:
         names: set[str] = set()
-        for figure in figures(figures_data(data)):
+        # They are drawn as they are saved.
+        for figure in each("drawing figures", figures(figures_data(data))):
             if figure.name in names:
                 raise ValueError(f"two figures would be {figure.name!r}: rename one of the texts or models")
             names.add(figure.name)
@@ -76,7 +79,11 @@ def report(folders: Sequence[Path], output: Path | None = None) -> list[Path]:
     return [page, *written]
 
 
-def report_page(data: ReportData, folders: Sequence[str]) -> str:
+#: The page's heading unless another is given.
+TITLE = "How narrow may an accumulator be?"
+
+
+def report_page(data: ReportData, folders: Sequence[str], title: str | None = None) -> str:
     """The page as HTML."""
     points = data.points
     whole = points[points["layers"] == "all"]
@@ -95,7 +102,9 @@ def report_page(data: ReportData, folders: Sequence[str]) -> str:
         seeds=bool((points["seeds"] > 1).any()),
         failed=data.failed,
         notes=data.notes,
-        environments=[_shared(data.environments)],
+        title=title or TITLE,
+        environments=[_shared([{k: v for k, v in e.items() if k != "git"} for e in data.environments])],
+        states=code_states(data.states),
         folders=", ".join(folders),
         version=torchlamp.__version__,
     )
@@ -110,6 +119,10 @@ def page_data(data: ReportData) -> dict[str, Any]:
         "rates": _records(equal_rate(points).to_dict("records")),
         "figures": [_figure(found) for found in figures_data(data)],
         "rules": labels,
+        "precisions": {
+            row.accumulate: [row.untransformed, row.transform]
+            for row in points[["accumulate", "untransformed", "transform"]].drop_duplicates().itertuples()
+        },
         "accumulators": accumulators(points),
         "styles": {
             label: style.to_dict() | {"label": legend_label(label)} for label, style in styles(labels).items()
@@ -131,12 +144,13 @@ def _figure(found: FigureData) -> dict[str, Any]:
         table = table.assign(by_head=table["by_head"].map(pack_rates))
     elif found.kind == "layers":
         lines = range(int(table["line"].max()) + 1)
-        own["dashes"] = [numbered(STYLES["none"], line).dash for line in lines]
+        own["lines"] = [numbered(STYLES["none"], line).to_dict() for line in lines]
     elif found.kind == "sites":
         styled = accumulator_styles(accumulators(table))
         own["styles"] = {name: style.to_dict() for name, style in styled.items()}
     group = dict(zip(GROUP, found.group, strict=True))
     rows = _records(table.to_dict("records"))
+    own["files"] = file_names(found)
     return {"kind": found.kind, **group, "site": found.site, **own, "rows": rows}
 
 
@@ -149,6 +163,25 @@ def pack_rates(by_head: list[list[float]]) -> dict[str, Any] | None:
     for layer, rates in enumerate(by_head):
         table[layer, : len(rates)] = np.rint(65535 * np.asarray(rates))
     return {"layers": len(by_head), "heads": heads, "rates": pack(table)}
+
+
+def code_states(states: dict[str, list[str]]) -> list[dict[str, str]]:
+    """One row a commit, by date: its points, the first and last date, and how many had uncommitted changes ("+")."""
+    commits: dict[str, list[tuple[str, bool]]] = {}
+    for state, dates in states.items():
+        commits.setdefault(state.removesuffix("+"), []).extend((date, state.endswith("+")) for date in dates)
+    rows = []
+    for commit, points in sorted(commits.items(), key=lambda item: min(date for date, _ in item[1])):
+        dates = sorted(date for date, _ in points if date)
+        changed = sum(dirty for _, dirty in points)
+        rows.append(
+            {
+                "commit": commit,
+                "points": f"{len(points)}" + (f", {changed} with uncommitted changes" if changed else ""),
+                "dates": " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "unknown",
+            }
+        )
+    return rows
 
 
 def _shared(environments: list[dict[str, Any]]) -> dict[str, str]:

@@ -7,7 +7,7 @@ more.
 """
 
 import colorsys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchlamp.rules import RULES, Role
@@ -46,7 +46,7 @@ STYLES: dict[str, Style] = {
     "mass": Style("#b07d00", "#e6b422", ">", "triangle-right"),
     "mass-window": Style("#b07d00", "#e6b422", "4", "y-right-open"),
     "topz": Style("#8a6d1f", "#c9b458", "p", "pentagon"),
-    "condition": Style("#009e73", "#3cc79a", "D", "diamond"),
+    "condition": Style("#2e7d4f", "#7fce9c", "d", "diamond-tall-open"),
     "sink-recent": Style("#7a4f9a", "#b898dd", "h", "hexagon"),
     "heads": Style("#8f4a2e", "#d79a7d", "1", "y-down-open"),
     "random": Style("#767676", "#9a9a9a", "x", "x-thin-open", "--", "dash"),
@@ -56,6 +56,9 @@ STYLES: dict[str, Style] = {
     "none": Style("#767676", "#9a9a9a", "d", "diamond-tall", "-", "solid"),
     "all": Style("#444444", "#c0c0c0", "P", "cross"),
 }
+
+#: The published rule, which others are measured against.
+BASE = "strict"
 
 #: Rules that came later take these, in the order in which they are met.
 _MORE = (
@@ -71,15 +74,33 @@ def styles(labels: list[str]) -> dict[str, Style]:
     """A style for every label, the same whenever the labels are the same."""
     found: dict[str, Style] = {}
     unknown = sorted({_name(label) for label in labels} - set(STYLES))
-    extra = {name: _MORE[i % len(_MORE)] for i, name in enumerate(unknown)}
+    extra = {name: _more(i) for i, name in enumerate(unknown)}
     for label in labels:
         name = _name(label)
         found[label] = STYLES[name] if name in STYLES else extra[name]
+        followed = STYLES.get(label.removeprefix(f"{name} "))
+        if rule_role(label) == "control" and followed is not None and followed is not STYLES[BASE]:
+            # The control of another rule than the published one has that rule's marker.
+            found[label] = replace(found[label], marker=followed.marker, symbol=followed.symbol)
+    return found
+
+
+def _more(number: int) -> Style:
+    """The style of the unknown rule with this number: after the last of `_MORE` the next line, then other markers."""
+    turn, own = divmod(number, len(_MORE))
+    turn, line_number = divmod(turn, len(_OTHER_LINES))
+    line, dash = _OTHER_LINES[line_number]
+    found = replace(_MORE[own], line=line, dash=dash)
+    if turn:
+        others = [pair for pair in _MARKERS if pair[0] not in {style.marker for style in _MORE}]
+        marker, symbol = others[(turn - 1) % len(others)]
+        found = replace(found, marker=marker, symbol=symbol)
     return found
 
 
 def _name(label: str) -> str:
-    return label.split(" ")[0]
+    """The rule that a label begins with; several rules together are one of their own."""
+    return label if " / " in label else label.split(" ")[0]
 
 
 def rule_role(label: str) -> Role | None:
@@ -106,6 +127,10 @@ def legend_label(label: str) -> str:
 _LINES: tuple[tuple[Any, str], ...] = (
     ("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"), ((0, (8, 3)), "longdash"),
 )  # fmt: skip
+#: Lines that neither a control nor an oracle has.
+_OTHER_LINES: tuple[tuple[Any, str], ...] = (
+    ("-", "solid"), ((0, (8, 3)), "longdash"), ("-.", "dashdot"), ((0, (8, 2, 1, 2)), "longdashdot"),
+)  # fmt: skip
 #: Markers that tell accumulators apart, in their order.
 _MARKERS = (
     ("o", "circle"), ("s", "square"), ("D", "diamond"), ("^", "triangle-up"), ("X", "x"), ("*", "star"),
@@ -116,7 +141,8 @@ _MARKERS = (
 def numbered(style: Style, number: int) -> Style:
     """The style of a rule's policy with this number, where several policies of the rule are drawn: another line."""
     line, dash = _LINES[number % len(_LINES)]
-    return Style(style.light, style.dark, "o", "circle", line, dash)
+    marker, symbol = _MARKERS[number // len(_LINES) % len(_MARKERS)]
+    return Style(style.light, style.dark, marker, symbol, line, dash)
 
 
 def accumulator_styles(names: list[str]) -> dict[str, Style]:

@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 
 from torchlamp.report.data import GROUP
-from torchlamp.report.style import order
+from torchlamp.report.style import BASE, order
 
-#: Recompute rates at which rules are compared.
+#: Recompute rates at which rules are compared, where their points are around them.
 RATES = (0.005, 0.01, 0.02, 0.04, 0.06)
+#: And these, where the points have other rates.
+OTHER_RATES = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 #: Neighbours farther apart than this factor in rate don't tell what lies between them.
 WIDEST_GAP = 4.0
-#: The rule that others are measured against.
-BASE = "strict"
 #: The columns that a curve shares: one experiment, one site, one accumulator.
 CURVE = [*GROUP, "site", "layers", "accumulate"]
 
@@ -64,8 +64,22 @@ def at_rates(rates: Sequence[float], values: Any, wanted: Sequence[float]) -> np
     return found[:, 0] if y.ndim == 1 else found
 
 
-def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataFrame:
+def rates_of(points: pd.DataFrame, curve: Sequence[str] = CURVE) -> tuple[float, ...]:
+    """Of `RATES` and `OTHER_RATES` those that lie within some rule's curve, ascending; `curve` tells curves apart."""
+    selecting = points[(points["rate"] > 0) & (points["rate"] < 1)]
+    rates = selecting.groupby([*curve, "rule"], sort=False)["rate"]
+    ends = list(zip(rates.min(), rates.max(), strict=True))
+    near = 1 + 1e-9
+    candidates = sorted((*RATES, *OTHER_RATES))
+    return tuple(
+        rate for rate in candidates if any(low <= rate * near and rate <= high * near for low, high in ends)
+    )
+
+
+def equal_rate(points: pd.DataFrame, rates: Sequence[float] | None = None) -> pd.DataFrame:
     """KL and flip rate of every rule, interpolated at equal recompute rates, and their ratio to `strict`'s.
+
+    `rates` are `rates_of(points)` unless given.
 
     Errors are jackknife estimates over windows, paired: leaving window w out changes both rules' means together, so
     that what makes a window hard for all rules cancels in the ratio. The recompute rates of the points are taken as
@@ -78,6 +92,7 @@ def equal_rate(points: pd.DataFrame, rates: Sequence[float] = RATES) -> pd.DataF
         <metric>_ratio, <metric>_ratio_se, <metric>_best (the smallest ratio of all realisable rules); rows where the
         rule has no value at the rate are left out.
     """
+    rates = rates_of(points) if rates is None else rates
     tables = []
     for key, part in points[points["rate"] > 0].groupby(CURVE, sort=False):
         curves = {str(rule): curve for rule, curve in part.groupby("rule", sort=False)}

@@ -37,35 +37,71 @@ function layout(extra) {
   const axis = (own) => Object.assign(
     { gridcolor: grid, linecolor: line, zeroline: false, tickfont: { color: muted, size: 12 }, automargin: true,
       ticks: "outside", tickcolor: line, ticklen: 4 }, own,
-    { title: { text: (own && own.words) || "", font: { color: muted, size: 13 }, standoff: 8 } });
-  const { xaxis, yaxis, ...rest } = extra;
+    { title: { text: (own && own.words) || "", font: { color: muted, size: narrow() ? 11 : 13 }, standoff: 8 } });
+  const { xaxis, yaxis, margin, ...rest } = extra;
   return Object.assign(
     { paper_bgcolor: css("--paper"), plot_bgcolor: css("--paper"),
       font: { family: getComputedStyle(document.body).fontFamily, color: ink, size: 13 },
-      margin: { l: 8, r: narrow() ? 12 : 24, t: 12, b: 8 }, showlegend: false, dragmode: narrow() ? false : "zoom",
+      // The bar of buttons has the room above the plot for itself.
+      margin: { l: 8, r: narrow() ? 12 : 24, b: 8, t: narrow() ? 12 : 34, ...margin }, showlegend: false, dragmode: narrow() ? false : "zoom",
       hoverlabel: { bgcolor: css("--raised"), bordercolor: line, font: { color: ink, size: 12 }, align: "left" },
       xaxis: axis(xaxis), yaxis: axis(yaxis) }, rest);
 }
 function draw(id, traces, extra) {
-  return Plotly.react(id, traces, layout(extra), Object.assign({ displayModeBar: narrow() ? false : "hover" }, CONFIG));
+  const made = Plotly.react(id, traces, layout(extra), Object.assign({ displayModeBar: narrow() ? false : "hover" }, CONFIG));
+  const plot = el(id);
+  plot.whole = extra;
+  if (!plot.zooms) {
+    // Zoomed axes get ticks of their own; a double click gives the whole range back.
+    plot.zooms = true;
+    plot.on("plotly_relayout", (change) => {
+      const update = {};
+      for (const name of ["xaxis", "yaxis"]) {
+        const own = plot.whole[name], range = [`${name}.range[0]`, `${name}.range[1]`].map((key) => change[key]);
+        if (!own || own.type !== "log" || !own.tickvals) continue;
+        const all = change[`${name}.autorange`];
+        if (!all && range[0] === undefined) continue;
+        const { tickvals, ticktext } = logAxis(all ? own.range : range, own.percent);
+        Object.assign(update, { [`${name}.tickvals`]: tickvals, [`${name}.ticktext`]: ticktext });
+        if (all) update[`${name}.range`] = own.range;
+      }
+      if (Object.keys(update).length) Plotly.relayout(plot, update);
+    });
+  }
+  return made;
 }
 const SUPER = { "-": "\u207b", 0: "\u2070", 1: "\u00b9", 2: "\u00b2", 3: "\u00b3", 4: "\u2074", 5: "\u2075",
   6: "\u2076", 7: "\u2077", 8: "\u2078", 9: "\u2079" };
-// Ticks of a log axis over values, at powers of ten and, where these are few, at 2 and 5 times them.
-function logTicks(values, percent) {
+// A log axis over values, as log_axis.py: its range, and round ticks within it, two at least.
+const DIGITS = [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7], Array.from({ length: 90 }, (_, i) => 1 + i / 10)];
+function logTicks(values, percent, padLow = 0, padHigh = 0) {
   const good = values.filter((v) => v > 0 && isFinite(v));
   if (!good.length) return { type: "log" };
-  const low = Math.floor(Math.log10(Math.min(...good))), high = Math.ceil(Math.log10(Math.max(...good)));
-  const span = Math.log10(Math.max(...good) / Math.min(...good));
-  const digits = span < 0.7 ? [1, 1.5, 2, 3, 4, 5, 6, 8] : span < 2.5 ? [1, 2, 5] : [1];
-  const tickvals = [], ticktext = [];
-  for (let e = low; e <= high; e++) for (const d of digits) {
-    const v = d * 10 ** e;
-    tickvals.push(v);
-    ticktext.push(percent ? percentText(v) : v > 0.0009 && v < 1000 ? String(Number(v.toPrecision(3))) :
-      (d === 1 ? "" : d + "·") + "10" + [...String(e)].map((c) => SUPER[c]).join(""));
+  const low = Math.log10(Math.min(...good)), high = Math.log10(Math.max(...good));
+  const pad = Math.max(0.1, (Math.log10(1.5) - (high - low)) / 2);
+  return logAxis([low - pad - padLow, high + pad + padHigh], percent);
+}
+function logAxis(range, percent) {
+  const [low, high] = range.map((v) => 10 ** v);
+  let tickvals = [];
+  for (const digits of DIGITS) {
+    tickvals = [];
+    for (let e = Math.floor(range[0]); e <= range[1]; e++) for (const d of digits) {
+      const v = Number(`${Number(d.toFixed(1))}e${e}`);
+      if (v >= low && v <= high) tickvals.push(v);
+    }
+    if (tickvals.length >= 3) break;
   }
-  return { type: "log", tickvals, ticktext };
+  const every = Math.ceil(tickvals.length / (narrow() ? 7 : 10));
+  tickvals = tickvals.filter((_, i) => i % every === 0);
+  if (tickvals.length < 2) tickvals = [0.1, 0.5, 0.9].map((part) => Number((low * (high / low) ** part).toPrecision(4)));
+  const words = (v) => {
+    if (percent) return percentText(v);
+    if (v > 0.0009 && v < 1000) return String(Number(v.toPrecision(4)));
+    const [digits, power] = v.toExponential(3).split("e");
+    return (Number(digits) === 1 ? "" : Number(digits) + "·") + "10" + [...String(Number(power))].map((c) => SUPER[c]).join("");
+  };
+  return { type: "log", range, tickvals, ticktext: tickvals.map(words), percent };
 }
 const percentText = (v) => Number((100 * v).toPrecision(3)) + " %";
 function fill(select, options, keep) {
