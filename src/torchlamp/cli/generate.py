@@ -26,7 +26,7 @@ TopP = Annotated[
 SamplingSeed = Annotated[int, typer.Option(help="Of the draws.")]
 Exact = Annotated[
     bool,
-    typer.Option("--exact", help="Float32's own text: low bits draft (8 bits by default), float32 confirms."),
+    typer.Option("--exact", help="Float32's own text: low bits draft, float32 confirms."),
 ]
 
 

@@ -304,7 +304,7 @@ def running_under(
 ) -> AbstractContextManager[Any]:
     """A block in which the model runs under a policy: prepared, simulated, or as it is in float32.
 
-    `exact` has the policy draft what float32 confirms; None is then the 8-bit one.
+    `exact` has the policy draft what float32 confirms.
 
     A model that is prepared already, under this policy, stays so, and its statistics go on counting.
     """

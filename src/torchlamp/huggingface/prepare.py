@@ -200,9 +200,9 @@ def prepare(
         False leaves the full-precision weights in the file that they were read from (Linux): they take memory while
         they are read, row by row where the look-ahead asks and module by module in prompts, and are let go again.
     exact : bool
-        True has ``model.generate`` give float32's own text, token for token: low bits draft, under the policy (`FAST`
-        without one), and a float32 pass over several tokens confirms; samples have float32's distribution. Calls of
-        the model itself are float32's. A half-precision model is widened for as long as it is prepared.
+        True has ``model.generate`` give float32's own text, token for token: low bits draft, under the policy, and
+        a float32 pass over several tokens confirms; samples have float32's distribution. Calls of the model itself
+        are float32's. A half-precision model is widened for as long as it is prepared.
 
     Returns
     -------
@@ -239,12 +239,12 @@ def prepare(
         return prepare_from(Copies(), model, policy, top, full, center, hadamard, resident)
     if not resident:
         raise ValueError("exact=True reads all weights at every check: leave out resident=False")
-    return _prepare_exact(model, FAST if policy is None else policy, top, full, center, hadamard)
+    return _prepare_exact(model, policy, top, full, center, hadamard)
 
 
 def _prepare_exact(
     model: PreTrainedModel,
-    policy: str | Policy,
+    policy: str | Policy | None,
     top: int,
     full: str,
     center: bool | None,
