@@ -60,7 +60,8 @@ def test_public_names_are_there_and_say_what_they_do():
 
 
 def test_the_options_of_the_readme_exist():
-    lines = re.findall(r"^torchlamp ([\w-]+)(.*)$", README, flags=re.MULTILINE)
+    pages = README + (ROOT / "docs" / "first-steps.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^torchlamp ([\w-]+)(.*)$", pages, flags=re.MULTILINE)
     assert {command for command, _ in lines} >= {"evaluate", "generate", "bench", "info", "models"}
     for command, arguments in lines:
         if command == "lm-eval":  # its options are the harness's

@@ -27,6 +27,25 @@ def llama(**other: Any) -> Any:
     return _lively(LlamaForCausalLM, config)
 
 
+def qwen(**other: Any) -> Any:
+    """With biases of queries, keys and values."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        **other,
+    )
+    return _lively(Qwen2ForCausalLM, config)
+
+
 def gemma(layers: int = 7, **other: Any) -> Any:
     """Of seven layers, the sixth sees all; the window is 64 tokens."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig

@@ -1,7 +1,7 @@
 import gguf
 import pytest
 import torch
-from llama_models import VOCABULARY, gemma, llama
+from llama_models import VOCABULARY, gemma, llama, qwen
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from torchlamp.bench.gguf_export import write_gguf
@@ -10,6 +10,7 @@ from torchlamp.bench.off_grid import off_grid
 MODELS = {
     "llama, tied": lambda: llama(tie_word_embeddings=True),
     "llama, rotated": lambda: off_grid(llama(tie_word_embeddings=True)),
+    "qwen": lambda: qwen(tie_word_embeddings=True),
     "gemma": gemma,
     "gemma, off the grid": lambda: off_grid(gemma()),
 }

@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from llama_models import VOCABULARY, gemma, kl, llama, logits, tokens
+from llama_models import VOCABULARY, gemma, kl, llama, logits, qwen, tokens
 
 from torchlamp.bench import llama_cpp
 from torchlamp.bench.gguf_export import write_gguf
@@ -24,13 +24,13 @@ def test_missing_package_is_named(monkeypatch):
 def files(tmp_path_factory):
     pytest.importorskip("llama_cpp")
     folder = tmp_path_factory.mktemp("llama")
-    models = {"llama": off_grid(llama(tie_word_embeddings=True)), "gemma": off_grid(gemma())}
+    models = {"llama": off_grid(llama(tie_word_embeddings=True)), "gemma": off_grid(gemma()), "qwen": qwen()}
     for name, model in models.items():
         write_gguf(model, folder / f"{name}.gguf")
     return models, folder
 
 
-@pytest.fixture(params=["llama", "gemma"])
+@pytest.fixture(params=["llama", "gemma", "qwen"])
 def one(files, request):
     """A model and its float32 file."""
     models, folder = files
@@ -109,11 +109,11 @@ def test_wrong_tokens(one):
     with LlamaCpp(one[1], 4, threads=1) as decoder:
         decoder.prefill([1, 2, 3])
         decoder.step(4)
-        with pytest.raises(ValueError, match=r"1 tokens behind 4: .* room for 0"):
+        with pytest.raises(ValueError, match=r"1 tokens after 4: .* room for 0"):
             decoder.step(5)
         with pytest.raises(ValueError, match="token 320: the vocabulary has 0 to 319"):
             decoder.prefill([1, 320])
-        with pytest.raises(ValueError, match="0 tokens behind 0"):
+        with pytest.raises(ValueError, match="0 tokens after 0"):
             decoder.prefill(torch.zeros(0, dtype=torch.int64))
 
 
@@ -131,7 +131,9 @@ def test_wrong_settings(one, tmp_path, capfd):
         LlamaCpp(path, 8, cache_type="q4_0")
     with pytest.raises(ValueError, match="0 tokens of context, 2 threads"):
         LlamaCpp(path, 0)
-    with pytest.raises(ValueError, match="quantisation 'Q5_0': allowed are Q8_0, Q4_0"):
+    with pytest.raises(
+        ValueError, match="quantisation 'Q5_0': allowed are Q8_0, Q6_K, Q4_K_M, Q4_0, F16, BF16"
+    ):
         quantise(path, tmp_path / "out.gguf", "Q5_0")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no model")

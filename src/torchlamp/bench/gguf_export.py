@@ -1,4 +1,4 @@
-"""A transformers model of Llama's or Gemma 3's type into a float32 GGUF file, as llama.cpp reads it.
+"""A transformers model of Llama's, Qwen 2's or Gemma 3's type into a float32 GGUF file, as llama.cpp reads it.
 
 Settings come from the model's configuration and weights from the model, as they are now. What llama.cpp would compute
 otherwise than transformers is refused, never left out.
@@ -29,6 +29,7 @@ class _Type:
 
 _TYPES = {
     "llama": _Type("llama", "silu", 0.0, True),
+    "qwen2": _Type("qwen2", "silu", 0.0, False),
     "gemma3_text": _Type("gemma3", "gelu_pytorch_tanh", 1.0, False),
 }
 
@@ -40,7 +41,7 @@ def write_gguf(model: Any, path: Path, tokenizer_from: Path | None = None) -> No
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Of type ``llama`` or ``gemma3_text``, on the CPU. A tied LM head is left out, as GGUF files do.
+        Of type ``llama``, ``qwen2`` or ``gemma3_text``, on the CPU. A tied LM head is left out, as GGUF files do.
     path : Path
         The file to write; an existing one is replaced.
     tokenizer_from : Path, optional
@@ -90,7 +91,7 @@ def _add_settings(writer: Any, config: Any) -> None:
     import gguf
 
     gemma = config.model_type == "gemma3_text"
-    head_size = config.head_dim
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_name(config._name_or_path or config.model_type)
     writer.add_vocab_size(config.vocab_size)
@@ -157,6 +158,8 @@ def _checked(config: Any) -> _Type:
         "activation": (activation, kind.activation),
         "rope_type": ({rope.get("rope_type", "default") for rope in ropes}, {"default"}),
     }
+    if getattr(config, "use_sliding_window", False):
+        wanted["use_sliding_window"] = (True, False)
     if gemma:
         layers = range(1, config.num_hidden_layers + 1)
         wanted |= {
