@@ -57,26 +57,35 @@ def measured(engine: Engine, spec: Spec) -> dict[str, float]:
 
 
 def _accuracy(reads: Reads, windows: Tensor, spec: Spec, *, is_reference: bool) -> dict[str, float]:
-    """KL and agreement of the largest logit with the reference, whose process writes its logits down."""
+    """KL and agreement of the largest logit with the reference, whose process writes its logits down.
+
+    `kl` and `top1` are those of steps, which read the cache as decoding does: `spec.steps` behind the first half of a
+    window. `prompt_kl` is that of whole windows read at once, in which a quantised cache isn't read.
+    """
     path = Path(spec.reference)
-    kept = [] if is_reference else torch.load(path, mmap=True)
-    comparer, kl, agreed = Comparer(), [], []
+    kept: list[tuple[Tensor, Tensor]] = [] if is_reference else torch.load(path, mmap=True)
+    comparer = Comparer()
+    found: dict[str, list[Tensor]] = {"prompt_kl": [], "kl": [], "top1": []}
     for number, window in enumerate(windows):
-        rows = reads.logits(window[:-1]).float()
+        half = len(window) // 2
+        following = window[half : half + spec.steps + 1]
+        whole = reads.logits(window[:-1]).float().clone()
+        reads.prefill(window[:half])
+        steps = torch.stack([reads.step(token).float() for token in following[:-1].tolist()])
         if is_reference:
-            kept.append(rows.clone())
-        found = comparer.compare(comparer.reference(kept[number], window[1:]), rows)
-        kl.append(torch.as_tensor(found.kl, dtype=torch.float64))
-        agreed.append(1 - torch.as_tensor(found.flips, dtype=torch.float64))
+            kept.append((whole, steps))
+        for name, rows, true, targets in (
+            ("prompt_kl", whole, kept[number][0], window[1:]),
+            ("kl", steps, kept[number][1], following[1:]),
+        ):
+            metrics = comparer.compare(comparer.reference(true, targets), rows)
+            found[name].append(torch.as_tensor(metrics.kl, dtype=torch.float64).clone())
+        found["top1"].append(1 - torch.as_tensor(metrics.flips, dtype=torch.float64))
     if is_reference:
         torch.save(kept, path)
-    means = torch.stack([values.mean() for values in kl])
+    means = torch.stack([values.mean() for values in found["kl"]])
     error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
-    return {
-        "kl": float(torch.cat(kl).mean()),
-        "kl_error": error,
-        "top1": float(torch.cat(agreed).mean()),
-    }
+    return {name: float(torch.cat(values).mean()) for name, values in found.items()} | {"kl_error": error}
 
 
 def _speed(reads: Reads, text: Tensor, context: int, spec: Spec) -> dict[str, float]:

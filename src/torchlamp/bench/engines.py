@@ -30,7 +30,7 @@ MODEL = "smollm2-135m"
 CONTEXTS, STEPS, PROMPTS = ((256, 2048), (64,)), (32, 4), (3, 1)
 WINDOWS, LENGTH = (4, 2), (512, 64)
 #: Seconds that one engine may take.
-LIMIT = (1800, 300)
+LIMIT = (600, 300)
 
 
 def measure(watch: Watch) -> Iterator[Bench]:
