@@ -184,6 +184,23 @@ def _online(logits, seen, top, total):
 
 
 @triton.jit
+def _low_scores(
+    first, a, q_k, i, rows, own_shift, key, key_row, key_k, mask, batch, length, keys, depth, scaling,
+    GRID: tl.constexpr, FORM: tl.constexpr, RESULT: tl.constexpr, SQUARES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, INTERPRETED: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The low-precision scores of a block of keys, their sums of squares, and which of them the rows see."""
+    j = first + tl.arange(0, BN)
+    seen = _seen(i, j, mask, batch, length, keys, CAUSAL, MASKED)
+    b = key + j.to(tl.int64) * key_row
+    low, squares = tile_sums(a, q_k, rows, b, key_k, j < keys, depth, GRID, FORM, SQUARES, INTERPRETED)
+    score = round_to(low * scaling, RESULT)
+    if SHIFTED:
+        score = score + own_shift[:, None]
+    return score, squares, seen
+
+
+@triton.jit
 def _attention(
     q, q_batch, q_head, q_row, q_k, xq, xq_batch, xq_head, xq_row, xq_k,
     key, key_batch, key_head, key_row, key_k, xkey, xkey_batch, xkey_head, xkey_row, xkey_k,
@@ -201,6 +218,7 @@ def _attention(
     shared = head // repeats
     rows = i < length
     a = q + batch * q_batch + head * q_head + i.to(tl.int64) * q_row
+    own_keys = key + batch * key_batch + shared * key_head
     exact_a = xq + batch * xq_batch + head * xq_head + i.to(tl.int64) * xq_row
     row_at = (batch * heads + head) * length + i
     own_shift = tl.zeros((BM,), tl.float32)
@@ -216,13 +234,10 @@ def _attention(
     # 1. The softmax of the low scores: largest logit and sum.
     top, total = sink, tl.where(sink == -INFINITY, 0.0, 1.0)
     for first in range(0, stop if SELECTS else 0, BN):
-        j = first + tl.arange(0, BN)
-        b = key + batch * key_batch + shared * key_head + j.to(tl.int64) * key_row
-        seen = _seen(i, j, mask, batch, length, keys, CAUSAL, MASKED)
-        low, _squares = tile_sums(a, q_k, rows, b, key_k, j < keys, depth, GRID, FORM, False, INTERPRETED)
-        score = round_to(low * scaling, RESULT)
-        if SHIFTED:
-            score = score + own_shift[:, None]
+        score, _squares, seen = _low_scores(
+            first, a, q_k, i, rows, own_shift, own_keys, key_row, key_k, mask, batch, length, keys, depth, scaling,
+            GRID, FORM, RESULT, False, CAUSAL, MASKED, SHIFTED, INTERPRETED, BN,
+        )  # fmt: skip
         logits, _slope = _logits(score, softcap, CAPPED)
         top, total, _terms, _factor = _online(logits, seen, top, total)
     base = tl.where(top == -INFINITY, 0.0, top)
@@ -232,13 +247,10 @@ def _attention(
         largest = tl.zeros((BM,), tl.float32)
         broken = tl.zeros((BM,), tl.int32)
         for first in range(0, stop if SELECTS else 0, BN):
-            j = first + tl.arange(0, BN)
-            b = key + batch * key_batch + shared * key_head + j.to(tl.int64) * key_row
-            seen = _seen(i, j, mask, batch, length, keys, CAUSAL, MASKED)
-            low, _squares = tile_sums(a, q_k, rows, b, key_k, j < keys, depth, GRID, FORM, False, INTERPRETED)
-            score = round_to(low * scaling, RESULT)
-            if SHIFTED:
-                score = score + own_shift[:, None]
+            score, _squares, seen = _low_scores(
+                first, a, q_k, i, rows, own_shift, own_keys, key_row, key_k, mask, batch, length, keys, depth, scaling,
+                GRID, FORM, RESULT, False, CAUSAL, MASKED, SHIFTED, INTERPRETED, BN,
+            )  # fmt: skip
             logits, slope = _logits(score, softcap, CAPPED)
             z = tl.exp(logits - base[:, None])
             weight = tl.where(seen, _weight(z, score, slope, score, WEIGHT, CAPPED), 0.0)
@@ -253,14 +265,10 @@ def _attention(
     summed = tl.zeros((BM, BV), tl.float32)
     for first in range(0, stop, BN):
         j = first + tl.arange(0, BN)
-        b = key + batch * key_batch + shared * key_head + j.to(tl.int64) * key_row
-        seen = _seen(i, j, mask, batch, length, keys, CAUSAL, MASKED)
-        low, squares = tile_sums(
-            a, q_k, rows, b, key_k, j < keys, depth, GRID, FORM, WEIGHT == _RUNNING and SELECTS, INTERPRETED
-        )
-        score = round_to(low * scaling, RESULT)
-        if SHIFTED:
-            score = score + own_shift[:, None]
+        score, squares, seen = _low_scores(
+            first, a, q_k, i, rows, own_shift, own_keys, key_row, key_k, mask, batch, length, keys, depth, scaling,
+            GRID, FORM, RESULT, WEIGHT == _RUNNING and SELECTS, CAUSAL, MASKED, SHIFTED, INTERPRETED, BN,
+        )  # fmt: skip
         if SELECTS:
             logits, slope = _logits(score, softcap, CAPPED)
             z = tl.exp(logits - base[:, None])
