@@ -173,6 +173,13 @@ def test_different_settings_can_not_share_a_figure(results, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_models_may_be_measured_on_different_numbers_of_windows(results, tmp_path):
+    other = results["ps3+strict:0.1", 0] | {"windows": 8, "window_length": 512}
+    lines = [line(results, "ps3+none"), line(results, "ps3+strict:0.1", result=other)]
+    lines[1] = lines[1].replace('"model": "tiny"', '"model": "other"')
+    assert set(read_report_data([folder_of(tmp_path, lines)]).points["windows"]) == {2, 8}
+
+
 def test_one_name_for_two_texts_is_refused(results, tmp_path):
     other = results["ps3+strict:0.1", 0] | {"tokens_sha256": "0" * 64}
     lines = [line(results, "ps3+none"), line(results, "ps3+strict:0.1", result=other)]
