@@ -21,7 +21,7 @@ from torchlamp.bench.greedy import greedy
 from torchlamp.bench.llama_files import LlamaFiles, llama_files
 from torchlamp.bench.off_grid import made_off_grid
 from torchlamp.bench.turns import Bench, Target, Timing, Watch
-from torchlamp.data.text import cut_windows, default_text
+from torchlamp.data.text import context_length, cut_windows, default_text
 from torchlamp.evaluation.metrics import Comparer, Reference
 from torchlamp.huggingface.prepare import DEFAULT, FAST
 from torchlamp.models.load import load
@@ -67,7 +67,7 @@ def measure(watch: Watch) -> Iterator[Bench]:
 
 def contexts(model: Any, count: int) -> list[int]:
     """Tokens before the timed ones, none more than the model's context leaves room for."""
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = context_length(model)
     most = max(CONTEXTS) if longest is None else longest - count - 1
     return sorted({min(context, most) for context in CONTEXTS})
 

@@ -21,7 +21,7 @@ from torchlamp.bench.engine_list import ELSEWHERE, ENGINES, REFERENCE, Engine, S
 from torchlamp.bench.gguf_export import write_gguf
 from torchlamp.bench.off_grid import made_off_grid
 from torchlamp.bench.turns import Bench, Timing, Watch
-from torchlamp.data.text import cut_windows, default_text
+from torchlamp.data.text import context_length, cut_windows, default_text
 from torchlamp.models.load import load
 from torchlamp.models.packaged import PACKAGED
 
@@ -67,7 +67,7 @@ def prepared_spec(name: str, folder: Path, quick: bool) -> tuple[Spec, bool, tup
         where = str(folder / "model")
         model.save_pretrained(where)
         tokenizer.save_pretrained(where)
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = context_length(model)
     most = None if longest is None else longest - STEPS[quick] - 1
     contexts = tuple(sorted({context if most is None else min(context, most) for context in CONTEXTS[quick]}))
     windows = folder / "windows.pt"

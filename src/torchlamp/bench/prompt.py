@@ -18,7 +18,7 @@ from torchlamp.bench.decoders import PreparedDecoder, TransformersDecoder
 from torchlamp.bench.llama_files import LlamaFiles, llama_files
 from torchlamp.bench.off_grid import made_off_grid
 from torchlamp.bench.turns import Bench, Target, Timing, Watch, interleaved, watch_turns
-from torchlamp.data.text import cut_windows, default_text
+from torchlamp.data.text import context_length, cut_windows, default_text
 from torchlamp.evaluation.metrics import Comparer
 from torchlamp.huggingface.prepare import DEFAULT, FAST
 from torchlamp.kernels import native
@@ -67,7 +67,7 @@ def measure(watch: Watch) -> Iterator[Bench]:
 
 def _lengths(model: Any) -> list[int]:
     """The lengths of prompts, none longer than the model's context."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model)
     return sorted({length if context is None else min(length, context) for length in LENGTHS})
 
 

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from torchlamp.data.text import Text, code_text, cut_windows, default_text
+from torchlamp.data.text import Text, code_text, context_length, cut_windows, default_text
 
 _PIECE = 2048
 #: Of the attention that notes what it is given.
@@ -43,7 +43,7 @@ def real_heads(model: Any, tokenizer: Any, keys: int, layers: list[int]) -> list
     ValueError
         A model without the attention interface, or whose context is shorter than a window.
     """
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = context_length(model)
     if longest is not None and longest < _PIECE:
         raise ValueError(f"a context of {longest} tokens: windows of {_PIECE} are read")
     mixed = Text("prose and code", default_text().content + "\n\n" + code_text().content)

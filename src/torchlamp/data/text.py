@@ -174,11 +174,16 @@ def check_sizes(count: int, length: int) -> None:
         )
 
 
+def context_length(model: Any) -> int | None:
+    """The most tokens that a model's positions reach; None where its configuration doesn't say."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
+
+
 def check_context(model: Any, length: int, what: str = "window length") -> None:
     """ValueError if `length` tokens don't fit the model's context; `what` says in the message what is long."""
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if isinstance(context, int) and length > context:
+    context = context_length(model)
+    if context is not None and length > context:
         raise ValueError(
             f"{what} {length} is longer than the model's context of {context} tokens: give at most {context}"
         )

@@ -8,7 +8,6 @@ units in the last place, so that an entry whose weight lies that close to the th
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchlamp.kernels.constants import BLOCK_KEYS, BLOCK_TOUCHED, BLOCK_VISIBLE, RULE_WEIGHTS
-from torchlamp.kernels.gpu.launch import device_of, interpreted
-from torchlamp.kernels.gpu.rounding import EXACT_OPTIONS, INFINITY, grid_numbers, round_to
+from torchlamp.kernels.gpu.launch import device_of, interpreted, launch_options
+from torchlamp.kernels.gpu.rounding import INFINITY, grid_numbers, round_to
 from torchlamp.kernels.gpu.sums import FLOAT32_FORM, FLOAT32_GRID, form_numbers, tile_sums
 from torchlamp.kernels.specification import Accumulation
 
@@ -93,7 +92,7 @@ def attention_gpu(
             SELECTS=threshold != math.inf, CAUSAL=causal, MASKED=seen is not None, CAPPED=softcap is not None,
             SINKS=sinks is not None, SHIFTED=shift is not None, NOTES=noted is not None,
             INTERPRETED=interpreted(), BM=_ROWS, BN=_KEYS, BV=max(16, triton.next_power_of_2(value_size)),
-            **_options(),
+            **launch_options(),
         )  # fmt: skip
     if sinks is None:
         _fill_blind_rows(output, visible[:, :, 0] == 0, value, heads)
@@ -122,10 +121,6 @@ def _fill_blind_rows(output: Tensor, blind: Tensor, value: Tensor, heads: int) -
     if bool(blind.any()):
         mean = value.double().mean(dim=2).float().repeat_interleave(heads // value.shape[1], dim=1)
         output.copy_(torch.where(blind[:, :, None, None], mean[:, None], output))
-
-
-def _options() -> dict[str, Any]:
-    return {} if interpreted() else EXACT_OPTIONS
 
 
 @triton.jit

@@ -16,6 +16,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def launch_options() -> dict[str, bool]:
+    """What kernels are launched with: no product and sum may become one operation that the source doesn't name.
+
+    The interpreter, which takes no options, has no such operation.
+    """
+    return {} if interpreted() else {"enable_fp_fusion": False}
+
+
 @contextlib.contextmanager
 def device_of(tensor: Tensor) -> Iterator[None]:
     """The tensor's CUDA device is the current one; nothing for the CPU."""

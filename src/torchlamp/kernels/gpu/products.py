@@ -1,14 +1,12 @@
 """Per-step rounded products and recomputation in Triton; `torchlamp.kernels.reference` is the readable form."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchlamp.kernels.gpu.launch import TILE_COLUMNS, TILE_ROWS, device_of, interpreted
-from torchlamp.kernels.gpu.rounding import EXACT_OPTIONS, fma, grid_numbers, round_to
+from torchlamp.kernels.gpu.launch import TILE_COLUMNS, TILE_ROWS, device_of, interpreted, launch_options
+from torchlamp.kernels.gpu.rounding import fma, grid_numbers, round_to
 from torchlamp.kernels.gpu.sums import form_numbers, tile_sums
 from torchlamp.kernels.specification import Accumulation
 
@@ -41,7 +39,7 @@ def products_gpu(
             GRID=grid_numbers(accumulation.grid), FORM=form_numbers(accumulation),
             RESULT=grid_numbers(accumulation.result),
             SCALED=scaling is not None, CAUSAL=causal is not None, SQUARES=squares,
-            INTERPRETED=interpreted(), BM=TILE_ROWS, BN=TILE_COLUMNS, **_options(),
+            INTERPRETED=interpreted(), BM=TILE_ROWS, BN=TILE_COLUMNS, **launch_options(),
         )  # fmt: skip
     return out, sums
 
@@ -57,14 +55,9 @@ def recompute_gpu(scores: Tensor, a: Tensor, b: Tensor, mask: Tensor, scaling: f
         _recompute[(triton.cdiv(len(marked), _TOGETHER),)](
             marked, len(marked), values, a, *a.stride(), b, *b.stride(),
             a.shape[2], a.shape[0] // b.shape[0], 1.0 if scaling is None else float(scaling),
-            SCALED=scaling is not None, INTERPRETED=interpreted(), BLOCK=_TOGETHER, **_options(),
+            SCALED=scaling is not None, INTERPRETED=interpreted(), BLOCK=_TOGETHER, **launch_options(),
         )  # fmt: skip
     scores[tuple(marked.long().unbind(1))] = values
-
-
-def _options() -> dict[str, Any]:
-    """Options of a launch; the interpreter takes none."""
-    return {} if interpreted() else EXACT_OPTIONS
 
 
 @triton.jit

@@ -10,9 +10,6 @@ import triton.language as tl
 from torchlamp.kernels.constants import OVERFLOWS
 from torchlamp.kernels.specification import Grid
 
-#: What kernels are launched with: no product and sum may become one operation that the source doesn't name.
-EXACT_OPTIONS = {"enable_fp_fusion": False}
-
 GridNumbers = tuple[int, int, int, float, int, bool, bool, bool]
 
 INFINITY: tl.constexpr = tl.constexpr(float("inf"))
